@@ -1,0 +1,45 @@
+"""The errors of images and their storage: each message is one line that names the file and what was expected."""
+
+from __future__ import annotations
+
+
+class DriverError(Exception):
+    """Base of everything that `safeimg.drivers` raises on purpose. `str()` is the whole message."""
+
+
+class StorageError(DriverError):
+    """A system call on a file failed. `errno` holds the operating system's number."""
+
+    def __init__(self, path: str, action: str, error: OSError) -> None:
+        self.path = path
+        self.action = action
+        self.errno = error.errno or 0
+        self.strerror = error.strerror or str(error)
+        super().__init__(f"{path}: {action}: {self.strerror}")
+
+
+class SyncFailed(StorageError):
+    """A sync did not succeed: what was written since the last one may be lost although it reads back well."""
+
+
+class LockError(DriverError):
+    """Somebody else uses the image (QEMU's image locks). The message is QEMU's own."""
+
+
+class FormatError(DriverError):
+    """The bytes of an image are not what its format's specification allows."""
+
+    def __init__(self, path: str, problem: str, *, offset: int | None = None) -> None:
+        self.path = path
+        self.problem = problem
+        self.offset = offset
+        where = "" if offset is None else f" at offset {offset:#x}"
+        super().__init__(f"{path}: {problem}{where}")
+
+
+class UnsupportedError(DriverError):
+    """The image is valid but uses something that safeimg does not handle."""
+
+
+class UsageError(DriverError):
+    """An option or argument that makes no sense, in qemu-img's words."""

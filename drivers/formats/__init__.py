@@ -1,0 +1,1 @@
+"""How a guest disk maps onto the bytes of a file."""

@@ -1,0 +1,169 @@
+"""What a format driver answers: *where* guest data lives, and *what to patch* to put it elsewhere.
+
+A driver never copies guest data in bulk: the transfer core does, from the extents and placements given here.
+Drivers are plain synchronous code over `storage.api.File`. Offsets and lengths are bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import NamedTuple, Protocol
+
+from safeimg.drivers.storage.api import Buffer, File
+
+
+class Kind(Enum):
+    """How a guest range is stored in one image."""
+
+    DATA = "data"  # at `offset` of the image's file, as it is
+    ZERO = "zero"  # reads as zeroes; `offset` is the preallocated host range, if there is one
+    COMPRESSED = "compressed"  # `offset`: where the compressed data starts; one extent is one cluster
+    UNALLOCATED = "unallocated"  # not in this image: the backing image's, or zeroes without one
+
+
+class Extent(NamedTuple):
+    """A guest range stored one way. Adjacent extents that continue each other are merged (not compressed ones)."""
+
+    start: int  # guest
+    length: int
+    kind: Kind
+    offset: int | None = None  # host, in the image's file
+    stored: int = 0  # COMPRESSED: upper bound of the compressed bytes at `offset`
+
+
+class Patch(NamedTuple):
+    """Bytes of an image's file to change. `before` is None for space that nobody references yet."""
+
+    offset: int
+    before: bytes | None
+    after: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Changes:
+    """A step's metadata changes to one image: `allocate` is made durable before any of `link` is written."""
+
+    allocate: tuple[Patch, ...] = ()
+    link: tuple[Patch, ...] = ()
+    length: int | None = None  # the file is made at least this long together with `allocate`
+
+    def __bool__(self) -> bool:
+        return bool(self.allocate or self.link or self.length is not None)
+
+
+class Placement(NamedTuple):
+    """Where a guest range is to be written."""
+
+    start: int  # guest
+    length: int
+    offset: int  # host, in the image's file
+    fresh: bool  # True: nobody references this space until `link` is applied. False: it is live, written in place
+
+
+class Image(Protocol):
+    """An open image of some format: one layer, without its backing images."""
+
+    @property
+    def file(self) -> File: ...
+    @property
+    def format(self) -> str: ...
+    @property
+    def size(self) -> int:
+        """Virtual size."""
+        ...
+
+    @property
+    def cluster_size(self) -> int:
+        """Granularity of allocation; 1 where there is none (raw)."""
+        ...
+
+    @property
+    def backing_file(self) -> str | None:
+        """As written in the image (raw has none)."""
+        ...
+
+    @property
+    def backing_format(self) -> str | None: ...
+    def extents(self, start: int, length: int) -> Iterator[Extent]:
+        """The range, clipped to `size`, in guest order without gaps or overlaps. Reads metadata as it goes.
+
+        Raises `FormatError` for entries that the format does not allow."""
+        ...
+
+    def decompress(self, extent: Extent, stored: Buffer) -> bytes:
+        """One cluster's guest data (`extent.length` bytes) from the bytes at `extent.offset`; `FormatError` if bad.
+
+        Thread-safe and bounded: never inflates past a cluster."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class Planner(Protocol):
+    """Plans writes into one image: hands out places and collects the metadata patches of the step under way.
+
+    Reads go through its own buffered view of the metadata, so later plans build on earlier ones whether or not
+    they are on disk yet. It never writes to the file. Not thread-safe: the caller holds a lock.
+
+    Rules it guarantees: space freed while planning is not handed out again (`release` frees it at the end);
+    clusters shared with an internal snapshot are never written in place; a compressed cluster's host space is
+    never shared between two steps; after every `take` a reader of any crash state sees a valid image.
+    """
+
+    @property
+    def cluster_size(self) -> int:
+        """Fresh placements cover whole clusters (clipped to the end of the virtual disk)."""
+        ...
+
+    def reserve(self, clusters: int) -> Changes:
+        """Makes metadata (refcount blocks, table) ready for `clusters` more fresh clusters.
+
+        Changes that are not empty must be made durable as a step of their own before any further plan."""
+        ...
+
+    def place(self, start: int, length: int) -> Sequence[Placement]:
+        """Places for data. In-place parts cover just the range asked for; fresh parts are widened to whole clusters,
+        and the caller writes all of them."""
+        ...
+
+    def place_compressed(self, start: int, stored: int) -> Placement:
+        """A place for the cluster at `start` compressed to `stored` bytes (always fresh)."""
+        ...
+
+    def zero(self, start: int, length: int) -> Sequence[Placement]:
+        """Makes whole clusters read as zeroes by metadata alone; what cannot be done so comes back as placements
+        that the caller fills (with the new content: zeroes inside the range, old data outside)."""
+        ...
+
+    def resize(self, size: int) -> Changes:
+        """Grows the virtual disk, as a step of its own (nothing else planned since `take`)."""
+        ...
+
+    def take(self) -> Changes:
+        """The changes collected since the last `take`."""
+        ...
+
+    def release(self) -> Changes:
+        """The final phase: refcounts of everything that earlier steps unlinked go down. A step of its own."""
+        ...
+
+    def freed(self) -> Sequence[tuple[int, int]]:
+        """Host ranges (offset, length) that nobody references once `release` is durable: may be discarded."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class CheckResult:
+    """What `check` found, with qemu-img's counters."""
+
+    corruptions: int = 0
+    leaks: int = 0
+    check_errors: int = 0
+    image_end_offset: int = 0
+    total_clusters: int = 0
+    allocated_clusters: int = 0
+    fragmented_clusters: int = 0
+    compressed_clusters: int = 0
+    messages: tuple[str, ...] = field(default=())  # one line each, in qemu-img's words ("ERROR …", "Leaked …")

@@ -1,0 +1,1 @@
+"""The parallel core that moves guest data."""

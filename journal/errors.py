@@ -1,0 +1,24 @@
+"""The errors of the journal: one line each that names the file, the offset and the remedy."""
+
+from __future__ import annotations
+
+
+class JournalError(Exception):
+    """Base of everything that `safeimg.journal` raises on purpose. `str()` is the whole message."""
+
+
+class LogDamaged(JournalError):
+    """The log's bytes are not a log's, or were changed after they had been made durable."""
+
+    def __init__(self, path: str, problem: str, offset: int) -> None:
+        self.path = path
+        self.offset = offset
+        super().__init__(f"{path}: {problem} at offset {offset:#x}")
+
+
+class LogForeign(JournalError):
+    """The log belongs to another image or another user, or cannot be trusted."""
+
+
+class JournalUnavailable(JournalError):
+    """No place where a log could be created."""

@@ -1,0 +1,1 @@
+"""What each command does, as a sequence of steps, and the engine that makes every step durable."""
