@@ -1,0 +1,227 @@
+"""The events of an operation: immutable records; an operation's state is a fold over them (`state.py`).
+
+Images are named by index: 0 is the home image, 1… are the participants in the order of `Declared.images`.
+Offsets and lengths are bytes, in the image's file unless called guest offsets. Times are seconds since the epoch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """Which file an image is, and how it looked when it was recorded."""
+
+    device: int
+    inode: int
+    size: int
+    mtime_ns: int
+    ctime_ns: int
+    tag: str | None = None  # the id in the image's extended attribute, where there could be one
+
+
+@dataclass(frozen=True, slots=True)
+class Owner:
+    """The process that runs an operation. A pid means nothing without the boot it belongs to."""
+
+    machine: str
+    boot: str
+    pid: int
+    started: int  # clock ticks after boot: field 22 of /proc/PID/stat
+    uid: int
+    host: str
+
+
+@dataclass(frozen=True, slots=True)
+class ImageRecord:
+    """An image that an operation touches."""
+
+    role: str  # "base", "overlay", "source", "target", …
+    path: str  # relative to the home image's folder where possible; for messages and for `--adopt`
+    format: str
+    identity: Identity
+    writes: bool  # False: the operation only reads it
+
+
+class PatchRecord(NamedTuple):
+    """Metadata bytes changed by a step. `before` is None for space that nobody referenced."""
+
+    image: int
+    offset: int
+    before: bytes | None
+    after: bytes
+
+
+class MoveRecord(NamedTuple):
+    """Guest data written in place. `source` is the guest offset it comes from; None writes zeroes."""
+
+    image: int
+    offset: int
+    length: int
+    source: int | None
+
+
+class FreshRecord(NamedTuple):
+    """Guest data written into space that nobody references; `digests`: BLAKE3-256 of each started 64 KiB, joined."""
+
+    image: int
+    offset: int
+    length: int
+    digests: bytes
+
+
+class BeforeRecord(NamedTuple):
+    """Where a live range's bytes before the step are kept. `undo` None: it read as zeroes; `hole`: it was one."""
+
+    image: int
+    offset: int
+    length: int
+    undo: int | None  # offset in the undo file
+    hole: bool
+    digest: bytes  # BLAKE3-256 of the bytes in the undo file; empty where `undo` is None
+
+
+class LengthRecord(NamedTuple):
+    """A file length that a step relies on."""
+
+    image: int
+    before: int
+    after: int
+
+
+@dataclass(frozen=True, slots=True)
+class Declared:
+    """An operation is about to begin. Nothing has been touched."""
+
+    operation: str  # unique id, 32 hexadecimal digits
+    command: str  # "commit", "convert", …
+    arguments: tuple[str, ...]  # the command line, without secrets
+    version: str  # safeimg's
+    owner: Owner
+    images: tuple[ImageRecord, ...]
+    time: float
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """The pointers of all participants are durable; from here on images may change."""
+
+    settings: dict[str, Any]  # what the operation needs to go on, JSON-like
+    lengths: tuple[int, ...]  # file length of each image
+    undo: bool  # before-images of data are kept
+    created: tuple[int, ...]  # images that rollback removes: they did not exist, or were overwritten wholly
+    total: int  # guest bytes to process, for progress
+    time: float
+
+
+@dataclass(frozen=True, slots=True)
+class Observed:
+    """How the images that are only read look, after their fences are durable. Replaces the identities declared."""
+
+    identities: tuple[tuple[int, Identity], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class StepPrepared:
+    """Everything needed to take the step back is durable once this is."""
+
+    number: int
+    name: str  # "fence", "data", "grow", "empty", "free", …
+    allocate: tuple[PatchRecord, ...] = ()
+    link: tuple[PatchRecord, ...] = ()
+    moves: tuple[MoveRecord, ...] = ()
+    fresh: tuple[FreshRecord, ...] = ()
+    before: tuple[BeforeRecord, ...] = ()
+    lengths: tuple[LengthRecord, ...] = ()
+    cursor: Any = None  # where the next step starts, JSON-like
+    done: int = 0  # guest bytes processed when this step is applied
+    time: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class StepApplied:
+    """All of the step is durable. `digests`: for each in-place move with a source, of each started 64 KiB, joined."""
+
+    number: int
+    digests: tuple[bytes, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class PointOfNoReturn:
+    """The next step cannot be taken back: from here only resume settles."""
+
+    number: int  # of that step
+    time: float
+
+
+@dataclass(frozen=True, slots=True)
+class Paused:
+    """The owner stopped at a step boundary (a signal, a full disk), with everything so far durable."""
+
+    reason: str
+    time: float
+
+
+@dataclass(frozen=True, slots=True)
+class RecoveryStarted:
+    """Somebody settles the operation. Durable before anything is written on its account."""
+
+    action: str  # "resume", "rollback"
+    owner: Owner
+    time: float
+
+
+@dataclass(frozen=True, slots=True)
+class TakingBack:
+    """The step is being undone: its ranges may hold before or after. Durable before the first write."""
+
+    number: int
+
+
+@dataclass(frozen=True, slots=True)
+class TakenBack:
+    """The step never happened, and that is durable."""
+
+    number: int
+
+
+class FinishRecord(NamedTuple):
+    """A patch made after the outcome is decided, such as taking a fence down."""
+
+    image: int
+    offset: int
+    before: bytes
+    after: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Completed:
+    """The operation is done; what remains is `finish` and tidying up."""
+
+    finish: tuple[FinishRecord, ...]
+    time: float
+
+
+@dataclass(frozen=True, slots=True)
+class RolledBack:
+    """Every image is as it was before; what remains is tidying up. `lost`: what could not be restored, a line each."""
+
+    lost: tuple[str, ...]
+    time: float
+
+
+@dataclass(frozen=True, slots=True)
+class Abandoned:
+    """The user gave the operation up; the images stay as they are."""
+
+    reason: str
+    time: float
+    finish: tuple[FinishRecord, ...] = field(default=())
+
+
+Event = (
+    Declared | Started | Observed | StepPrepared | StepApplied | PointOfNoReturn | Paused | RecoveryStarted
+    | TakingBack | TakenBack | Completed | RolledBack | Abandoned
+)

@@ -1,0 +1,49 @@
+"""An operation is a generator of steps; the engine makes any operation's steps durable (DESIGN, "The step protocol")."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+from safeimg.drivers.formats.api import Changes
+
+
+class Move(NamedTuple):
+    """Guest data written in place: `length` bytes at guest offset `source` (None: zeroes) to `offset` of the file."""
+
+    image: int
+    offset: int
+    length: int
+    source: int | None
+
+
+class Written(NamedTuple):
+    """Guest data that the generator has already written into fresh space; BLAKE3-256 of each started 64 KiB, joined."""
+
+    image: int
+    offset: int
+    length: int
+    digests: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """The unit of durability. Images by index: 0 is the home image."""
+
+    name: str
+    cursor: Any  # where the next step starts, JSON-like
+    done: int  # guest bytes processed once this step is applied
+    fresh: Sequence[Written] = ()
+    moves: Sequence[Move] = ()
+    changes: Sequence[tuple[int, Changes]] = ()
+    no_return: bool = False  # the first step that cannot be taken back
+
+
+class Operation(Protocol):
+    """What a command does, as steps that can be started anywhere."""
+
+    def steps(self, cursor: Any | None) -> AsyncIterator[Step]:
+        """Yields steps from `cursor` (None: the beginning). When resumed the images on disk hold exactly the steps
+        before the cursor. The engine applies each step before it asks for the next."""
+        ...
