@@ -37,7 +37,9 @@ class Step:
     fresh: Sequence[Written] = ()
     moves: Sequence[Move] = ()
     changes: Sequence[tuple[int, Changes]] = ()
-    no_return: bool = False  # the first step that cannot be taken back
+    no_return: bool = False  # this step and those after it cannot be taken back
+    truncate: Sequence[tuple[int, int]] = ()  # (image, length), once the step is durable; only with `no_return`
+    discard: Sequence[tuple[int, int, int]] = ()  # (image, offset, length), best effort, once all is completed
 
 
 class Operation(Protocol):

@@ -6,12 +6,12 @@ Drivers are plain synchronous code over `storage.api.File`. Offsets and lengths 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import NamedTuple, Protocol
 
-from safeimg.drivers.storage.api import Buffer, File
+from safeimg.drivers.storage.api import Buffer, File, FileSystem
 
 
 class Kind(Enum):
@@ -151,6 +151,62 @@ class Planner(Protocol):
 
     def freed(self) -> Sequence[tuple[int, int]]:
         """Host ranges (offset, length) that nobody references once `release` is durable: may be discarded."""
+        ...
+
+    def empty(self) -> Changes:
+        """Makes every guest range unallocated by one switch: new structures in unreferenced space, then one sector
+        of `link`. Snapshots, bitmaps and everything else stay. A step of its own."""
+        ...
+
+    def compact(self) -> tuple[Changes, int]:
+        """After `empty`, when nothing of the old structures is needed any more: moves the metadata to the front of
+        the file by a second switch. Also the length that the file may be truncated to once that is durable."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class CreateOption:
+    """One `-o` option of a format, as `-o help` lists it."""
+
+    name: str
+    kind: str  # "size", "str", "bool", "num"
+    help: str
+    default: str | None = None
+
+
+class Driver(Protocol):
+    """A format: one module (or package) that offers these. `registry.py` lists the drivers."""
+
+    name: str
+    create_options: Sequence[CreateOption]
+
+    def probe(self, head: bytes, path: str) -> int:
+        """How sure (0 to 100) the driver is that a file with this beginning (up to 2048 bytes) is its format."""
+        ...
+
+    def open(self, file: File, *, write: bool = False, repair: bool = False) -> Image:
+        """Parses and validates the header. With `write`, refuses what must not be written (QEMU's messages).
+        Everything read from the file is checked before use; `FormatError`, `UnsupportedError`."""
+        ...
+
+    def create(self, fs: FileSystem, path: str, size: int, options: Mapping[str, str], *, cache: str = "writeback",
+               unfinished: str | None = None) -> None:
+        """Writes an empty image. `unfinished` names the command for which it is fenced until `finish`."""
+        ...
+
+    def planner(self, image: Image) -> Planner: ...
+    def fence(self, image: Image) -> Changes:
+        """Keeps writers away from a live image while it is half-changed (one sector of `link`); empty if there is
+        no such thing in this format or version."""
+        ...
+
+    def unfence(self, image: Image) -> Sequence[Patch]:
+        """Takes the fence of a live or of an unfinished image down: the patches, made from what is on disk now."""
+        ...
+
+    def check(self, image: Image) -> CheckResult: ...
+    def specific_info(self, image: Image) -> Mapping[str, object] | None:
+        """What `info` prints under "Format specific information" (the JSON's `data`)."""
         ...
 
 
