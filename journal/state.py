@@ -1,0 +1,180 @@
+"""The state of an operation: a fold over its events.
+
+A step is *solid* once `StepApplied` says that all of it is durable; it is *in flux* while it may be on disk wholly,
+partly or not at all: prepared and not yet applied, or being taken back. Steps that were taken back are gone. The
+steps in flux are always the newest ones, since steps are applied in order and taken back in reverse.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from safeimg.journal.errors import JournalError
+from safeimg.journal.events import (
+    Abandoned,
+    Completed,
+    Declared,
+    Event,
+    Identity,
+    Observed,
+    Paused,
+    PointOfNoReturn,
+    RecoveryStarted,
+    RolledBack,
+    Started,
+    StepApplied,
+    StepPrepared,
+    TakenBack,
+    TakingBack,
+)
+
+
+class UnlikelyEvents(JournalError):
+    """The events of a log contradict each other: it was not written by safeimg, or was changed since."""
+
+    def __init__(self, sequence: int, problem: str) -> None:
+        super().__init__(f"event {sequence} of the log: {problem}")
+
+
+@dataclass(slots=True)
+class LiveStep:
+    """A step that has not been taken back."""
+
+    prepared: StepPrepared
+    applied: bool = False
+    taking_back: bool = False
+    digests: tuple[bytes, ...] = ()  # of the in-place moves that have a source; empty until applied
+
+    @property
+    def in_flux(self) -> bool:
+        return self.taking_back or not self.applied
+
+
+@dataclass(slots=True)
+class OperationState:
+    """What the log says of an operation so far."""
+
+    declared: Declared
+    started: Started | None = None
+    identities: dict[int, Identity] = field(default_factory=dict)  # by image index; as declared or observed later
+    observed: frozenset[int] = frozenset()  # images whose identity was observed after `Started`
+    steps: list[LiveStep] = field(default_factory=list)  # oldest first
+    last_number: int = 0
+    no_return: int | None = None
+    paused: str | None = None
+    recovery: RecoveryStarted | None = None
+    outcome: Completed | RolledBack | Abandoned | None = None
+
+    @property
+    def cursor(self) -> Any:
+        """Where the next step starts, once the steps in flux are taken back."""
+        for step in reversed(self.steps):
+            if not step.in_flux:
+                return step.prepared.cursor
+        return None if self.started is None else self.started.settings.get("cursor")
+
+    @property
+    def done(self) -> int:
+        """Guest bytes processed by the solid steps."""
+        return max((step.prepared.done for step in self.steps if not step.in_flux), default=0)
+
+    @property
+    def rolling_back(self) -> bool:
+        """A rollback has begun: nothing else settles the operation any more."""
+        return self.recovery is not None and self.recovery.action == "rollback"
+
+    @property
+    def past_return(self) -> bool:
+        return self.no_return is not None
+
+
+def fold(events: Iterable[Event]) -> OperationState:
+    """The state after `events`. Raises `UnlikelyEvents` where an event cannot follow those before it."""
+    iterator = iter(events)
+    first = next(iterator, None)
+    if not isinstance(first, Declared):
+        raise UnlikelyEvents(0, "the first event does not declare an operation")
+    state = OperationState(first, identities={index: image.identity for index, image in enumerate(first.images)})
+    for sequence, event in enumerate(iterator, start=1):
+        problem = _apply(state, event)
+        if problem:
+            raise UnlikelyEvents(sequence, problem)
+    return state
+
+
+def _apply(state: OperationState, event: Event) -> str | None:
+    """Applies one event to `state`; the problem if it cannot follow."""
+    if state.outcome is not None:
+        return "it follows the operation's outcome"
+    if isinstance(event, Declared):
+        return "a second operation is declared"
+    if isinstance(event, Started):
+        if state.started is not None:
+            return "the operation is started twice"
+        if len(event.lengths) != len(state.declared.images):
+            return "it does not give the length of every image"
+        state.started = event
+        return None
+    if isinstance(event, RecoveryStarted):
+        if state.rolling_back and event.action != "rollback":
+            return "a resume follows a rollback that had begun"
+        state.recovery, state.paused = event, None
+        return None
+    if isinstance(event, RolledBack | Abandoned):
+        state.outcome = event
+        return None
+    if state.started is None:
+        return "it comes before the operation is started"
+    return _apply_started(state, event)
+
+
+def _apply_started(
+    state: OperationState,
+    event: Observed | StepPrepared | StepApplied | PointOfNoReturn | Paused | TakingBack | TakenBack | Completed,
+) -> str | None:
+    if isinstance(event, Observed):
+        state.identities.update(event.identities)
+        state.observed = state.observed.union(index for index, _ in event.identities)
+        return None
+    if isinstance(event, StepPrepared):
+        if state.rolling_back:
+            return "a step is prepared during a rollback"
+        if event.number <= state.last_number:
+            return f"step {event.number} is prepared after step {state.last_number}"
+        state.last_number = event.number
+        state.steps.append(LiveStep(event))
+        return None
+    if isinstance(event, PointOfNoReturn):
+        state.no_return = event.number
+        return None
+    if isinstance(event, Paused):
+        state.paused = event.reason
+        return None
+    if isinstance(event, Completed):
+        if any(step.in_flux for step in state.steps):
+            return "the operation is completed with a step in flight"
+        state.outcome = event
+        return None
+    return _apply_to_step(state, event)
+
+
+def _apply_to_step(state: OperationState, event: StepApplied | TakingBack | TakenBack) -> str | None:
+    step = next((live for live in state.steps if live.prepared.number == event.number), None)
+    if step is None:
+        return f"step {event.number} is not there"
+    if isinstance(event, StepApplied):
+        if any(live.in_flux for live in state.steps if live.prepared.number < event.number):
+            return f"step {event.number} is applied before the ones it builds on"
+        step.applied, step.digests = True, event.digests
+        return None
+    if step is not state.steps[-1]:
+        return f"step {event.number} is taken back before the ones that build on it"
+    if isinstance(event, TakingBack):
+        step.taking_back = True
+        return None
+    if not step.taking_back:
+        return f"step {event.number} is taken back without notice"
+    state.steps.pop()
+    return None
