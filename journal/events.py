@@ -91,6 +91,14 @@ class LengthRecord(NamedTuple):
     after: int
 
 
+class UnlinkedRecord(NamedTuple):
+    """A host range that loses one reference by the step; the operation's final phase frees it."""
+
+    image: int
+    offset: int
+    length: int
+
+
 @dataclass(frozen=True, slots=True)
 class Declared:
     """An operation is about to begin. Nothing has been touched."""
@@ -135,6 +143,7 @@ class StepPrepared:
     fresh: tuple[FreshRecord, ...] = ()
     before: tuple[BeforeRecord, ...] = ()
     lengths: tuple[LengthRecord, ...] = ()
+    unlinked: tuple[UnlinkedRecord, ...] = ()
     cursor: Any = None  # where the next step starts, JSON-like
     done: int = 0  # guest bytes processed when this step is applied
     time: float = 0.0

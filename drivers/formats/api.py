@@ -48,6 +48,7 @@ class Changes:
     allocate: tuple[Patch, ...] = ()
     link: tuple[Patch, ...] = ()
     length: int | None = None  # the file is made at least this long together with `allocate`
+    unlinked: tuple[tuple[int, int], ...] = ()  # host ranges (offset, length) that lose one reference: see `release`
 
     def __bool__(self) -> bool:
         return bool(self.allocate or self.link or self.length is not None)
@@ -145,8 +146,14 @@ class Planner(Protocol):
         """The changes collected since the last `take`."""
         ...
 
+    def recall(self, unlinked: Sequence[tuple[int, int]]) -> None:
+        """Tells a new planner what the operation's earlier steps unlinked (their `Changes.unlinked`, joined)."""
+        ...
+
     def release(self) -> Changes:
-        """The final phase: refcounts of everything that earlier steps unlinked go down. A step of its own."""
+        """The final phase: refcounts of everything that earlier steps unlinked go down. A step of its own.
+
+        A refcount that is zero already stays so: somebody may have run `check -r leaks` in between."""
         ...
 
     def freed(self) -> Sequence[tuple[int, int]]:
