@@ -1,0 +1,448 @@
+"""The header cluster of a qcow2 image: parsing, validation, serialising (spec: docs/interop/qcow2, "Header").
+
+Field names are the specification's; integers are big-endian on disk. Offsets and lengths are bytes. Limits are
+those QEMU enforces, and so are the messages of `FormatError.problem` and `UnsupportedError` where QEMU has one.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+from safeimg.drivers.errors import FormatError, UnsupportedError
+from safeimg.drivers.storage.api import File
+
+MAGIC = b"QFI\xfb"
+
+MIN_CLUSTER_BITS = 9
+MAX_CLUSTER_BITS = 21
+MAX_L1_BYTES = 32 << 20
+MAX_REFCOUNT_TABLE_BYTES = 8 << 20
+MAX_SNAPSHOTS = 65536
+MAX_BACKING_NAME = 1023
+MAX_BACKING_FORMAT = 15
+MAX_BITMAPS = 65535
+V2_HEADER_LENGTH = 72
+V3_MIN_HEADER_LENGTH = 104
+HEADER_LENGTH = 112  # what is written: with compression_type and its padding
+
+# incompatible_features
+DIRTY = 1 << 0
+CORRUPT = 1 << 1
+EXTERNAL_DATA_FILE = 1 << 2
+COMPRESSION_TYPE = 1 << 3
+EXTENDED_L2 = 1 << 4
+UNFINISHED = 1 << 56  # safeimg: the image is still being made; every other program must refuse it
+KNOWN_INCOMPATIBLE = DIRTY | CORRUPT | EXTERNAL_DATA_FILE | COMPRESSION_TYPE | EXTENDED_L2
+# compatible_features
+LAZY_REFCOUNTS = 1 << 0
+# autoclear_features
+BITMAPS = 1 << 0
+RAW_EXTERNAL_DATA = 1 << 1
+KNOWN_AUTOCLEAR = BITMAPS | RAW_EXTERNAL_DATA
+
+# Types of header extensions
+EXT_END = 0x00000000
+EXT_BACKING_FORMAT = 0xE2792ACA
+EXT_FEATURE_NAMES = 0x6803F857
+EXT_BITMAPS = 0x23852875
+EXT_ENCRYPTION = 0x0537BE77
+EXT_DATA_FILE = 0x44415441
+
+# compression_type
+ZLIB = 0
+ZSTD = 1
+COMPRESSION_NAMES = {ZLIB: "zlib", ZSTD: "zstd"}
+
+_V2 = struct.Struct(">4sIQIIQIIQQIIQ")
+_V3 = struct.Struct(">QQQII")
+_EXTENSION = struct.Struct(">II")
+_FEATURE = struct.Struct(">BB46s")
+_BITMAPS = struct.Struct(">IIQQ")
+
+
+class FeatureName(NamedTuple):
+    """An entry of the feature name table."""
+
+    kind: int  # 0 incompatible, 1 compatible, 2 autoclear
+    bit: int
+    name: str
+
+
+FEATURE_NAMES = (
+    FeatureName(0, 0, "dirty bit"),
+    FeatureName(0, 1, "corrupt bit"),
+    FeatureName(0, 2, "external data file"),
+    FeatureName(0, 3, "compression type"),
+    FeatureName(0, 4, "extended L2 entries"),
+    FeatureName(1, 0, "lazy refcounts"),
+    FeatureName(2, 0, "bitmaps"),
+    FeatureName(2, 1, "raw external data"),
+)
+
+
+class Extension(NamedTuple):
+    """A header extension. `data` is without padding."""
+
+    type: int
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class BitmapsExtension:
+    """Where the bitmap directory lies (spec: "Bitmaps extension")."""
+
+    nb_bitmaps: int
+    bitmap_directory_size: int
+    bitmap_directory_offset: int
+
+    def extension(self) -> Extension:
+        data = _BITMAPS.pack(self.nb_bitmaps, 0, self.bitmap_directory_size, self.bitmap_directory_offset)
+        return Extension(EXT_BITMAPS, data)
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """A valid header. Version 2 has the values that the specification assumes for it."""
+
+    version: int
+    backing_file_offset: int
+    backing_file_size: int
+    cluster_bits: int
+    size: int
+    crypt_method: int
+    l1_size: int
+    l1_table_offset: int
+    refcount_table_offset: int
+    refcount_table_clusters: int
+    nb_snapshots: int
+    snapshots_offset: int
+    incompatible_features: int = 0
+    compatible_features: int = 0
+    autoclear_features: int = 0
+    refcount_order: int = 4
+    header_length: int = HEADER_LENGTH
+    compression_type: int = ZLIB
+    unknown_fields: bytes = b""  # header bytes from 105 to `header_length`, kept as they are
+    extensions: tuple[Extension, ...] = ()  # in file order, without the end marker
+    backing_file: str | None = None  # bytes that are not UTF-8 as surrogates (os.fsdecode)
+
+    @property
+    def cluster_size(self) -> int:
+        return 1 << self.cluster_bits
+
+    @property
+    def l2_entries(self) -> int:
+        """Entries of one L2 table."""
+        return 1 << (self.cluster_bits - 3)
+
+    @property
+    def l2_coverage(self) -> int:
+        """Guest bytes that one L1 entry (one L2 table) stands for."""
+        return 1 << (2 * self.cluster_bits - 3)
+
+    @property
+    def refcount_bits(self) -> int:
+        return 1 << self.refcount_order
+
+    @property
+    def refcount_block_entries(self) -> int:
+        """Clusters that one refcount block stands for."""
+        return 1 << (self.cluster_bits + 3 - self.refcount_order)
+
+    @property
+    def refcount_table_entries(self) -> int:
+        return self.refcount_table_clusters << (self.cluster_bits - 3)
+
+    @property
+    def l1_needed(self) -> int:
+        """L1 entries that `size` needs at least; `l1_size` may be more (VM state)."""
+        return -(-self.size // self.l2_coverage)
+
+    @property
+    def max_refcount(self) -> int:
+        return (1 << self.refcount_bits) - 1
+
+    @property
+    def is_dirty(self) -> bool:
+        return bool(self.incompatible_features & DIRTY)
+
+    @property
+    def is_corrupt(self) -> bool:
+        return bool(self.incompatible_features & CORRUPT)
+
+    @property
+    def lazy_refcounts(self) -> bool:
+        return bool(self.compatible_features & LAZY_REFCOUNTS)
+
+    def extension(self, kind: int) -> bytes | None:
+        """Data of the last extension of this type (as QEMU, should there be several), or None."""
+        for extension in reversed(self.extensions):
+            if extension.type == kind:
+                return extension.data
+        return None
+
+    def with_extension(self, extension: Extension | None, kind: int) -> Header:
+        """This header with the extension of type `kind` replaced where it is, or added, or removed (None)."""
+        kept: list[Extension] = []
+        for old in self.extensions:
+            if old.type != kind:
+                kept.append(old)
+            elif extension is not None:
+                kept.append(extension)
+                extension = None
+        if extension is not None:
+            kept.append(extension)
+        return replace(self, extensions=tuple(kept))
+
+    @property
+    def backing_format(self) -> str | None:
+        data = self.extension(EXT_BACKING_FORMAT)
+        return None if data is None else _text(data)
+
+    @property
+    def bitmaps(self) -> BitmapsExtension | None:
+        """The bitmaps extension if it is there and consistent (its autoclear bit is set)."""
+        data = self.extension(EXT_BITMAPS)
+        if data is None or not self.autoclear_features & BITMAPS:
+            return None
+        nb_bitmaps, _reserved, size, offset = _BITMAPS.unpack(data)
+        return BitmapsExtension(nb_bitmaps, size, offset)
+
+    @property
+    def feature_names(self) -> tuple[FeatureName, ...]:
+        return parse_feature_names(self.extension(EXT_FEATURE_NAMES) or b"")
+
+
+def parse_feature_names(data: bytes) -> tuple[FeatureName, ...]:
+    """The entries of a feature name table; a last one that is cut short is completed with zeroes."""
+    padded = data + bytes(-len(data) % _FEATURE.size)
+    return tuple(FeatureName(kind, bit, _text(name)) for kind, bit, name in _FEATURE.iter_unpack(padded))
+
+
+def feature_name_table(names: tuple[FeatureName, ...] = FEATURE_NAMES) -> Extension:
+    data = b"".join(_FEATURE.pack(kind, bit, name.encode()) for kind, bit, name in names)
+    return Extension(EXT_FEATURE_NAMES, data)
+
+
+def parse_header(file: File) -> Header:
+    """Reads and validates the header of an image.
+
+    Raises `FormatError` for what the specification or QEMU does not allow, and `UnsupportedError` for
+    incompatible features that are unknown and for those that safeimg does not handle. The dirty and corrupt bits
+    are no errors here, nor are tables past the end of the file (`check` reports them, reading them fails).
+    """
+    path = file.path
+    head = file.pread(0, 512)
+    if head[:4] != MAGIC:
+        raise FormatError(path, "Image is not in qcow2 format")
+    if len(head) >= 8 and (version := int.from_bytes(head[4:8], "big")) not in (2, 3):
+        raise UnsupportedError(f"Unsupported qcow2 version {version}")
+    if len(head) < V2_HEADER_LENGTH:
+        raise FormatError(path, "qcow2 header too short")
+    cluster_bits = int.from_bytes(head[20:24], "big")
+    if not MIN_CLUSTER_BITS <= cluster_bits <= MAX_CLUSTER_BITS:
+        raise FormatError(path, f"Unsupported cluster size: 2^{cluster_bits}")
+    if len(head) == 512 and cluster_bits > 9:
+        head += file.pread(512, (1 << cluster_bits) - 512)
+    return parse_header_cluster(head, path)
+
+
+def parse_header_cluster(head: bytes, path: str) -> Header:
+    """Parses the first cluster of an image (less if the file is shorter). Raises as `parse_header`."""
+    if head[:4] != MAGIC:
+        raise FormatError(path, "Image is not in qcow2 format")
+    if len(head) < V2_HEADER_LENGTH:
+        raise FormatError(path, "qcow2 header too short")
+    fields = _V2.unpack_from(head)[1:]
+    version, backing_offset, backing_size, cluster_bits, size, crypt_method, l1_size = fields[:7]
+    l1_table_offset, reftable_offset, reftable_clusters, nb_snapshots, snapshots_offset = fields[7:]
+    if version not in (2, 3):
+        raise UnsupportedError(f"Unsupported qcow2 version {version}")
+    if not MIN_CLUSTER_BITS <= cluster_bits <= MAX_CLUSTER_BITS:
+        raise FormatError(path, f"Unsupported cluster size: 2^{cluster_bits}")
+    cluster_size = 1 << cluster_bits
+    incompatible = compatible = autoclear = 0
+    refcount_order, header_length, compression_type, unknown = 4, V2_HEADER_LENGTH, ZLIB, b""
+    if version == 3:
+        if len(head) < V3_MIN_HEADER_LENGTH:
+            raise FormatError(path, "qcow2 header too short")
+        v3_fields = _V3.unpack_from(head, V2_HEADER_LENGTH)
+        incompatible, compatible, autoclear, refcount_order, header_length = v3_fields
+        if header_length < V3_MIN_HEADER_LENGTH:
+            raise FormatError(path, "qcow2 header too short")
+        if header_length > cluster_size:
+            raise FormatError(path, "qcow2 header exceeds cluster size")
+        beyond = head[V3_MIN_HEADER_LENGTH:header_length].ljust(header_length - V3_MIN_HEADER_LENGTH, b"\0")
+        compression_type = beyond[0] if beyond else ZLIB
+        unknown = beyond[1:]
+    if backing_offset > cluster_size:
+        raise FormatError(path, "Invalid backing file offset")
+    extensions_end = min(len(head), backing_offset or cluster_size)
+    unknown_bits = incompatible & ~KNOWN_INCOMPATIBLE
+    if unknown_bits:
+        raise UnsupportedError(_unsupported(head[:extensions_end], header_length, unknown_bits))
+    _check_compression(path, compression_type, bool(incompatible & COMPRESSION_TYPE))
+    if refcount_order > 6:
+        raise FormatError(path, "Reference count entry width too large; may not exceed 64 bits")
+    if crypt_method > 2:
+        raise FormatError(path, f"Unsupported encryption method {crypt_method}")
+    header = Header(
+        version, backing_offset, backing_size, cluster_bits, size, crypt_method, l1_size, l1_table_offset,
+        reftable_offset, reftable_clusters, nb_snapshots, snapshots_offset, incompatible, compatible, autoclear,
+        refcount_order, header_length, compression_type, unknown,
+    )
+    _check_tables(path, header)
+    # A backing name in front of the extensions leaves no room for any.
+    limit = max(header_length, backing_offset or cluster_size)
+    extensions = _parse_extensions(path, head, header_length, limit, crypt_method)
+    backing_file = None
+    if backing_offset:
+        if backing_size > min(MAX_BACKING_NAME, cluster_size - backing_offset):
+            raise FormatError(path, "Backing file name too long")
+        name = head[backing_offset:backing_offset + backing_size]
+        backing_file = os.fsdecode(name.split(b"\0", 1)[0]) or None
+    header = replace(header, extensions=extensions, backing_file=backing_file)
+    if crypt_method:
+        raise UnsupportedError("Encrypted qcow2 images are not supported yet")
+    if incompatible & EXTERNAL_DATA_FILE:
+        raise UnsupportedError("qcow2 images with an external data file are not supported yet")
+    if incompatible & EXTENDED_L2:
+        raise UnsupportedError("qcow2 images with extended L2 entries are not supported yet")
+    return header
+
+
+def serialise(header: Header) -> bytes:
+    """The whole header cluster (`cluster_size` bytes) for `header`.
+
+    The backing file name goes right behind the extensions: `backing_file_offset` and `backing_file_size` of the
+    result follow from that, not from the fields. Raises `FormatError` if it does not all fit into a cluster.
+    """
+    if header.version == 2:
+        header_length = V2_HEADER_LENGTH
+    elif header.compression_type:
+        header_length = max(header.header_length, HEADER_LENGTH)
+    else:
+        header_length = header.header_length
+    extensions = b"".join(map(serialise_extension, (*header.extensions, Extension(EXT_END, b""))))
+    name = os.fsencode(header.backing_file) if header.backing_file is not None else b""
+    backing_offset = header_length + len(extensions) if name else 0
+    out = bytearray(
+        _V2.pack(
+            MAGIC, header.version, backing_offset, len(name), header.cluster_bits, header.size,
+            header.crypt_method, header.l1_size, header.l1_table_offset, header.refcount_table_offset,
+            header.refcount_table_clusters, header.nb_snapshots, header.snapshots_offset,
+        )
+    )
+    if header.version == 3:
+        out += _V3.pack(
+            header.incompatible_features, header.compatible_features, header.autoclear_features,
+            header.refcount_order, header_length,
+        )
+        beyond = bytes([header.compression_type]) + header.unknown_fields
+        out += beyond.ljust(header_length - len(out), b"\0")[:header_length - len(out)]
+    out += extensions
+    out += name
+    if len(out) > header.cluster_size or len(name) > MAX_BACKING_NAME:
+        raise FormatError(
+            "qcow2 header", f"{len(out)} bytes of header and extensions do not fit into {header.cluster_size}"
+        )
+    return bytes(out.ljust(header.cluster_size, b"\0"))
+
+
+def serialise_extension(extension: Extension) -> bytes:
+    """An extension as stored: type, length, data, padding to a multiple of 8."""
+    data = extension.data
+    return _EXTENSION.pack(extension.type, len(data)) + data + bytes(-len(data) % 8)
+
+
+def _text(data: bytes) -> str:
+    return os.fsdecode(data.split(b"\0", 1)[0])
+
+
+def _check_compression(path: str, compression_type: int, flagged: bool) -> None:
+    if compression_type not in COMPRESSION_NAMES:
+        raise UnsupportedError(f"qcow2: unknown compression type: {compression_type}")
+    if compression_type != ZLIB and not flagged:
+        raise FormatError(path, "qcow2: Compression type incompatible feature bit must be set")
+    if compression_type == ZLIB and flagged:
+        raise FormatError(path, "qcow2: Compression type incompatible feature bit must not be set")
+
+
+def _check_tables(path: str, header: Header) -> None:
+    if header.refcount_table_clusters == 0:
+        raise FormatError(path, "Image does not contain a reference count table")
+    refcount_table_bytes = header.refcount_table_clusters << header.cluster_bits
+    _check_table(path, header, "Reference count table", header.refcount_table_offset, refcount_table_bytes,
+                 MAX_REFCOUNT_TABLE_BYTES)
+    # A snapshot table entry has at least 40 bytes.
+    if header.nb_snapshots > MAX_SNAPSHOTS:
+        raise FormatError(path, "Snapshot table too large")
+    _check_table(path, header, "Snapshot table", header.snapshots_offset, 40 * header.nb_snapshots, 1 << 62)
+    _check_table(path, header, "Active L1 table", header.l1_table_offset, 8 * header.l1_size, MAX_L1_BYTES)
+    if header.size >= 1 << 63 or header.l1_needed > 0x7FFFFFFF:
+        raise FormatError(path, "Image is too big")
+    if header.l1_size < header.l1_needed:
+        raise FormatError(path, "L1 table is too small")
+
+
+def _check_table(path: str, header: Header, name: str, offset: int, length: int, limit: int) -> None:
+    if length > limit:
+        raise FormatError(path, f"{name} too large")
+    if offset % header.cluster_size or offset + length >= 1 << 63:
+        raise FormatError(path, f"{name} offset invalid")
+
+
+def _unsupported(head: bytes, offset: int, bits: int) -> str:
+    """QEMU's message for incompatible features that are unknown; names come from the image's own table."""
+    names = []
+    table: tuple[FeatureName, ...] = ()
+    while offset + _EXTENSION.size <= len(head):
+        kind, length = _EXTENSION.unpack_from(head, offset)
+        offset += _EXTENSION.size
+        if kind == EXT_END or offset + length > len(head):
+            break
+        if kind == EXT_FEATURE_NAMES:
+            table = parse_feature_names(head[offset:offset + length])
+        offset += -(-length // 8) * 8
+    for entry in table:
+        if entry.kind == 0 and entry.bit < 64 and bits >> entry.bit & 1:
+            names.append(entry.name)
+            bits &= ~(1 << entry.bit)
+    if bits:
+        names.append(f"Unknown incompatible feature: {bits:x}")
+    return f"Unsupported qcow2 feature(s): {', '.join(names)}"
+
+
+def _parse_extensions(
+    path: str, head: bytes, offset: int, limit: int, crypt_method: int
+) -> tuple[Extension, ...]:
+    """Extensions between `offset` and `limit`; `head` may end earlier, what is missing reads as zeroes."""
+    extensions: list[Extension] = []
+    while offset < limit:
+        if offset + _EXTENSION.size > len(head):
+            break
+        kind, length = _EXTENSION.unpack_from(head, offset)
+        if kind == EXT_END:
+            break
+        start = offset + _EXTENSION.size
+        if start > limit or length > limit - start:
+            raise FormatError(path, "Header extension too large")
+        data = head[start:start + length].ljust(length, b"\0")
+        _check_extension(path, kind, data, crypt_method)
+        extensions.append(Extension(kind, data))
+        offset = start + -(-length // 8) * 8
+    return tuple(extensions)
+
+
+def _check_extension(path: str, kind: int, data: bytes, crypt_method: int) -> None:
+    length = len(data)
+    if kind == EXT_BACKING_FORMAT and length > MAX_BACKING_FORMAT:
+        limit = MAX_BACKING_FORMAT + 1
+        raise FormatError(path, f"ERROR: ext_backing_format: len={length} too large (>={limit})")
+    if kind == EXT_ENCRYPTION and crypt_method != 2:
+        raise FormatError(path, "CRYPTO header extension only expected with LUKS encryption method")
+    if kind == EXT_BITMAPS and length != _BITMAPS.size:
+        raise FormatError(path, "bitmaps_ext: Invalid extension length")
