@@ -1,0 +1,232 @@
+"""commit: the changes of an overlay, and of every layer down to a base, go into the base.
+
+The home image is the base: it is written in place, and the overlay may be deleted by the user. Phases, in order:
+
+    fence     nobody writes to the base or to the layers above it any more
+    bitmaps   enabled persistent bitmaps of the base get the bits of everything that will change (hazard 11)
+    grow      a base smaller than the top: what its own backing image would expose is zeroed, then the size (hazard 12)
+    data      per range: fresh clusters in the base, or in place where the base's cluster is its own
+    release   what the fresh clusters replaced loses its reference
+    empty     the top image forgets its clusters by one switch (not with `drop`); the last step that can be taken back
+    compact, trim   the emptied file gets small; behind the point of no return
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from safeimg.drivers.formats.api import Image, Kind, Patch, Placement, Planner
+from safeimg.drivers.formats.registry import driver_of
+from safeimg.drivers.transfer.copy import copy_fresh
+from safeimg.drivers.transfer.core import Transfer
+from safeimg.drivers.transfer.view import View
+from safeimg.ops.steps import Move, Step, Written
+
+STEP_BYTES = 256 << 20
+STEP_CLUSTERS = 1 << 16  # bounds the metadata of a step where clusters are tiny
+PHASES = ("fence", "bitmaps", "grow", "data", "release", "empty", "compact", "trim", "end")
+
+
+@dataclass
+class _Batch:
+    """What one data step collects before it is yielded."""
+
+    moves: list[Move] = field(default_factory=list)
+    fresh: list[Placement] = field(default_factory=list)
+    cost: int = 0
+
+    def in_place(self, offset: int, length: int, source: int | None) -> None:
+        last = self.moves[-1] if self.moves else None
+        if last is not None and last.offset + last.length == offset and _continues(last, source):
+            self.moves[-1] = last._replace(length=last.length + length)
+        else:
+            self.moves.append(Move(0, offset, length, source))
+        self.cost += length
+
+
+def _continues(last: Move, source: int | None) -> bool:
+    if last.source is None or source is None:
+        return last.source is source
+    return last.source + last.length == source
+
+
+def _advance(
+    done: int, current: tuple[int, int, bool], covered: int, ranges: Iterator[tuple[int, int, bool]]
+) -> tuple[int, tuple[int, int, bool] | None]:
+    """Bytes done, and the first range left, once everything before `covered` is done."""
+    following: tuple[int, int, bool] | None = current
+    while following is not None:
+        start, length, zero = following
+        if start + length > covered:
+            first = max(start, covered)
+            return done + first - start, (first, start + length - first, zero)
+        done += length
+        following = next(ranges, None)
+    return done, None
+
+
+class Commit:
+    """The steps of a commit. `layers`: the chain from the top image on, base and its own backing images included.
+
+    `base`: index of the base in `layers`. Images by index in steps: 0 is the base, 1 the top, 2… those between."""
+
+    def __init__(
+        self,
+        layers: Sequence[Image],
+        base: int,
+        transfer: Transfer,
+        *,
+        drop: bool,
+        unlinked: Sequence[tuple[int, int]] = (),
+        step_bytes: int = STEP_BYTES,
+    ) -> None:
+        self._layers = layers
+        self._base_index = base
+        self._base = layers[base]
+        self._top = layers[0]
+        self._transfer = transfer
+        self._drop = drop
+        self._planner: Planner = driver_of(self._base).planner(self._base)
+        self._planner.recall(unlinked)
+        self._cluster = self._planner.cluster_size
+        self._budget = max(min(step_bytes, STEP_CLUSTERS * self._cluster), self._cluster)
+        self.view = View(layers, size=max(self._top.size, self._base.size), floor=base)
+        self.images: tuple[Image, ...] = (self._base, *layers[:base])
+
+    def total(self) -> int:
+        """Guest bytes that the layers above the base hold."""
+        return sum(length for _, length, _ in self._above(0))
+
+    def finish(self) -> Sequence[tuple[int, Patch]]:
+        """Takes the fences down."""
+        return tuple(
+            (index, patch) for index, image in enumerate(self.images) for patch in driver_of(image).unfence(image)
+        )
+
+    def discards(self) -> Sequence[tuple[int, int, int]]:
+        """Space that nobody uses any more: (image, offset, length)."""
+        return tuple((0, offset, length) for offset, length in self._planner.freed())
+
+    async def steps(self, cursor: Any | None) -> AsyncIterator[Step]:
+        phase = "fence" if cursor is None else cursor["phase"]
+        for name in PHASES[PHASES.index(phase) : -1]:
+            run = getattr(self, f"_{name}")
+            async for step in run(cursor if name == phase and cursor is not None else {"phase": name}):
+                yield step
+
+    async def _fence(self, cursor: dict[str, Any]) -> AsyncIterator[Step]:
+        changes = [(index, driver_of(image).fence(image)) for index, image in enumerate(self.images)]
+        yield Step("fence", {"phase": "bitmaps"}, 0, changes=[pair for pair in changes if pair[1]])
+
+    async def _bitmaps(self, cursor: dict[str, Any]) -> AsyncIterator[Step]:
+        for changes in self._planner.mark_dirty([(start, length) for start, length, _ in self._above(0)]):
+            yield Step("bitmaps", {"phase": "bitmaps"}, 0, changes=[(0, changes)])
+
+    async def _grow(self, cursor: dict[str, Any]) -> AsyncIterator[Step]:
+        """Zeroes what the base's backing image would expose, in space the guest cannot see yet, then grows."""
+        old, new = self._base.size, self._top.size
+        if new <= old:
+            return
+        below = self._layers[self._base_index + 1 :]
+        exposed = min(new, below[0].size) if below else old
+        for changes in self._planner.enlarge(new):
+            yield Step("grow", {"phase": "grow"}, 0, changes=[(0, changes)])
+        inside = View(self._layers[self._base_index :], size=old)
+        position = old
+        while position < exposed:
+            length = min(exposed - position, self._budget)
+            async for step in self._reserve({"phase": "grow"}, 0, length // self._cluster + 2):
+                yield step
+            batch = _Batch()
+            self._plan(batch, position, length, zero=True)
+            fresh = await self._copy(inside, batch)
+            yield Step("zero", {"phase": "grow"}, 0, fresh, batch.moves, [(0, self._planner.take())])
+            position += length
+        yield Step("size", {"phase": "data", "at": 0, "done": 0}, 0, changes=[(0, self._planner.resize(new))])
+
+    async def _data(self, cursor: dict[str, Any]) -> AsyncIterator[Step]:
+        at, done = cursor.get("at", 0), cursor.get("done", 0)
+        clusters = sum(length // self._cluster + 2 for _, length, _ in self._above(at))
+        ranges = self._above(at)
+        current = next(ranges, None)
+        here = {"phase": "data", "at": at, "done": done}
+        while current is not None:
+            async for step in self._reserve(here, done, min(clusters, self._budget // self._cluster + 2)):
+                yield step
+            batch = _Batch()
+            while current is not None and batch.cost < self._budget:
+                start, length, zero = current
+                length = self._cut(start, length, self._budget - batch.cost)
+                covered = self._plan(batch, start, length, zero=zero)
+                done, current = _advance(done, current, covered, ranges)
+            here = {"phase": "data", "at": self.view.size if current is None else current[0], "done": done}
+            fresh = await self._copy(self.view, batch)
+            yield Step("data", here, done, fresh, batch.moves, [(0, self._planner.take())])
+
+    async def _reserve(self, cursor: Any, done: int, clusters: int) -> AsyncIterator[Step]:
+        """A step that makes room in the metadata, where needed: each cluster may want an L2 table of its own."""
+        changes = self._planner.reserve(2 * clusters + 2)
+        if changes:
+            yield Step("reserve", cursor, done, changes=[(0, changes)])
+
+    async def _copy(self, view: View, batch: _Batch) -> list[Written]:
+        copied = await copy_fresh(
+            self._transfer, view, self._base.file, batch.fresh, cluster_size=self._cluster
+        )
+        return [Written(0, *piece) for piece in copied]
+
+    def _plan(self, batch: _Batch, start: int, length: int, *, zero: bool) -> int:
+        """Places one range. The end of what is covered: fresh clusters are filled wholly, from the view."""
+        covered = start + length
+        places = self._planner.zero(start, length) if zero else self._planner.place(start, length)
+        for place in places:
+            if place.fresh:
+                batch.fresh.append(place)
+                batch.cost += place.length
+                covered = max(covered, place.start + place.length)
+            else:
+                batch.in_place(place.offset, place.length, None if zero else place.start)
+        return covered
+
+    def _cut(self, start: int, length: int, budget: int) -> int:
+        """At most about `budget` bytes of a range, up to a cluster's end."""
+        end = (start + max(budget, 1) + self._cluster - 1) // self._cluster * self._cluster
+        return min(length, end - start)
+
+    async def _release(self, cursor: dict[str, Any]) -> AsyncIterator[Step]:
+        changes = self._planner.release()
+        if changes:
+            yield Step("release", {"phase": "empty"}, self.total(), changes=[(0, changes)])
+
+    async def _empty(self, cursor: dict[str, Any]) -> AsyncIterator[Step]:
+        if not self._drop:
+            changes = driver_of(self._top).planner(self._top).empty()
+            yield Step("empty", {"phase": "compact"}, self.total(), changes=[(1, changes)])
+
+    async def _compact(self, cursor: dict[str, Any]) -> AsyncIterator[Step]:
+        if not self._drop:
+            changes, length = driver_of(self._top).planner(self._top).compact()
+            yield Step("compact", {"phase": "trim", "length": length}, 0, changes=[(1, changes)], no_return=True)
+            yield Step("trim", {"phase": "end"}, 0, truncate=[(1, length)], no_return=True)
+
+    async def _trim(self, cursor: dict[str, Any]) -> AsyncIterator[Step]:
+        if "length" in cursor:  # only when resumed between the two: `_compact` yields both
+            yield Step("trim", {"phase": "end"}, 0, truncate=[(1, cursor["length"])], no_return=True)
+
+    def _above(self, start: int) -> Iterator[tuple[int, int, bool]]:
+        """Guest ranges that the layers above the base hold: start, length, and whether they read as zeroes."""
+        held: tuple[int, int, bool] | None = None
+        for layer, extent in self.view.extents(start, self._top.size - start):
+            if layer >= self._base_index or extent.kind is Kind.UNALLOCATED:
+                continue
+            zero = extent.kind is Kind.ZERO
+            if held is not None and held[0] + held[1] == extent.start and held[2] is zero:
+                held = (held[0], held[1] + extent.length, zero)
+                continue
+            if held is not None:
+                yield held
+            held = (extent.start, extent.length, zero)
+        if held is not None:
+            yield held

@@ -1,0 +1,216 @@
+"""The engine: makes the steps of any operation durable, in the order that crash safety asks for.
+
+For step n, with `|` where something is synced before the next thing is written::
+
+    before-images → undo file, StepPrepared(n) → log
+    | log, undo file
+    fresh data (already written by the generator), allocate patches → images
+    | images, which covers the in-place data and links of step n-1 as well: StepApplied(n-1) → log, unsynced
+    in-place data, link patches → images
+
+so that the steady state is one sync of the journal and one of each image a step. A step that cannot be taken back
+begins only when everything before it is solid, and that is on record.
+
+After a failed sync nothing more is written and nothing is recorded as applied: pages may be marked clean though lost.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import trio
+
+from safeimg.drivers.errors import StorageError, SyncFailed
+from safeimg.drivers.formats.api import Changes, Patch
+from safeimg.drivers.storage.api import File
+from safeimg.drivers.transfer.copy import write_moves
+from safeimg.drivers.transfer.core import Transfer
+from safeimg.drivers.transfer.view import View
+from safeimg.journal.events import (
+    BeforeRecord,
+    LengthRecord,
+    Observed,
+    Paused,
+    PointOfNoReturn,
+    StepApplied,
+    StepPrepared,
+    UnlinkedRecord,
+)
+from safeimg.ops.errors import OperationPaused
+from safeimg.ops.moving import save_before
+from safeimg.ops.records import fresh_record, move_record, patch_record
+from safeimg.ops.session import Session
+from safeimg.ops.steps import Operation, Step
+
+
+class Engine:
+    """Runs one operation's steps on its images.
+
+    `files`: the images' files by index, home first. `view`: the guest content that moves copy. `session`: the
+    journal; None where there is none (`--no-journal`, and the first second of an operation on a new file): then the
+    steps are applied in the same order, with their syncs, and cannot be taken back.
+    """
+
+    def __init__(
+        self,
+        files: Sequence[File],
+        view: View | None,
+        transfer: Transfer,
+        session: Session | None,
+        *,
+        stop: Callable[[], str | None] = lambda: None,
+    ) -> None:
+        self._files = files
+        self._view = view
+        self._transfer = transfer
+        self._session = session
+        self._stop = stop
+        self._dirty: set[int] = set()
+        self._unconfirmed: StepApplied | None = None
+        self._number = 0 if session is None else session.state.last_number
+        self._no_return = session is not None and session.state.past_return
+
+    async def run(self, operation: Operation, cursor: Any | None) -> None:
+        """Applies all steps from `cursor` on; everything is durable when this returns.
+
+        Raises `OperationPaused` when asked to stop, or when a step failed in a way that can be settled later."""
+        try:
+            async for step in operation.steps(cursor):
+                await self.apply(step)
+                reason = self._stop()
+                if reason is not None:
+                    await trio.to_thread.run_sync(self._pause, reason)
+                    raise OperationPaused(reason)
+            await trio.to_thread.run_sync(self.barrier)
+        except StorageError as error:
+            self._note_failure(error)
+            raise
+
+    async def apply(self, step: Step) -> None:
+        """Makes one step durable up to its links, which the next step's sync or `barrier` covers."""
+        self._number += 1
+        if step.no_return:
+            await trio.to_thread.run_sync(self._pass_no_return)
+        if self._session is not None:
+            await self._prepare(step, self._session)
+        await trio.to_thread.run_sync(self._allocate, step)
+        self._dirty.update(written.image for written in step.fresh)
+        await trio.to_thread.run_sync(self._sync_images)
+        digests = await self._move(step)
+        self._dirty.update(move.image for move in step.moves)
+        for image, changes in step.changes:
+            self._patch(image, changes.link)
+        self._unconfirmed = StepApplied(self._number, digests)
+        if step.name == "fence" or step.truncate:
+            await trio.to_thread.run_sync(self._finish_alone, step)
+
+    def barrier(self) -> None:
+        """Everything applied so far becomes durable, and is recorded as such."""
+        self._sync_images()
+        if self._session is not None:
+            self._session.sync()
+
+    async def _prepare(self, step: Step, session: Session) -> None:
+        """What it takes to take the step back, durable before the step is begun."""
+        before: tuple[BeforeRecord, ...] = ()
+        if session.undo is not None and step.moves:
+            before = await save_before(self._transfer, step.moves, self._files, session.undo)
+        session.record(
+            StepPrepared(
+                number=self._number,
+                name=step.name,
+                allocate=tuple(patch_record(i, patch) for i, changes in step.changes for patch in changes.allocate),
+                link=tuple(patch_record(i, patch) for i, changes in step.changes for patch in changes.link),
+                moves=tuple(move_record(move) for move in step.moves),
+                fresh=tuple(fresh_record(written) for written in step.fresh),
+                before=before,
+                lengths=tuple(self._lengths(step)),
+                unlinked=tuple(
+                    UnlinkedRecord(i, offset, length)
+                    for i, changes in step.changes
+                    for offset, length in changes.unlinked
+                ),
+                cursor=step.cursor,
+                done=step.done,
+                time=time.time(),
+            )
+        )
+        await trio.to_thread.run_sync(session.sync)
+
+    async def _move(self, step: Step) -> tuple[bytes, ...]:
+        """Writes the step's in-place data; the digests of those moves that have a source."""
+        if not step.moves:
+            return ()
+        moves = [(self._files[move.image], move) for move in step.moves]
+        # Zeroed space stays allocated: taking the step back must work on a full disk (hazard 22).
+        made = await write_moves(self._transfer, self._view, moves, unmap=False)
+        return tuple(digests for digests, move in zip(made, step.moves, strict=True) if move.source is not None)
+
+    def _lengths(self, step: Step) -> list[LengthRecord]:
+        wanted = [(image, changes.length) for image, changes in step.changes if changes.length is not None]
+        records = []
+        for image, length in wanted:
+            before = self._files[image].length()
+            if length > before:
+                records.append(LengthRecord(image, before, length))
+        records += [LengthRecord(image, self._files[image].length(), length) for image, length in step.truncate]
+        return records
+
+    def _allocate(self, step: Step) -> None:
+        for image, changes in step.changes:
+            self._extend(image, changes)
+            self._patch(image, changes.allocate)
+
+    def _extend(self, image: int, changes: Changes) -> None:
+        file = self._files[image]
+        if changes.length is not None and changes.length > file.length():
+            file.truncate(changes.length)
+            self._dirty.add(image)
+
+    def _patch(self, image: int, patches: Sequence[Patch]) -> None:
+        for patch in patches:
+            self._files[image].pwrite(patch.offset, patch.after)
+        if patches:
+            self._dirty.add(image)
+
+    def _sync_images(self) -> None:
+        for image in sorted(self._dirty):
+            self._files[image].sync()
+        self._dirty.clear()
+        if self._unconfirmed is not None and self._session is not None:
+            self._session.record(self._unconfirmed)
+        self._unconfirmed = None
+
+    def _pass_no_return(self) -> None:
+        self._sync_images()
+        if self._session is not None and not self._no_return:
+            self._session.record(PointOfNoReturn(self._number, time.time()))
+            self._no_return = True
+
+    def _finish_alone(self, step: Step) -> None:
+        """A fence is durable, and how the fenced images look is on record, before anything relies on it; a file is
+        cut only when nothing can lead back to what lay there."""
+        self._sync_images()
+        for image, length in step.truncate:
+            self._files[image].truncate(length)
+            self._files[image].sync()
+        if step.name == "fence" and self._session is not None:
+            self._session.record(Observed(self._session.observe(self._files)))
+
+    def _pause(self, reason: str) -> None:
+        self.barrier()
+        if self._session is not None:
+            self._session.record(Paused(reason, time.time()))
+            self._session.sync()
+
+    def _note_failure(self, error: StorageError) -> None:
+        """Best effort: the reason in the log. Not after a failed sync, when nothing more is to be written."""
+        if self._session is None or isinstance(error, SyncFailed):
+            return
+        try:
+            self._session.record(Paused(str(error), time.time()))
+            self._session.sync()
+        except StorageError:
+            pass

@@ -1,0 +1,110 @@
+"""What every patched sector of an image may hold, by the log: the composite of all steps' metadata patches.
+
+Several steps may patch one sector (hazard 10), so a sector is judged against the newest values, not patch by patch::
+
+    step 1 (solid)      refcounts  .A......      the solid steps, oldest first, make the value that must be there;
+    step 2 (solid)      refcounts  .B.C....      each step in flux then adds one more value that may be there,
+    step 3 (in flux)    refcounts  .B.CD...      first with its `allocate` patches, then with its `link` patches
+
+    allowed on disk: .B.C with D's place as before, or .B.CD
+
+A disk writes 512-byte sectors whole or not at all, so every sector holds exactly one of its values. Bytes that no
+patch covers belong to others and are not compared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+from safeimg.journal.events import PatchRecord
+from safeimg.journal.state import LiveStep
+
+SECTOR = 512
+
+
+@dataclass(slots=True)
+class _Value:
+    """Bytes known of a sector: `mask` has 0xff where `data` counts."""
+
+    data: bytearray
+    mask: bytearray
+
+    def copy(self) -> _Value:
+        return _Value(bytearray(self.data), bytearray(self.mask))
+
+    def matches(self, sector: bytes) -> bool:
+        mask = int.from_bytes(self.mask, "little")
+        return (int.from_bytes(sector, "little") ^ int.from_bytes(self.data, "little")) & mask == 0
+
+
+@dataclass(slots=True)
+class Sector:
+    """The values that one sector may hold, oldest first; the last one is that after all steps."""
+
+    current: _Value = field(default_factory=lambda: _Value(bytearray(SECTOR), bytearray(SECTOR)))
+    earlier: list[_Value] = field(default_factory=list)
+
+    def write(self, start: int, before: bytes | None, after: bytes, *, in_flux: bool) -> None:
+        """Applies a patch's bytes from `start` of the sector on."""
+        end = start + len(after)
+        if in_flux:
+            old = self.current.copy()
+            if before is not None:
+                for value in (*self.earlier, old):
+                    _fill(value, start, before)
+            self.earlier.append(old)
+        self.current.data[start:end] = after
+        self.current.mask[start:end] = b"\xff" * len(after)
+
+    def allows(self, sector: bytes) -> bool:
+        return self.current.matches(sector) or any(value.matches(sector) for value in self.earlier)
+
+
+def _fill(value: _Value, start: int, known: bytes) -> None:
+    """Notes bytes of a sector's value that nothing was known of yet."""
+    for index, byte in enumerate(known, start):
+        if not value.mask[index]:
+            value.data[index] = byte
+            value.mask[index] = 0xFF
+
+
+def composite(steps: Sequence[LiveStep], image: int) -> dict[int, Sector]:
+    """The sectors of `image` that the steps (oldest first) patched, by sector number."""
+    sectors: dict[int, Sector] = {}
+    for step in steps:
+        for patch in _patches(step, image):
+            for number, start, low, high in _pieces(patch.offset, len(patch.after)):
+                sector = sectors.setdefault(number, Sector())
+                before = None if patch.before is None else patch.before[low:high]
+                sector.write(start, before, patch.after[low:high], in_flux=step.in_flux)
+    return sectors
+
+
+def _patches(step: LiveStep, image: int) -> Iterator[PatchRecord]:
+    prepared = step.prepared
+    return (patch for group in (prepared.allocate, prepared.link) for patch in group if patch.image == image)
+
+
+def _pieces(offset: int, length: int) -> Iterator[tuple[int, int, int, int]]:
+    """A range cut at sectors: sector number, offset in the sector, and the slice of the range."""
+    done = 0
+    while done < length:
+        number, start = divmod(offset + done, SECTOR)
+        size = min(SECTOR - start, length - done)
+        yield number, start, done, done + size
+        done += size
+
+
+def runs(numbers: Iterable[int], limit: int = 2048) -> Iterator[tuple[int, int]]:
+    """Sorted sector numbers as runs (first, count) of at most `limit` sectors, for reading."""
+    first = count = 0
+    for number in sorted(numbers):
+        if count and number == first + count and count < limit:
+            count += 1
+            continue
+        if count:
+            yield first, count
+        first, count = number, 1
+    if count:
+        yield first, count

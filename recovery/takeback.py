@@ -1,0 +1,71 @@
+"""Taking a step back: the step protocol mirrored, recorded in the log, and repeatable after a crash at any point.
+
+For each step, newest first::
+
+    TakingBack → log | links and in-place data as they were → images | allocations as they were → images |
+    TakenBack → log
+
+Everything is rewritten whether or not it looks right already: what reads back well may not have been synced
+(hazard 7), and the old bytes of the log are the truth.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from safeimg.drivers.storage.api import File
+from safeimg.journal.events import BeforeRecord, PatchRecord, StepPrepared, TakenBack, TakingBack
+from safeimg.journal.state import LiveStep
+from safeimg.journal.undo import UndoFile
+from safeimg.ops.session import Session
+
+
+def take_back(session: Session, files: Sequence[File], wanted: Callable[[LiveStep], bool]) -> None:
+    """Takes back the newest steps for as long as `wanted` says so. Check with `verify` first."""
+    while session.state.steps and wanted(session.state.steps[-1]):
+        step = session.state.steps[-1].prepared
+        session.record(TakingBack(step.number))
+        session.sync()
+        _restore_patches(files, step.link)
+        _restore_data(files, step.before, session.undo)
+        _sync(files, step)
+        _restore_patches(files, step.allocate)
+        _sync(files, step)
+        session.record(TakenBack(step.number))
+    session.sync()
+
+
+def _restore_patches(files: Sequence[File], patches: Sequence[PatchRecord]) -> None:
+    for patch in reversed(patches):
+        if patch.before is not None:  # else nobody refers to that space any more
+            files[patch.image].pwrite(patch.offset, patch.before)
+
+
+def _restore_data(files: Sequence[File], records: Sequence[BeforeRecord], undo: UndoFile | None) -> None:
+    for record in records:
+        file = files[record.image]
+        if record.hole:
+            file.write_zeroes(record.offset, record.length, unmap=True)
+        elif record.undo is None:
+            file.write_zeroes(record.offset, record.length, unmap=False)
+        elif undo is not None:
+            file.pwrite(record.offset, undo.read(record.undo, record.length, record.digest))
+
+
+def _sync(files: Sequence[File], step: StepPrepared) -> None:
+    touched = {patch.image for patch in (*step.allocate, *step.link)} | {move.image for move in step.moves}
+    for image in sorted(touched):
+        files[image].sync()
+
+
+def shorten(session: Session, files: Sequence[File], used: Callable[[int], int]) -> None:
+    """Rollback's last change: files get back the length they had when the operation started, unless somebody else
+    uses what lies beyond. `used(image)`: where the last byte that anything refers to ends."""
+    started = session.state.started
+    if started is None:
+        return
+    for image, length in enumerate(started.lengths):
+        file = files[image]
+        if session.state.declared.images[image].writes and file.length() > max(length, used(image)):
+            file.truncate(max(length, used(image)))
+            file.sync()

@@ -1,0 +1,143 @@
+"""Check before touching: every range that a pending operation wrote must hold what the log says, or nothing is done.
+
+- Sectors that metadata patches touched hold one of the values of `composite.py`.
+- Data of solid steps has the recorded digests. Data of a step in flux, sector by sector, is what was there before
+  (undo file) or what comes after (read again from the source).
+- Images that were only read look as they did (device, inode, size, modification time).
+- Space that the operation linked or is about to free is referenced by nobody else (`references.py`).
+
+Everything else means that somebody wrote to an image meanwhile: `Conflict` names it, and nothing is written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from safeimg.drivers.storage.api import File
+from safeimg.drivers.transfer.digest import BLOCK, SIZE, digests
+from safeimg.drivers.transfer.view import Source
+from safeimg.journal.events import BeforeRecord, MoveRecord
+from safeimg.journal.state import LiveStep, OperationState
+from safeimg.journal.undo import UndoFile
+from safeimg.ops.errors import Conflict
+from safeimg.recovery.composite import SECTOR, Sector, composite, runs
+
+CHUNK = 1 << 20  # bytes of data looked at in one go; a multiple of BLOCK
+
+
+def verify(state: OperationState, files: Sequence[File], undo: UndoFile | None, view: Source | None) -> None:
+    """Raises `Conflict` unless every image is as the log says. Writes nothing.
+
+    `files`: the images by index. `view`: where moves copy from (None if there are none in flux)."""
+    for image, file in enumerate(files):
+        _verify_metadata(file, composite(state.steps, image), _limit(state, image))
+    for step in state.steps:
+        if step.in_flux:
+            _verify_flux(step, files, undo, view)
+        else:
+            _verify_solid(step, files)
+
+
+def _limit(state: OperationState, image: int) -> int | None:
+    """Where the operation itself cut the image's file: nothing is left to check beyond."""
+    cuts = [
+        record.after
+        for step in state.steps
+        for record in step.prepared.lengths
+        if record.image == image and record.after < record.before
+    ]
+    return min(cuts, default=None)
+
+
+def _verify_metadata(file: File, sectors: dict[int, Sector], limit: int | None) -> None:
+    for first, count in runs(sectors):
+        start = first * SECTOR
+        if limit is not None and start >= limit:
+            continue
+        content = file.pread(start, count * SECTOR)
+        content += bytes(count * SECTOR - len(content))
+        for number in range(first, first + count):
+            at = (number - first) * SECTOR
+            if not sectors[number].allows(content[at : at + SECTOR]):
+                raise _changed(file, number * SECTOR, SECTOR, "metadata")
+
+
+def _verify_solid(step: LiveStep, files: Sequence[File]) -> None:
+    for fresh in step.prepared.fresh:
+        _verify_digests(files[fresh.image], fresh.offset, fresh.length, fresh.digests)
+    recorded = iter(step.digests)
+    for move in step.prepared.moves:
+        file = files[move.image]
+        if move.source is not None:
+            _verify_digests(file, move.offset, move.length, next(recorded, b""))
+            continue
+        for offset, content in _chunks(file, move.offset, move.length):
+            if content.count(0) != len(content):
+                raise _changed(file, offset, len(content), "zeroed data")
+
+
+def _verify_digests(file: File, offset: int, length: int, expected: bytes) -> None:
+    for at, content in _chunks(file, offset, length):
+        first = (at - offset) // BLOCK * SIZE
+        found = digests(content)
+        if expected[first : first + len(found)] != found:
+            raise _changed(file, at, len(content), "data")
+
+
+def _verify_flux(step: LiveStep, files: Sequence[File], undo: UndoFile | None, view: Source | None) -> None:
+    """Data in place, in flux: each sector is old or new. Without before-images nothing is known of the old."""
+    if undo is None:
+        return
+    for move in step.prepared.moves:
+        before = [record for record in step.prepared.before if _within(record, move)]
+        for offset, content in _chunks(files[move.image], move.offset, move.length):
+            old = _before(undo, before, offset, len(content))
+            if content == old:
+                continue
+            new = _after(view, move, offset, len(content))
+            for low in _sectors(offset, len(content)):
+                high = min((offset + low) // SECTOR * SECTOR + SECTOR - offset, len(content))
+                if content[low:high] not in (old[low:high], new[low:high]):
+                    raise _changed(files[move.image], offset + low, high - low, "data")
+
+
+def _within(record: BeforeRecord, move: MoveRecord) -> bool:
+    return record.image == move.image and move.offset <= record.offset < move.offset + move.length
+
+
+def _before(undo: UndoFile, records: Sequence[BeforeRecord], offset: int, length: int) -> bytes:
+    """What was at the range; bytes that no record covers lay beyond the end of the file."""
+    content = bytearray(length)
+    for record in records:
+        low, high = max(record.offset, offset), min(record.offset + record.length, offset + length)
+        if low < high and record.undo is not None:
+            kept = undo.read(record.undo, record.length, record.digest)
+            content[low - offset : high - offset] = kept[low - record.offset : high - record.offset]
+    return bytes(content)
+
+
+def _after(view: Source | None, move: MoveRecord, offset: int, length: int) -> bytes:
+    content = bytearray(length)
+    if move.source is not None and view is not None:
+        view.read_into(move.source + offset - move.offset, memoryview(content))
+    return bytes(content)
+
+
+def _sectors(offset: int, length: int) -> Iterator[int]:
+    """Where the file's sectors begin within a range, its own beginning included."""
+    yield 0
+    yield from range(SECTOR - offset % SECTOR, length, SECTOR)
+
+
+def _chunks(file: File, offset: int, length: int) -> Iterator[tuple[int, bytes]]:
+    for at in range(offset, offset + length, CHUNK):
+        size = min(CHUNK, offset + length - at)
+        content = file.pread(at, size)
+        yield at, content + bytes(size - len(content))
+
+
+def _changed(file: File, offset: int, length: int, what: str) -> Conflict:
+    return Conflict(
+        f"{file.path}: somebody else changed {what} at offset {offset:#x} ({length} bytes) while the operation was "
+        f"pending; nothing was written. Undo that change, or give the operation up with 'safeimg abandon'"
+    )
