@@ -62,6 +62,7 @@ class OperationState:
     observed: frozenset[int] = frozenset()  # images whose identity was observed after `Started`
     steps: list[LiveStep] = field(default_factory=list)  # oldest first
     last_number: int = 0
+    longest: dict[int, int] = field(default_factory=dict)  # by image: the greatest file length any step asked for
     no_return: int | None = None
     paused: str | None = None
     recovery: RecoveryStarted | None = None
@@ -144,6 +145,8 @@ def _apply_started(
         if event.number <= state.last_number:
             return f"step {event.number} is prepared after step {state.last_number}"
         state.last_number = event.number
+        for record in event.lengths:
+            state.longest[record.image] = max(state.longest.get(record.image, 0), record.after)
         state.steps.append(LiveStep(event))
         return None
     if isinstance(event, PointOfNoReturn):

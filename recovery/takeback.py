@@ -58,14 +58,24 @@ def _sync(files: Sequence[File], step: StepPrepared) -> None:
         files[image].sync()
 
 
-def shorten(session: Session, files: Sequence[File], used: Callable[[int], int]) -> None:
-    """Rollback's last change: files get back the length they had when the operation started, unless somebody else
-    uses what lies beyond. `used(image)`: where the last byte that anything refers to ends."""
+def shorten(session: Session, files: Sequence[File], used: Callable[[int], int | None]) -> list[str]:
+    """Rollback's last change: files get back the length they had when the operation started.
+
+    Only what is ours is cut (hazard 9). `used(image)`: where the last byte ends that anything in the image refers
+    to; None for a format that cannot tell, such as raw: there a file longer than any step made it is somebody
+    else's. Returns a line for each file that keeps its length."""
     started = session.state.started
-    if started is None:
-        return
-    for image, length in enumerate(started.lengths):
+    kept: list[str] = []
+    for image, length in enumerate(started.lengths if started is not None else ()):
         file = files[image]
-        if session.state.declared.images[image].writes and file.length() > max(length, used(image)):
-            file.truncate(max(length, used(image)))
+        if not session.state.declared.images[image].writes or file.length() <= length:
+            continue
+        end = used(image)
+        if end is None:
+            end = length if file.length() <= session.state.longest.get(image, 0) else file.length()
+        if end < file.length():
+            file.truncate(max(length, end))
             file.sync()
+        if end > length:
+            kept.append(f"{file.path}: its length stays, somebody else uses what was added to it")
+    return kept
