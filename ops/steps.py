@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 from safeimg.drivers.formats.api import Changes
+from safeimg.drivers.transfer.digest import Written as Written
 
 
 class Move(NamedTuple):
@@ -18,15 +19,6 @@ class Move(NamedTuple):
     source: int | None
 
 
-class Written(NamedTuple):
-    """Guest data that the generator has already written into fresh space; BLAKE3-256 of each started 64 KiB, joined."""
-
-    image: int
-    offset: int
-    length: int
-    digests: bytes
-
-
 @dataclass(frozen=True, slots=True)
 class Step:
     """The unit of durability. Images by index: 0 is the home image."""
@@ -34,7 +26,7 @@ class Step:
     name: str
     cursor: Any  # where the next step starts, JSON-like
     done: int  # guest bytes processed once this step is applied
-    fresh: Sequence[Written] = ()
+    fresh: Sequence[Written] = ()  # guest data that the generator has already written into fresh space
     moves: Sequence[Move] = ()
     changes: Sequence[tuple[int, Changes]] = ()
     no_return: bool = False  # this step and those after it cannot be taken back

@@ -1,0 +1,88 @@
+"""Copying primitives: what operations and the engine do with guest data in bulk."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+from safeimg.drivers.formats.api import Placement
+from safeimg.drivers.storage.api import File
+from safeimg.drivers.transfer.buffers import BufferPool
+from safeimg.drivers.transfer.core import CHUNK, Transfer
+from safeimg.drivers.transfer.digest import BLOCK, Written, digests
+from safeimg.drivers.transfer.view import Source
+from safeimg.drivers.transfer.zero import zeroes
+
+
+class Part(NamedTuple):
+    """A chunk of one of several ranges."""
+
+    which: int  # of the ranges
+    start: int  # within the range
+    length: int
+
+
+def parts(lengths: Iterable[int]) -> Iterator[Part]:
+    """Cuts ranges of the given lengths into parts of at most `CHUNK` bytes, in order."""
+    for index, length in enumerate(lengths):
+        for start in range(0, length, CHUNK):
+            yield Part(index, start, min(CHUNK, length - start))
+
+
+async def copy_fresh(transfer: Transfer, view: Source, image: int, file: File,
+                     placements: Sequence[Placement], *, cluster_size: int = 1) -> list[Written]:
+    """Writes the view's content of each placement to its place in `file`, and tells what was written.
+
+    A placement that ends inside a cluster (of `cluster_size`) is one that the end of the virtual disk clips:
+    the rest of its cluster is written as zeroes, so that nothing old shows when the disk grows. Neighbours in
+    the file are reported as one."""
+    made: list[dict[int, bytes]] = [{} for _ in placements]
+
+    def work(part: Part, buffers: BufferPool) -> None:
+        place = placements[part.which]
+        at = place.offset + part.start
+        buffer = buffers.get(part.length)
+        view.read_into(place.start + part.start, buffer)
+        file.pwrite(at, buffer)
+        transfer.hint(file, at, part.length)
+        if transfer.settings.digests:
+            made[part.which][part.start] = digests(buffer)
+        if part.start + part.length == place.length:
+            zero_tail(file, place, cluster_size)
+
+    await transfer.each(parts(place.length for place in placements), work, cost=lambda part: part.length)
+    return join(
+        Written(image, place.offset, place.length, b"".join(digest for _, digest in sorted(of.items())))
+        for place, of in zip(placements, made, strict=True)
+    )
+
+
+def zero_tail(file: File, place: Placement, cluster_size: int) -> None:
+    """Fills the cluster that `place` ends in with zeroes, from its end on."""
+    tail = -(place.start + place.length) % cluster_size
+    at = place.offset + place.length
+    while tail:
+        piece = zeroes(min(tail, CHUNK))
+        file.pwrite(at, piece)
+        at += len(piece)
+        tail -= len(piece)
+
+
+def join(pieces: Iterable[Written]) -> list[Written]:
+    """Sorted, with pieces that continue each other as one where the digests allow it."""
+    joined: list[Written] = []
+    run: list[bytes] = []
+    for piece in sorted(pieces):
+        last = joined[-1] if joined else None
+        if (last is not None and last.image == piece.image and last.offset + last.length == piece.offset
+                and last.length % BLOCK == 0):
+            joined[-1] = last._replace(length=last.length + piece.length)
+            run.append(piece.digests)
+            continue
+        if last is not None:
+            joined[-1] = last._replace(digests=b"".join(run))
+        joined.append(piece)
+        run = [piece.digests]
+    if joined:
+        joined[-1] = joined[-1]._replace(digests=b"".join(run))
+    return joined

@@ -1,0 +1,72 @@
+"""Zero detection: which parts of a buffer have to be written.
+
+`bytes.startswith` compares whole words and stops at the first difference: 10 to 30 GB/s, exact, and nothing
+to import. What is not zero mostly shows in its first byte, so blocks are first sorted by a strided copy of
+those.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+_ZEROES = bytes(1024 * 1024)
+
+
+class Run(NamedTuple):
+    """Bytes `start` to `end` of a buffer."""
+
+    start: int
+    end: int
+
+
+def is_zero(view: memoryview) -> bool:
+    """Whether every byte is zero."""
+    length = len(view)
+    if length <= len(_ZEROES):
+        return _ZEROES.startswith(view)
+    return all(_ZEROES.startswith(view[at : at + len(_ZEROES)]) for at in range(0, length, len(_ZEROES)))
+
+
+def fill_zero(view: memoryview) -> None:
+    """Makes every byte zero."""
+    for at in range(0, len(view), len(_ZEROES)):
+        part = view[at : at + len(_ZEROES)]
+        part[:] = _ZEROES[: len(part)] if len(part) < len(_ZEROES) else _ZEROES
+
+
+def zeroes(length: int) -> memoryview:
+    """`length` zero bytes (at most 1 MiB) to write from, shared and read-only."""
+    return memoryview(_ZEROES)[:length]
+
+
+def data_runs(view: memoryview, unit: int, minimum: int) -> list[Run]:
+    """The runs of `view` that have to be written, in order: everything but long enough runs of zero units.
+
+    `unit` is the granularity in bytes, counted from the start of the buffer (the last unit may be short);
+    `minimum` the bytes that a run of zeroes must have to be left out (0: all is data). A run of zeroes that
+    reaches the end of the buffer within its last unit counts with that unit's full size."""
+    length = len(view)
+    if length == 0:
+        return []
+    if minimum <= 0:
+        return [Run(0, length)]
+    heads = bytes(view[::unit])
+    runs: list[Run] = []
+    start = 0  # of the data run under way
+    at = heads.find(0)
+    while at >= 0:
+        zero = at * unit
+        end = at
+        while end < len(heads) and heads[end] == 0 and is_zero(view[end * unit : (end + 1) * unit]):
+            end += 1
+        if end == at:
+            at = heads.find(0, at + 1)
+            continue
+        if (end - at) * unit >= minimum:
+            if zero > start:
+                runs.append(Run(start, zero))
+            start = min(end * unit, length)
+        at = heads.find(0, end)
+    if start < length:
+        runs.append(Run(start, length))
+    return runs
