@@ -1,0 +1,98 @@
+"""Zero detection, digests, and copying into fresh space."""
+
+from __future__ import annotations
+
+import pytest
+import trio
+from blake3 import blake3
+from hypothesis import example, given
+from hypothesis import strategies as st
+from safeimg.drivers.formats.api import Kind, Placement
+from safeimg.drivers.transfer.copy import copy_fresh, join
+from safeimg.drivers.transfer.core import Settings, Transfer
+from safeimg.drivers.transfer.digest import BLOCK, Written, digests, zero_digests
+from safeimg.drivers.transfer.view import View
+from safeimg.drivers.transfer.zero import Run, data_runs, fill_zero, is_zero
+from transfer_fakes import Layer, MemoryFile
+
+
+@given(st.lists(st.tuples(st.integers(0, 40), st.sampled_from((0, 0, 1, 255))), max_size=12),
+       st.sampled_from((1, 4, 8)), st.sampled_from((0, 4, 8, 24)))
+@example([(8, 0)], 8, 8)
+def test_data_runs_leave_out_zeroes_only(parts: list[tuple[int, int]], unit: int, minimum: int) -> None:
+    content = b"".join(bytes([fill]) * length for length, fill in parts)
+    found = data_runs(memoryview(content), unit, minimum)
+    kept = bytearray(len(content))
+    at = 0
+    for start, end in found:
+        assert at <= start < end <= len(content) and (start > at or at == 0)
+        assert start % unit == 0 and (end % unit == 0 or end == len(content))
+        kept[start:end] = content[start:end]
+        at = end
+    assert kept == content
+    # Every aligned run of zeroes that is long enough was left out.
+    padded = content + bytes(-len(content) % unit)
+    units = [padded[i : i + unit].strip(b"\0") == b"" for i in range(0, len(padded), unit)]
+    data = set()
+    for start, end in found:
+        data.update(range(start // unit, -(-end // unit)))
+    i = 0
+    while i < len(units):
+        j = i
+        while j < len(units) and units[j]:
+            j += 1
+        if j > i and minimum and (j - i) * unit >= minimum:
+            assert not data & set(range(i, j))
+        i = max(j, i + 1)
+
+
+def test_data_runs_of_nothing_and_of_all() -> None:
+    assert data_runs(memoryview(b""), 4, 4) == []
+    assert data_runs(memoryview(bytes(100)), 4, 4) == []
+    assert data_runs(memoryview(bytes(100)), 4, 0) == [Run(0, 100)]
+    assert data_runs(memoryview(bytes(100)), 4, 104) == [Run(0, 100)]
+
+
+@pytest.mark.parametrize("length", [1, 4096, 1 << 20, (1 << 20) + 1, (2 << 20) + 5])
+def test_is_zero_sees_the_last_byte(length: int) -> None:
+    content = bytearray(length)
+    assert is_zero(memoryview(content))
+    content[-1] = 1
+    assert not is_zero(memoryview(content))
+    fill_zero(memoryview(content))
+    assert content == bytes(length)
+
+
+@pytest.mark.parametrize("length", [0, 1, BLOCK, BLOCK + 1, 3 * BLOCK])
+def test_digests(length: int) -> None:
+    content = bytes(i % 251 for i in range(length))
+    expected = b"".join(blake3(content[at : at + BLOCK]).digest() for at in range(0, length, BLOCK))
+    assert digests(content) == expected
+    assert zero_digests(length) == digests(bytes(length))
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_copy_fresh_writes_what_the_view_shows(workers: int) -> None:
+    unit = 1 << 16
+    big = (3 << 20) + unit
+    layer = Layer([(unit, Kind.DATA, 1), (unit, Kind.ZERO, 0), (big, Kind.DATA, 2), (100, Kind.DATA, 3)])
+    view = View([layer])
+    file = MemoryFile(b"\xee" * (view.size + 5 * unit))
+    places = [Placement(0, unit, 2 * unit, True), Placement(unit, unit, 0, True),
+              Placement(2 * unit, big, 3 * unit, True), Placement(2 * unit + big, 100, unit, True)]
+    transfer = Transfer(Settings(workers=workers))
+    made = trio.run(lambda: copy_fresh(transfer, view, 4, file, places, cluster_size=unit))
+    one, two = bytes([1]) * unit, bytes([2]) * big
+    expected = bytes(unit) + bytes([3]) * 100 + bytes(unit - 100) + one + two
+    assert bytes(file.content[: 3 * unit + big]) == expected
+    assert made == [Written(4, 0, unit + 100, digests(bytes(unit) + bytes([3]) * 100)),
+                    Written(4, 2 * unit, unit + big, digests(one + two))]
+
+
+def test_written_ranges_join_only_where_their_digests_do() -> None:
+    a = Written(0, 0, BLOCK, b"a" * 32)
+    b = Written(0, BLOCK, 10, b"b" * 32)
+    c = Written(0, BLOCK + 10, 10, b"c" * 32)
+    d = Written(1, BLOCK + 20, 10, b"d" * 32)
+    assert join([d, c, b, a]) == [Written(0, 0, BLOCK + 10, b"a" * 32 + b"b" * 32), c, d]
+    assert join([]) == []
