@@ -13,7 +13,25 @@ class LogDamaged(JournalError):
     def __init__(self, path: str, problem: str, offset: int) -> None:
         self.path = path
         self.offset = offset
-        super().__init__(f"{path}: {problem} at offset {offset:#x}")
+        super().__init__(
+            f"{path}: {problem} at offset {offset:#x} (`safeimg abandon` gives the pending operation up)"
+        )
+
+
+class LogVoid(JournalError):
+    """The log of an operation that never began: not even its declaration is durable. It may be removed."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        super().__init__(f"{path}: the log of an operation that never began; it may be removed")
+
+
+class LogBusy(JournalError):
+    """Another process is writing this log."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        super().__init__(f"{path}: another safeimg process is at work here")
 
 
 class LogForeign(JournalError):

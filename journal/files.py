@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 Buffer = bytes | bytearray | memoryview
 
@@ -55,3 +55,20 @@ class FileSystem(Protocol):
     def list_directory(self, path: str) -> list[str]: ...
     def resolve(self, path: str) -> str: ...
     def give_to(self, path: str, uid: int, gid: int) -> None: ...
+
+
+@runtime_checkable
+class Lockable(Protocol):
+    """What a `File` may offer besides: a lock on the whole file against other processes."""
+
+    def try_lock(self) -> bool:
+        """Takes the file's exclusive lock until it is closed (or the process ends); False if somebody else has it.
+
+        Where the file system has no locks: True."""
+        ...
+
+
+def system_error(error: BaseException) -> int | None:
+    """The `errno` of a failed system call (the storage layer's errors carry it as `OSError` does), else None."""
+    number = getattr(error, "errno", None)
+    return number if isinstance(number, int) else None
