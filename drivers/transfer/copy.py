@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Protocol
 
 from safeimg.drivers.formats.api import Placement
 from safeimg.drivers.storage.api import File
@@ -13,20 +14,69 @@ from safeimg.drivers.transfer.digest import BLOCK, Written, digests
 from safeimg.drivers.transfer.view import Source
 from safeimg.drivers.transfer.zero import zeroes
 
+ZERO_CHUNK = 1 << 30  # bytes that one `write_zeroes` covers: cancellation comes between two
 
-class Part(NamedTuple):
+
+@dataclass(frozen=True, slots=True)
+class Part:
     """A chunk of one of several ranges."""
 
-    which: int  # of the ranges
+    index: int  # of the range
     start: int  # within the range
     length: int
 
 
-def parts(lengths: Iterable[int]) -> Iterator[Part]:
-    """Cuts ranges of the given lengths into parts of at most `CHUNK` bytes, in order."""
+def parts(lengths: Iterable[int], limit: int = CHUNK) -> Iterator[Part]:
+    """Cuts ranges of the given lengths into parts of at most `limit` bytes, in order."""
     for index, length in enumerate(lengths):
-        for start in range(0, length, CHUNK):
-            yield Part(index, start, min(CHUNK, length - start))
+        for start in range(0, length, limit):
+            yield Part(index, start, min(limit, length - start))
+
+
+class FileMove(Protocol):
+    """What `ops.steps.Move` says: data of a guest range (`source`; None: zeroes) goes to a range of a
+    file."""
+
+    @property
+    def offset(self) -> int: ...
+    @property
+    def length(self) -> int: ...
+    @property
+    def source(self) -> int | None: ...
+
+
+async def write_moves(transfer: Transfer, view: Source | None, moves: Sequence[tuple[File, FileMove]], *,
+                      unmap: bool = False) -> list[bytes]:
+    """Writes each move into its file; the digests of each, in order (empty for zeroes).
+
+    `view` may be None if no move has a source. Moves must not overlap, nor read what another one writes.
+    `unmap`: zeroes become holes. Zeroes are neither progress nor limited in rate."""
+    made: list[dict[int, bytes]] = [{} for _ in moves]
+
+    def work(part: Part, buffers: BufferPool) -> None:
+        file, move = moves[part.index]
+        at = move.offset + part.start
+        if move.source is None:
+            file.write_zeroes(at, part.length, unmap=unmap)
+            return
+        assert view is not None
+        buffer = buffers.get(part.length)
+        view.read_into(move.source + part.start, buffer)
+        file.pwrite(at, buffer)
+        transfer.hint(file, at, part.length)
+        if transfer.settings.digests:
+            made[part.index][part.start] = digests(buffer)
+
+    def planned() -> Iterator[Part]:
+        for index, (_, move) in enumerate(moves):
+            for part in parts([move.length], CHUNK if move.source is not None else ZERO_CHUNK):
+                yield Part(index, part.start, part.length)
+
+    def cost(part: Part) -> int:
+        return 0 if moves[part.index][1].source is None else part.length
+
+    await transfer.each(planned(), work, cost=cost)
+    return [b"".join(digest for _, digest in sorted(of.items())) for of in made]
 
 
 async def copy_fresh(transfer: Transfer, view: Source, image: int, file: File,
@@ -39,14 +89,14 @@ async def copy_fresh(transfer: Transfer, view: Source, image: int, file: File,
     made: list[dict[int, bytes]] = [{} for _ in placements]
 
     def work(part: Part, buffers: BufferPool) -> None:
-        place = placements[part.which]
+        place = placements[part.index]
         at = place.offset + part.start
         buffer = buffers.get(part.length)
         view.read_into(place.start + part.start, buffer)
         file.pwrite(at, buffer)
         transfer.hint(file, at, part.length)
         if transfer.settings.digests:
-            made[part.which][part.start] = digests(buffer)
+            made[part.index][part.start] = digests(buffer)
         if part.start + part.length == place.length:
             zero_tail(file, place, cluster_size)
 

@@ -8,7 +8,7 @@ from blake3 import blake3
 from hypothesis import example, given
 from hypothesis import strategies as st
 from safeimg.drivers.formats.api import Kind, Placement
-from safeimg.drivers.transfer.copy import copy_fresh, join
+from safeimg.drivers.transfer.copy import copy_fresh, join, write_moves
 from safeimg.drivers.transfer.core import Settings, Transfer
 from safeimg.drivers.transfer.digest import BLOCK, Written, digests, zero_digests
 from safeimg.drivers.transfer.view import View
@@ -96,3 +96,21 @@ def test_written_ranges_join_only_where_their_digests_do() -> None:
     d = Written(1, BLOCK + 20, 10, b"d" * 32)
     assert join([d, c, b, a]) == [Written(0, 0, BLOCK + 10, b"a" * 32 + b"b" * 32), c, d]
     assert join([]) == []
+
+
+def test_moves_are_written_in_place() -> None:
+    class Move:
+        def __init__(self, offset: int, length: int, source: int | None) -> None:
+            self.offset, self.length, self.source = offset, length, source
+
+    big = (2 << 20) + 77
+    view = View([Layer([(big, Kind.DATA, 1), (big, Kind.DATA, 2)])])
+    one, two = MemoryFile(b"\xee" * 3 * big), MemoryFile(b"\xee" * 100)
+    moves = [(one, Move(5, big, big)), (two, Move(10, 50, None)), (one, Move(2 * big, 9, 3))]
+    transfer = Transfer(Settings(workers=3))
+    made = trio.run(lambda: write_moves(transfer, view, moves))
+    assert bytes(one.content) == (b"\xee" * 5 + bytes([2]) * big + b"\xee" * (big - 5) + bytes([1]) * 9
+                                  + b"\xee" * (big - 9))
+    assert bytes(two.content) == b"\xee" * 10 + bytes(50) + b"\xee" * 40
+    assert made == [digests(bytes([2]) * big), b"", digests(bytes([1]) * 9)]
+    assert transfer.progress.moved == big + 9
