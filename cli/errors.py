@@ -1,0 +1,19 @@
+"""How a command fails: what is printed, and the exit code."""
+
+from __future__ import annotations
+
+
+class CommandError(Exception):
+    """Ends a command. Each of `messages` is printed behind the program's name; `hint` adds qemu-img's pointer to
+    the help, as it does for mistakes in the syntax."""
+
+    def __init__(self, *messages: str, code: int = 1, hint: bool = False) -> None:
+        self.messages = messages
+        self.code = code
+        self.hint = hint
+        super().__init__("; ".join(messages))
+
+
+def usage(message: str) -> CommandError:
+    """A mistake in the syntax of a command that qemu-img has."""
+    return CommandError(message, hint=True)

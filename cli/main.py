@@ -1,0 +1,129 @@
+"""The entry point: finds the command and runs it. Imports nothing heavy before it knows what is needed."""
+
+from __future__ import annotations
+
+import os
+import sys
+from importlib import import_module
+
+from safeimg.cli.errors import CommandError, usage
+from safeimg.cli.options import PROGRAM, Command, find
+from safeimg.cli.parser import parse
+
+HELPED = ("--install-completion", "--show-completion")
+
+
+def program_name() -> str:
+    """How the program calls itself in messages: "qemu-img" when called through a link of that name."""
+    return "qemu-img" if os.path.basename(sys.argv[0]) == "qemu-img" else "safeimg"  # noqa: PTH119
+
+
+def main() -> None:
+    """Runs the command line and exits with the command's code. Never shows a traceback (but see SAFEIMG_DEBUG)."""
+    code = guarded(sys.argv)
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        _silence_stdout()
+        code = code or 1
+    sys.exit(code)
+
+
+def guarded(words: list[str]) -> int:
+    """Runs `words` (the program's name first); failures of every kind become one message and an exit code."""
+    try:
+        return dispatch(words)
+    except CommandError as error:
+        return _fail(error)
+    except BaseException as error:
+        if isinstance(error, SystemExit) or os.environ.get("SAFEIMG_DEBUG"):
+            raise
+        if isinstance(error, BrokenPipeError):
+            _silence_stdout()
+            return 1
+        return _fail(_explain(error))
+
+
+def dispatch(words: list[str]) -> int:
+    """The exit code of the command that `words` name."""
+    if "_SAFEIMG_COMPLETE" in os.environ or (len(words) > 1 and words[1] in HELPED):
+        return int(import_module("safeimg.cli.help").run_typer(words[1:]))
+    if len(words) == 1:
+        raise usage("Not enough arguments")
+    arguments, wants_help = parse(PROGRAM, words, permute=False)
+    if wants_help:
+        return show_help(None)
+    if arguments.flag("version"):
+        return _version()
+    if not arguments.positional:
+        raise usage("Not enough arguments")
+    name = arguments.positional[0]
+    command = find(name)
+    if command is None:
+        raise usage(f"Command not found: {name}")
+    own, wants_help = parse(command, arguments.positional)
+    if wants_help:
+        return show_help(command)
+    return int(import_module(f"safeimg.cli.{command.module}").run(command, own))
+
+
+def show_help(command: Command | None) -> int:
+    return int(import_module("safeimg.cli.help").show(command))
+
+
+def _version() -> int:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        own = version("safeimg")
+    except PackageNotFoundError:
+        own = "0"
+    if program_name() == "qemu-img":  # tools look for this line, to know which options they may use
+        print(f"qemu-img version 7.2.0 (safeimg {own})")
+    else:
+        print(f"safeimg version {own} (commands of qemu-img 7.2)")
+    return 0
+
+
+def _fail(error: CommandError) -> int:
+    name = program_name()
+    try:
+        sys.stdout.flush()
+        for message in error.messages:
+            print(f"{name}: {message}", file=sys.stderr)
+        if error.hint:
+            print(f"Try '{name} --help' for more information", file=sys.stderr)
+    except BrokenPipeError:
+        _silence_stdout()
+    return error.code
+
+
+def _explain(error: BaseException) -> CommandError:
+    """One line for whatever went wrong, and its exit code."""
+    if isinstance(error, BaseExceptionGroup):  # trio's nurseries wrap what their children raise
+        return _explain(error.exceptions[0])
+    if isinstance(error, KeyboardInterrupt):
+        return CommandError("interrupted", code=130)
+    if isinstance(error, MemoryError):
+        return CommandError("out of memory")
+    if isinstance(error, RecursionError):
+        return CommandError("the images are nested too deeply")
+    if isinstance(error, UnicodeEncodeError):
+        return CommandError(f"cannot print {error.object[error.start : error.end]!r}: set a UTF-8 locale")
+    known = sys.modules.get("safeimg.drivers.errors"), sys.modules.get("safeimg.journal.errors"), sys.modules.get(
+        "safeimg.ops.errors")
+    for module, kind in zip(known, ("DriverError", "JournalError", "OperationError"), strict=True):
+        if module is not None and isinstance(error, getattr(module, kind)):
+            return CommandError(str(error), code=getattr(error, "exit_code", 1))
+    if isinstance(error, OSError) and error.strerror:
+        return CommandError(f"{error.filename}: {error.strerror}" if error.filename else error.strerror)
+    return CommandError(f"internal error: {type(error).__name__}: {error} (SAFEIMG_DEBUG=1 shows where)")
+
+
+def _silence_stdout() -> None:
+    """The reader is gone: keeps the interpreter from complaining about it when it exits."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+if __name__ == "__main__":
+    main()
