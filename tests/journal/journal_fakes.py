@@ -208,7 +208,7 @@ STARTED = Started({"a": [1, None, "x", {"b": 0.5}], "cursor": True}, (1 << 40, 0
 STEP = StepPrepared(
     1, "data",
     allocate=(PatchRecord(0, 512, None, b"new" + bytes(5000) + b"x"), PatchRecord(0, 0, b"\1" * 8, b"\2" * 8)),
-    link=(PatchRecord(1, 65536, bytes(4096), b"\xf5SiF" * 1024),),
+    link=(PatchRecord(1, 65536, bytes(128), b"\xf5SiF" * 32),),
     moves=(MoveRecord(0, 4096, 10, 0), MoveRecord(0, 8192, 10, None)),
     fresh=(FreshRecord(0, 1 << 30, 65537, bytes(range(64))),),
     before=(BeforeRecord(0, 4096, 10, 4096, False, bytes(32)), BeforeRecord(0, 8192, 10, None, True, b"")),
