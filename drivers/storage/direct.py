@@ -8,8 +8,8 @@ O_DIRECT moves whole blocks between the disk and memory at block-aligned address
                         │buffered║     O_DIRECT    ║ buff.│
 
 The ends go through a second, buffered descriptor: no read-modify-write that could take back what another
-thread writes next to it, and no file made longer than asked for. The kernel keeps both views of a file coherent
-as long as no page is written both ways at once, which is why a block is never smaller here than a page.
+thread writes next to it, and no file made longer than asked for. The kernel keeps both views of a file
+coherent as long as no page is written both ways at once, so a block is never smaller here than a page.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import stat
 from collections.abc import Callable, Iterator
@@ -93,6 +94,15 @@ class LocalFile:
         """Changes QEMU's image locks on this file to `claim`; `LockError` if somebody is in the way."""
         self._locks.change(claim)
 
+    def try_lock(self) -> bool:
+        """Takes the whole file's exclusive lock (flock) until it is closed; False if somebody else has it.
+        Where the file system has no locks: True. Independent of the image locks."""
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            return error.errno != errno.EWOULDBLOCK
+        return True
+
     def length(self) -> int:
         with _reported(self._path, "length"):
             return os.lseek(self._fd, 0, os.SEEK_END)  # fstat knows no device's capacity
@@ -114,7 +124,7 @@ class LocalFile:
 
     @contextmanager
     def _changing(self, action: str) -> Iterator[None]:
-        """Around everything that writes: refuses after a failed sync, and tells a failed sync inside a write."""
+        """Around all that writes: refuses after a failed sync, and tells a failed sync inside a write."""
         self._refuse_after_failed_sync()
         with _reported(self._path, action):
             try:
@@ -327,7 +337,7 @@ class LocalFileSystem:
     def open(self, path: str, *, write: bool = False, cache: str = "writeback", locking: bool = False,
              force_share: bool = False) -> LocalFile:
         """With `locking` as a reader or writer of an image with metadata; `locks.lock` changes that once the
-        format is known. `UsageError` (QEMU's words) if `path` is neither a regular file nor a block device."""
+        format is known. `UsageError` (QEMU's words) if there is neither a regular file nor a block device."""
         file = self._open(path, os.O_RDWR if write else os.O_RDONLY, "open", cache=cache)
         if locking:
             self._lock(file, locks.RAW_READER if force_share else locks.WRITER if write else locks.READER)

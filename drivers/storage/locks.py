@@ -1,17 +1,18 @@
 """QEMU's image locks: byte-range locks that keep running QEMU programs and safeimg out of each other's way.
 
 Every permission on an image has two bytes of the file (never read or written, just locked): byte 100 + n
-says "somebody uses permission n", byte 200 + n "somebody denies permission n to others". All locks are *shared*,
-so taking them never fails among QEMU programs; conflicts are found by asking whether an exclusive lock would be
-possible on the opposite byte:
+says "somebody uses permission n", byte 200 + n "somebody denies permission n to others". All locks are
+*shared*, so taking them never fails among QEMU programs; conflicts are found by asking whether an exclusive
+lock would be possible on the opposite byte:
 
     I use write    → read-lock 101, then probe 201: does anybody deny it?
     I deny write   → read-lock 201, then probe 101: does anybody use it?
 
-Locking before probing closes the race: of two that start together at least one sees the other. The locks belong
-to the open file description, so two opens of one file exclude each other even within a process, and the kernel
-drops them however the process ends. The sets below are what QEMU 7.2's programs were observed to take (strace of
-qemu-img, qemu-io, qemu-nbd). Locks are advisory: programs that know nothing of them are not kept out.
+Locking before probing closes the race: of two that start together at least one sees the other. The locks
+belong to the open file description, so two opens of one file exclude each other even within a process, and
+the kernel drops them however the process ends. The sets below are what QEMU 7.2's programs were observed to
+take (strace of qemu-img, qemu-io, qemu-nbd). Locks are advisory: programs that know nothing of them are not
+kept out.
 """
 
 from __future__ import annotations
@@ -74,6 +75,19 @@ def lock(file: object, claim: Claim) -> None:
     the claim held before stays then. Does nothing for files that have no locks."""
     if isinstance(file, Lockable):
         file.lock(claim)
+
+
+@runtime_checkable
+class WholeLockable(Protocol):
+    """A `File` that can be locked as a whole, as logs are."""
+
+    def try_lock(self) -> bool: ...
+
+
+def try_lock(file: object) -> bool:
+    """Takes the exclusive lock on all of `file` until it is closed: False if somebody else has it. True for
+    files that have no such lock."""
+    return file.try_lock() if isinstance(file, WholeLockable) else True
 
 
 class ImageLocks:
