@@ -1,0 +1,199 @@
+"""convert as a generator of steps: the guest content of a source is written to a target image, a stretch a
+step.
+
+Image 0 of the steps is the target, and the only one. Data is written into fresh clusters, or to its final
+place in a file that nobody needs the old content of, before the step is yielded: killed before, the step
+never happened, and the cursor leads to the same stretch again. Only where the old content is to be kept for a
+rollback (`undo`) does data for live places become moves, which the engine writes after it has saved what lies
+there.
+
+    reserve   room in the target's metadata, where there is not enough
+    data      clusters written, then their metadata
+    release   what was replaced in an existing target loses its reference
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from safeimg.drivers.formats.api import Changes, Image, Patch
+from safeimg.drivers.formats.registry import lookup
+from safeimg.drivers.transfer.buffers import BufferPool
+from safeimg.drivers.transfer.copy import join
+from safeimg.drivers.transfer.core import CHUNK, Transfer, Turns
+from safeimg.drivers.transfer.view import Source, View
+from safeimg.ops.convert_plan import Chunk, Rules, chunks
+from safeimg.ops.convert_write import Ahead, Batch, Compress, Writer
+from safeimg.ops.steps import Move, Step
+
+STEP_BYTES = 256 << 20
+STEP_SECONDS = 1.0
+STEP_CLUSTERS = 1 << 16  # bounds a step's metadata where clusters are small
+PAGE = 4096  # blocks of a raw target that are tested for zeroes
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """How the target is written."""
+
+    sparse: int = PAGE  # bytes of zeroes that are left out; 0: none, everything is allocated
+    compress: Compress | None = None  # a whole cluster; None where that makes it no smaller
+    zero_below: int = 0  # guest offset below which the target may not read as zeroes yet
+    skip_below: int = 0  # guest offset below which the target's backing image supplies what the source's does
+    existing: bool = False  # the target was there before: fence it, keep its bitmaps right
+    undo: bool = False  # what lies in live places is to be kept
+    ahead: bool = False  # preallocate: a new file, which grows as it is written
+    step_bytes: int = STEP_BYTES
+    step_seconds: float = STEP_SECONDS
+
+
+class Convert:
+    """An `Operation`. `target`: the layers of the target, itself first (it alone is written).
+
+    `unlinked`: what the steps before the cursor unlinked, when resumed."""
+
+    def __init__(self, source: Source, target: Sequence[Image], transfer: Transfer, policy: Policy, *,
+                 unlinked: Sequence[tuple[int, int]] = ()) -> None:
+        self.view = source
+        self.images: tuple[Image, ...] = (target[0],)
+        self._driver = lookup(target[0].format)
+        self._transfer = transfer
+        self._policy = policy
+        self._planner = self._driver.planner(target[0])
+        self._planner.recall(unlinked)
+        unit = self._unit = self._planner.cluster_size
+        self._budget = policy.step_bytes
+        if unit > 1:
+            self._budget = max(unit, min(policy.step_bytes, STEP_CLUSTERS * unit))
+        self._zero_budget = 4 * self._budget
+        self._rules = Rules(
+            unit=unit,
+            window=max(CHUNK, unit),
+            everything=policy.sparse == 0,
+            zero_below=min(policy.zero_below, source.size),
+            skip_below=min(policy.skip_below, source.size),
+        )
+        self._writer = Writer(
+            source=source,
+            file=target[0].file,
+            planner=self._planner,
+            old=View(target),
+            transfer=transfer,
+            block=unit if unit > 1 else math.gcd(policy.sparse or PAGE, PAGE),
+            sparse=policy.sparse,
+            zero_below=self._rules.zero_below,
+            compress=policy.compress,
+            undo=policy.undo,
+            ahead=Ahead(target[0].file) if policy.ahead else None,
+        )
+
+    def total(self) -> int:
+        """Guest bytes of the source."""
+        return self.view.size
+
+    def finish(self) -> Sequence[tuple[int, Patch]]:
+        """Makes an unfinished target an image like any other."""
+        return tuple((0, patch) for patch in self._driver.unfence(self.images[0]))
+
+    def discards(self) -> Sequence[tuple[int, int, int]]:
+        """Space that nobody uses any more: (image, offset, length)."""
+        return tuple((0, offset, length) for offset, length in self._planner.freed())
+
+    async def steps(self, cursor: Any | None) -> AsyncIterator[Step]:
+        """See `Operation`. The cursor is {"at": guest offset}; also "unmarked": True while the target's
+        bitmaps are to be set, "released": True at the very end."""
+        size = self.view.size
+        if cursor is None:
+            cursor = {"at": 0}
+            if self._policy.existing:
+                cursor["unmarked"] = True
+                yield Step("fence", cursor, 0, changes=self._changes(self._driver.fence(self.images[0])))
+        at: int = cursor["at"]
+        self._transfer.progress.set_total(size)
+        self._transfer.progress.set_done(at)
+        if "unmarked" in cursor:
+            async for step in self._mark():
+                yield step
+        while at < size:
+            changes = self._planner.reserve(self._clusters_of_a_step(at))
+            if changes:
+                yield Step("reserve", {"at": at}, at, changes=[(0, changes)])
+            batch = await self._batch(at)
+            at = batch.at
+            changes = self._planner.take()
+            if batch.written or batch.moves or changes:
+                moves = join_moves(batch.moves)
+                yield Step("data", {"at": at}, at, join(batch.written), moves, [(0, changes)])
+        if "released" not in cursor:
+            changes = self._planner.release()
+            if changes:
+                yield Step("release", {"at": at, "released": True}, at, changes=[(0, changes)])
+
+    async def _mark(self) -> AsyncIterator[Step]:
+        """Sets the bits of what will be written in the bitmaps of an existing target, before it is."""
+        ranges = [(0, self.view.size)] if self.view.size else []
+        changes = self._planner.reserve(self._planner.marking_clusters(ranges))
+        if changes:
+            yield Step("reserve", {"at": 0, "unmarked": True}, 0, changes=[(0, changes)])
+        changes = self._planner.mark_dirty(ranges)
+        if changes:
+            yield Step("bitmaps", {"at": 0}, 0, changes=[(0, changes)])
+
+    def _changes(self, changes: Changes) -> list[tuple[int, Changes]]:
+        return [(0, changes)] if changes else []
+
+    def _clusters_of_a_step(self, at: int) -> int:
+        """Clusters that the next step may take at most: its data, the zeroes that need places, the last
+        chunk."""
+        most = self._budget + self._rules.window
+        if at < self._rules.zero_below:
+            most += self._zero_budget + self._rules.longest_zeroes
+        return -(-min(most, self.view.size - at) // self._unit) + 2 if self._unit > 1 else 0
+
+    async def _batch(self, at: int) -> Batch:
+        """Reads, writes and plans from guest offset `at` on, until there is enough for a step."""
+        batch = Batch(at)
+        turns = Turns(ordered=self._transfer.settings.ordered)
+
+        def work(chunk: Chunk, buffers: BufferPool) -> None:
+            self._writer.run(chunk, buffers, batch, turns)
+
+        await self._transfer.each(self._enough(batch), work, cost=lambda chunk: chunk.data,
+                                  done=lambda chunk: chunk.length, turns=turns)
+        # The engine counts what it moves.
+        self._transfer.progress.add(-sum(move.length for move in batch.moves if move.source is not None))
+        return batch
+
+    def _enough(self, batch: Batch) -> Iterator[Chunk]:
+        """Chunks for one step: as many bytes as it may have, or what can be done in its time."""
+        deadline = time.monotonic() + self._policy.step_seconds
+        data = zero = 0
+        for chunk in chunks(self.view, batch.at, self._rules):
+            batch.at = chunk.start + chunk.length
+            yield chunk
+            data += chunk.data
+            zero += sum(end - start for start, end in chunk.zero)
+            if data >= self._budget or zero >= self._zero_budget or time.monotonic() >= deadline:
+                return
+
+
+def join_moves(moves: Iterable[Move]) -> list[Move]:
+    """In the order of the file, with moves that continue each other as one."""
+    joined: list[Move] = []
+    for move in sorted(moves, key=lambda move: move.offset):
+        last = joined[-1] if joined else None
+        if last is not None and last.offset + last.length == move.offset and _continues(last, move):
+            joined[-1] = last._replace(length=last.length + move.length)
+        else:
+            joined.append(move)
+    return joined
+
+
+def _continues(last: Move, move: Move) -> bool:
+    if last.source is None or move.source is None:
+        return last.source is move.source
+    return last.source + last.length == move.source

@@ -1,0 +1,222 @@
+"""What a worker of `convert` does with a chunk: read, find the zeroes, compress, ask for places, write."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+from safeimg.drivers.errors import StorageError
+from safeimg.drivers.formats.api import Placement, Planner
+from safeimg.drivers.storage.api import File
+from safeimg.drivers.transfer.buffers import BufferPool
+from safeimg.drivers.transfer.copy import zero_tail
+from safeimg.drivers.transfer.core import CHUNK, Transfer, Turns
+from safeimg.drivers.transfer.digest import Written, digests, zero_digests
+from safeimg.drivers.transfer.view import Source
+from safeimg.drivers.transfer.zero import data_runs, fill_zero
+from safeimg.ops.convert_plan import Chunk, Span
+from safeimg.ops.steps import Move
+
+AHEAD = 64 << 20  # bytes that a growing file is preallocated ahead of what is written
+
+Compress = Callable[[memoryview], bytes | None]
+
+
+@dataclass
+class Batch:
+    """What a step collects from the workers. Lists are appended to by several threads at once."""
+
+    at: int  # everything before this guest offset has been given to workers
+    written: list[Written] = field(default_factory=list)
+    moves: list[Move] = field(default_factory=list)
+
+
+class Ahead:
+    """Preallocates a growing file in long strides: allocating with each write costs more, and scatters it."""
+
+    def __init__(self, file: File) -> None:
+        self._file = file
+        self._lock = threading.Lock()
+        self._until = file.length()
+
+    def cover(self, end: int) -> None:
+        """Makes sure that the file has space up to offset `end`, if there is any."""
+        if end <= self._until:
+            return
+        with self._lock:
+            if end > self._until:
+                start, self._until = self._until, end + AHEAD
+                try:
+                    self._file.preallocate(start, self._until - start, keep_size=True)
+                except StorageError:
+                    self._until = 1 << 63  # the disk is nearly full: space for what is really written may do
+
+
+@dataclass(frozen=True, slots=True)
+class Writer:
+    """Writes chunks of `source` to a target. One for all steps of an operation."""
+
+    source: Source
+    file: File
+    planner: Planner
+    old: Source  # what the target shows without the operation
+    transfer: Transfer
+    block: int  # granularity in bytes at which zeroes are looked for
+    sparse: int  # bytes of zeroes that are worth leaving out; 0: none are
+    zero_below: int  # guest offset below which zeroes have to be made
+    compress: Compress | None
+    undo: bool  # what is in live places is kept: data for them becomes moves
+    ahead: Ahead | None
+
+    def run(self, chunk: Chunk, buffers: BufferPool, batch: Batch, turns: Turns) -> None:
+        """Writes one chunk, as far as that is possible before the step; the rest becomes moves of the
+        batch."""
+        window = buffers.get(chunk.length if chunk.copy else 0)
+        data: list[Span] = []
+        zero = list(chunk.zero)
+        for span in chunk.copy:
+            self.source.read_pieces(chunk.pieces, span.start, _of(window, chunk, span))
+            found, blank = self._sift(span, _of(window, chunk, span))
+            data += found
+            zero += blank
+        if self.compress is not None:
+            self._write_compressed(chunk, window, data, zero, buffers, batch, turns)
+            return
+        with turns.turn(chunk.ticket):
+            places = [(span, self.planner.place(span.start, span.end - span.start)) for span in data]
+            blanks = [(span, self.planner.zero(span.start, span.end - span.start)) for span in zero]
+        for span, of in places:
+            self._write_data(chunk, window, span, of, buffers, batch)
+        for span, of in blanks:
+            self._write_zeroes(span, of, buffers, batch)
+
+    def _sift(self, span: Span, content: memoryview) -> tuple[list[Span], list[Span]]:
+        """What of a span is to be written, and what is to be made zero."""
+        base = span.start
+        data = [Span(base + start, base + end) for start, end in data_runs(content, self.block, self.sparse)]
+        blank: list[Span] = []
+        at = base
+        for start, end in [*data, Span(span.end, span.end)]:
+            if at < start and at < self.zero_below:
+                blank.append(Span(at, start))
+            at = end
+        return data, blank
+
+    def _write_data(self, chunk: Chunk, window: memoryview, span: Span, places: Sequence[Placement],
+                    buffers: BufferPool, batch: Batch) -> None:
+        for place in places:
+            if self.undo and not place.fresh:
+                batch.moves.append(Move(0, place.offset, place.length, place.start))
+                continue
+            own = Span(place.start, place.start + place.length)
+            if span.start <= own.start and own.end <= span.end:
+                content = _of(window, chunk, own)
+            else:
+                content = self._widened(place, span, _of(window, chunk, span), buffers)
+            self._put(place.offset, content, batch)
+            if place.fresh:
+                zero_tail(self.file, place, self.planner.cluster_size)
+
+    def _write_zeroes(self, span: Span, places: Sequence[Placement], buffers: BufferPool,
+                      batch: Batch) -> None:
+        """Fills what the planner could not make zero by metadata."""
+        for place in places:
+            if not place.fresh:
+                if self.undo:
+                    batch.moves.append(Move(0, place.offset, place.length, None))
+                else:
+                    self.file.write_zeroes(place.offset, place.length, unmap=True)
+                    found = zero_digests(place.length) if self.transfer.settings.digests else b""
+                    batch.written.append(Written(0, place.offset, place.length, found))
+                continue
+            for part in _parts(place, self.planner.cluster_size):
+                self._put(part.offset, self._widened(part, span, None, buffers), batch)
+            zero_tail(self.file, place, self.planner.cluster_size)
+
+    def _widened(self, place: Placement, span: Span, content: memoryview | None,
+                 buffers: BufferPool) -> memoryview:
+        """What a whole cluster will hold: `content` of `span` (None: zeroes), and around it what it shows
+        now."""
+        whole = buffers.get(place.length, slot=1)
+        end = place.start + place.length
+        low, high = max(place.start, span.start), min(end, span.end)
+        if place.start < low:
+            self.old.read_into(place.start, whole[: low - place.start])
+        if high < end:
+            self.old.read_into(high, whole[high - place.start :])
+        part = whole[low - place.start : high - place.start]
+        if content is None:
+            fill_zero(part)
+        else:
+            part[:] = content[low - span.start : high - span.start]
+        return whole
+
+    def _put(self, offset: int, content: memoryview | bytes, batch: Batch) -> None:
+        if self.ahead is not None:
+            self.ahead.cover(offset + len(content))
+        self.file.pwrite(offset, content)
+        self.transfer.hint(self.file, offset, len(content))
+        found = digests(content) if self.transfer.settings.digests else b""
+        batch.written.append(Written(0, offset, len(content), found))
+
+    def _write_compressed(self, chunk: Chunk, window: memoryview, data: list[Span], zero: list[Span],
+                          buffers: BufferPool, batch: Batch, turns: Turns) -> None:
+        """Clusters that get no smaller are written as they are. Neighbours in the file are written at
+        once."""
+        assert self.compress is not None
+        unit = self.planner.cluster_size
+        packed: list[tuple[Span, bytes | None]] = []
+        for start, end in data:
+            for at in range(start, end, unit):
+                span = Span(at, min(at + unit, end))
+                packed.append((span, self.compress(self._whole(_of(window, chunk, span), unit, buffers))))
+        plain: list[tuple[Span, Sequence[Placement]]] = []
+        dense: list[tuple[int, bytes]] = []
+        with turns.turn(chunk.ticket):
+            for span, stored in packed:
+                if stored is None:
+                    plain.append((span, self.planner.place(span.start, span.end - span.start)))
+                else:
+                    dense.append((self.planner.place_compressed(span.start, len(stored)).offset, stored))
+            blanks = [(span, self.planner.zero(span.start, span.end - span.start)) for span in zero]
+        for span, of in plain:
+            self._write_data(chunk, window, span, of, buffers, batch)
+        for offset, joined in _joined(dense):
+            self._put(offset, joined, batch)
+        for span, of in blanks:
+            self._write_zeroes(span, of, buffers, batch)
+
+    def _whole(self, content: memoryview, unit: int, buffers: BufferPool) -> memoryview:
+        """A whole cluster: beyond the end of the disk it holds zeroes."""
+        if len(content) == unit:
+            return content
+        whole = buffers.get(unit, slot=2)
+        whole[: len(content)] = content
+        fill_zero(whole[len(content) :])
+        return whole
+
+
+def _of(window: memoryview, chunk: Chunk, span: Span) -> memoryview:
+    return window[span.start - chunk.start : span.end - chunk.start]
+
+
+def _parts(place: Placement, unit: int) -> Iterator[Placement]:
+    step = max(CHUNK, unit)
+    for at in range(0, place.length, step):
+        yield Placement(place.start + at, min(step, place.length - at), place.offset + at, place.fresh)
+
+
+def _joined(pieces: list[tuple[int, bytes]]) -> Iterator[tuple[int, bytes]]:
+    run: list[bytes] = []
+    first = end = 0
+    for offset, content in sorted(pieces):
+        if run and offset != end:
+            yield first, b"".join(run)
+            run = []
+        if not run:
+            first = end = offset
+        run.append(content)
+        end += len(content)
+    if run:
+        yield first, b"".join(run)
