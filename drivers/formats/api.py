@@ -118,8 +118,13 @@ class Planner(Protocol):
         """Fresh placements cover whole clusters (clipped to the end of the virtual disk)."""
         ...
 
+    @property
+    def pending(self) -> int:
+        """Bytes of metadata that the step under way changes, roughly: a step should not collect too many."""
+        ...
+
     def reserve(self, clusters: int) -> Changes:
-        """Makes metadata (refcount blocks, table) ready for `clusters` more fresh clusters.
+        """Makes metadata (refcount blocks, table) ready for `clusters` more fresh clusters, and L2 tables for them.
 
         Changes that are not empty must be made durable as a step of their own before any further plan."""
         ...
@@ -130,7 +135,7 @@ class Planner(Protocol):
         ...
 
     def place_compressed(self, start: int, stored: int) -> Placement:
-        """A place for the cluster at `start` compressed to `stored` bytes (always fresh)."""
+        """A place for the cluster at `start` compressed to `stored` bytes (always fresh). Its `length` is `stored`."""
         ...
 
     def zero(self, start: int, length: int) -> Sequence[Placement]:
@@ -138,8 +143,28 @@ class Planner(Protocol):
         that the caller fills (with the new content: zeroes inside the range, old data outside)."""
         ...
 
-    def resize(self, size: int) -> Changes:
-        """Grows the virtual disk, as a step of its own (nothing else planned since `take`)."""
+    def marking_clusters(self, ranges: Sequence[tuple[int, int]]) -> int:
+        """How many fresh clusters `mark_dirty` needs."""
+        ...
+
+    def mark_dirty(self, ranges: Sequence[tuple[int, int]]) -> Changes:
+        """Sets the bits of guest ranges (start, length) in every enabled persistent bitmap. A step of its own,
+        before any data of the ranges, and after growing if they reach past the present size."""
+        ...
+
+    def prepare_resize(self, size: int) -> Sequence[Changes]:
+        """Makes the tables large enough to plan for `size` bytes; the virtual disk keeps its size. Each of the
+        changes is a step of its own. Refuses what cannot grow."""
+        ...
+
+    def exposed(self, size: int, backing_size: int) -> Sequence[tuple[int, int]]:
+        """Guest ranges (start, length) behind the present end that would not read as zeroes after growing to
+        `size` over a backing image of `backing_size` bytes: to be zeroed before `resize`."""
+        ...
+
+    def resize(self, size: int) -> Sequence[Changes]:
+        """Grows the virtual disk, after `prepare_resize`: the last of the changes does it. Each is a step of its
+        own (nothing else planned since `take`)."""
         ...
 
     def take(self) -> Changes:
@@ -209,6 +234,14 @@ class Driver(Protocol):
 
     def unfence(self, image: Image) -> Sequence[Patch]:
         """Takes the fence of a live or of an unfinished image down: the patches, made from what is on disk now."""
+        ...
+
+    def referenced(self, image: Image, ranges: Sequence[tuple[int, int]]) -> Sequence[tuple[int, int]]:
+        """Those of the host ranges (offset, length) that the image's metadata refers to; none where it has none."""
+        ...
+
+    def used_end(self, image: Image) -> int | None:
+        """Where the last byte ends that the image's metadata refers to; None where there is no telling (raw)."""
         ...
 
     def check(self, image: Image) -> CheckResult: ...

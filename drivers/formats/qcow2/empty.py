@@ -1,0 +1,148 @@
+"""Switches to new refcount structures: emptying a disk, making the emptied file small, repairing a dirty image.
+
+Refcounts are counted from what is referenced, complete with those of the new structures themselves; everything new
+goes into space that neither the old nor the new state uses, and one sector of the header makes it live.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from safeimg.drivers.errors import UnsupportedError
+from safeimg.drivers.formats.api import Changes
+from safeimg.drivers.formats.qcow2.header import DIRTY, MAX_REFCOUNT_TABLE_BYTES
+from safeimg.drivers.formats.qcow2.references import References, count_everything, count_kept, refcount_blocks
+
+if TYPE_CHECKING:
+    from safeimg.drivers.formats.qcow2.planner import Qcow2Planner
+
+
+@dataclass(frozen=True, slots=True)
+class _Layout:
+    """Where new structures go: cluster numbers."""
+
+    table: int
+    table_clusters: int
+    blocks: Sequence[tuple[int, int]]  # (index in the table, cluster)
+    l1: int | None  # None: the L1 table stays where it is
+
+
+class _Space:
+    """Free clusters, handed out first-fit: the holes between those in use, and everything behind them."""
+
+    def __init__(self, used: References, start: int) -> None:
+        end = max(used.end(), start)
+        self._runs = [(max(first, start), first + count) for first, count in used.free_runs(end)
+                      if first + count > start]
+        self._runs.append((end, 1 << 62))
+        self.taken: list[tuple[int, int]] = []  # (first, count)
+
+    def take(self, clusters: int) -> int:
+        for index, (first, end) in enumerate(self._runs):
+            if end - first >= clusters:
+                self._runs[index] = (first + clusters, end)
+                self.taken.append((first, clusters))
+                return first
+        raise AssertionError("the last run has no end")
+
+    def block_indexes(self, entries: int) -> set[int]:
+        return {index for first, count in self.taken if count
+                for index in range(first // entries, (first + count - 1) // entries + 1)}
+
+
+def empty(planner: Qcow2Planner) -> Changes:
+    """See `api.Planner.empty`. The dirty bit goes too: what the lazy refcounts missed is no longer there."""
+    _begin(planner)
+    references = count_kept(planner)
+    layout = _lay_out(planner, references, references, _end(planner), l1=True)
+    _write(planner, references, layout)
+    return planner.take()
+
+
+def compact(planner: Qcow2Planner) -> tuple[Changes, int, list[tuple[int, int]]]:
+    """See `api.Planner.compact`. Also the clusters (first, count) below the new end that nothing uses any more."""
+    planner.finished = False
+    _begin(planner)
+    references = count_kept(planner)
+    layout = _lay_out(planner, references, count_everything(planner), 1, l1=True)
+    _write(planner, references, layout)
+    end = references.end()
+    return planner.take(), end << planner.header.cluster_bits, list(references.free_runs(end))
+
+
+def rebuild_refcounts(planner: Qcow2Planner) -> Changes:
+    """New refcounts for everything there is. The old structures stay counted until `release`, so that nothing is put
+    over them while the operation can still be rolled back."""
+    bits = planner.header.cluster_bits
+    blocks = sorted(refcount_blocks(planner))
+    references = count_everything(planner)
+    old = planner.refcounts
+    layout = _lay_out(planner, references, references, _end(planner), l1=False)
+    _write(planner, references, layout)
+    planner.unlink_clusters(old.table_offset >> bits, old.table_clusters)
+    for block in blocks:
+        planner.unlink_clusters(block >> bits, 1)
+    planner.trusted = True
+    return planner.take()
+
+
+def _begin(planner: Qcow2Planner) -> None:
+    if planner.finished:
+        raise RuntimeError(f"{planner.path}: nothing can be planned any more")
+    planner.finished = True
+
+
+def _end(planner: Qcow2Planner) -> int:
+    """The first cluster behind everything in the file."""
+    return -(-planner.view.length // planner.cluster_size)
+
+
+def _lay_out(planner: Qcow2Planner, references: References, used: References, start: int, *, l1: bool) -> _Layout:
+    """Places for a refcount table, its blocks and the L1 table in clusters from `start` on that `used` does not
+    count. `references` counts them from then on."""
+    entries, size = planner.layout.block_entries, planner.cluster_size
+    l1_clusters = -(-8 * planner.l1_size // size) if l1 else 0
+    counted = references.block_indexes(entries)
+    table_clusters = 1
+    while True:
+        if table_clusters * size > MAX_REFCOUNT_TABLE_BYTES:
+            raise UnsupportedError(f"{planner.path}: the image file is larger than what its refcount table may count")
+        space = _Space(used, start)
+        # The order in which QEMU has them in a new image: the table, the first block, L1.
+        table = space.take(table_clusters)
+        blocks = {table // entries: space.take(1)}
+        l1_first = space.take(l1_clusters)
+        while missing := sorted((counted | space.block_indexes(entries)) - blocks.keys()):
+            for index in missing:
+                blocks[index] = space.take(1)
+        needed = -(-8 * (max(blocks) + 1) // size)
+        if needed <= table_clusters:
+            break
+        table_clusters = needed
+    for first, count in space.taken:
+        references.add_run(first, count)
+    return _Layout(table, table_clusters, sorted(blocks.items()), l1_first if l1 else None)
+
+
+def _write(planner: Qcow2Planner, references: References, layout: _Layout) -> None:
+    bits, view = planner.header.cluster_bits, planner.view
+    entries = planner.layout.block_entries
+    table = bytearray(layout.table_clusters << bits)
+    for index, cluster in layout.blocks:
+        view.fresh(cluster << bits, references.encode(index * entries, planner.layout))
+        table[8 * index:8 * index + 8] = (cluster << bits).to_bytes(8, "big")
+    view.fresh(layout.table << bits, bytes(table))
+    fields = {"refcount_table_offset": layout.table << bits, "refcount_table_clusters": layout.table_clusters}
+    if layout.l1 is not None:
+        l1_clusters = -(-8 * planner.l1_size >> bits)
+        if l1_clusters:
+            view.fresh(layout.l1 << bits, bytes(l1_clusters << bits))
+        fields |= {"l1_table_offset": layout.l1 << bits, "l1_size": planner.l1_size}
+        planner.restart_tables(layout.l1 << bits, planner.l1_size)
+    if planner.header.version > 2:
+        features = int.from_bytes(view.read(72, 8), "big")
+        fields["incompatible_features"] = features & ~DIRTY
+    planner.switch(**fields)
+    planner.restart(layout.table << bits, layout.table_clusters)

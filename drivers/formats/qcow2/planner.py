@@ -1,0 +1,505 @@
+"""Plans writes into a qcow2 image: places for data, and the metadata patches that make them part of the disk.
+
+Implements `api.Planner`; spec: docs/interop/qcow2, "Cluster mapping". What keeps every crash state valid:
+
+- fresh clusters, their refcounts and new L2 tables are `allocate`; L1 and L2 entries are `link`;
+- an entry loses its cluster in `link`, the cluster loses its refcount only in `release`;
+- refcount blocks are made by `reserve`, a step earlier than the clusters that they count.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from typing import Protocol
+
+from safeimg.drivers.errors import FormatError, UnsupportedError
+from safeimg.drivers.formats.api import Changes, Patch, Placement
+from safeimg.drivers.formats.qcow2 import dirty_bitmaps, empty, grow
+from safeimg.drivers.formats.qcow2.allocator import Allocator
+from safeimg.drivers.formats.qcow2.bitmaps import Bitmap, read_bitmaps
+from safeimg.drivers.formats.qcow2.entries import (
+    COMPRESSED,
+    COPIED,
+    L1_RESERVED,
+    L2_STANDARD_RESERVED,
+    MAX_HOST_OFFSET,
+    OFFSET_MASK,
+    SECTOR,
+    ZERO,
+    compressed_shift,
+    decode_compressed,
+    encode_compressed,
+)
+from safeimg.drivers.formats.qcow2.header import Header
+from safeimg.drivers.formats.qcow2.metadata import MetadataView, Phase
+from safeimg.drivers.formats.qcow2.refcounts import RefcountLayout, Refcounts, add_run
+from safeimg.drivers.formats.qcow2.references import References, count_everything
+from safeimg.drivers.storage.api import File
+
+# Fields that switches change: all of them in the first 512 bytes, so that one patch changes any set of them at once.
+_FIELDS = {
+    "size": (24, 8), "l1_size": (36, 4), "l1_table_offset": (40, 8), "refcount_table_offset": (48, 8),
+    "refcount_table_clusters": (56, 4), "incompatible_features": (72, 8),
+}
+
+class Qcow2Source(Protocol):
+    """What the planner needs of an open image."""
+
+    @property
+    def file(self) -> File: ...
+    @property
+    def header(self) -> Header: ...
+
+
+class Qcow2Planner:
+    """Refuses dirty images (lazy refcounts: zero does not mean free) until `repair_refcounts` was planned."""
+
+    def __init__(self, image: Qcow2Source) -> None:
+        header = image.header
+        self.header = header
+        self.file = image.file
+        self.path = image.file.path
+        self.original_length = image.file.length()
+        self.view = MetadataView(image.file, header.cluster_size)
+        self.layout = RefcountLayout(header.cluster_bits, header.refcount_order)
+        self.current_size = header.size & ~511  # as QEMU: whole sectors
+        self.size = self.current_size  # guest bytes that may be planned for: more once growing is prepared
+        self.l1_size = header.l1_size
+        self.l1_table_offset = header.l1_table_offset
+        self.bitmap_directory_offset = 0 if header.bitmaps is None else header.bitmaps.bitmap_directory_offset
+        self.bitmaps: Sequence[Bitmap] = read_bitmaps(image.file, header)
+        self.trusted = not header.is_dirty
+        self.finished = False
+        self._begin(header.refcount_table_offset, header.refcount_table_clusters)
+        self._unlinked: list[tuple[int, int]] = []  # clusters (first, count) that lost a reference since `take`
+        self._released: list[tuple[int, int]] = []  # the same, of all steps until `release`
+        self._recalled = False
+        self._freed: list[tuple[int, int]] = []
+        self._tails: list[Patch] = []
+        self._packing: tuple[int, int] | None = None  # next byte for compressed data, and its cluster
+        self._verified = False
+        self._tables: dict[int, int] = {}  # L1 index → L2 table known to be exclusively ours
+
+    def _begin(self, table_offset: int, table_clusters: int) -> None:
+        self.refcounts = Refcounts(self.view, self.layout, table_offset, table_clusters)
+        self.allocator = Allocator(self.view, self.refcounts, self._switch_refcount_table)
+
+    # api.Planner
+
+    @property
+    def cluster_size(self) -> int:
+        return self.header.cluster_size
+
+    @property
+    def pending(self) -> int:
+        """Bytes of metadata in the step under way, roughly: a step should not collect too many."""
+        return self.view.pending
+
+    def reserve(self, clusters: int) -> Changes:
+        """See `api.Planner`. L2 tables come on top: the worst case of one for each cluster is reserved with them."""
+        self.ready()
+        self.allocator.reserve(clusters + min(clusters, self.l1_size))
+        return self.take()
+
+    def place(self, start: int, length: int) -> Sequence[Placement]:
+        self.ready()
+        self._check_range(start, length)
+        placements: list[Placement] = []
+        for cluster, entries in self._entries(start, length):
+            self._place_clusters(cluster, entries, start, start + length, placements)
+        return placements
+
+    def place_compressed(self, start: int, stored: int) -> Placement:
+        """See `api.Planner`. The placement's `length` is `stored`: the bytes to be written at its `offset`."""
+        self.ready()
+        size = self.cluster_size
+        self._check_range(start, 1)
+        if start % size or not 0 < stored < size:
+            raise ValueError(f"not a compressed cluster: {stored} bytes for guest offset {start:#x}")
+        cluster, ((entry,),) = start // size, [entries for _cluster, entries in self._entries(start, 1)]
+        offset = self._pack(stored)
+        if offset >= min(1 << compressed_shift(self.header.cluster_bits), MAX_HOST_OFFSET):
+            raise UnsupportedError(f"{self.path}: compressed clusters cannot lie at {offset:#x} with this cluster size")
+        self._unlink(cluster, entry)
+        self._put(cluster, [encode_compressed(offset, stored, self.header.cluster_bits)])
+        return Placement(start, stored, offset, True)
+
+    def zero(self, start: int, length: int) -> Sequence[Placement]:
+        self.ready()
+        self._check_range(start, length)
+        size, end = self.cluster_size, start + length
+        placements: list[Placement] = []
+        for first, entries in self._entries(start, length):
+            for cluster, entry in enumerate(entries, first):
+                if self._reads_zero(cluster, entry):
+                    continue
+                left, right = max(start, cluster * size), min(end, (cluster + 1) * size)
+                whole = left == cluster * size and right == min((cluster + 1) * size, self.size)
+                replacement = self._zero_entry if whole else None
+                if replacement is not None:
+                    self._unlink(cluster, entry)
+                    self._put(cluster, [replacement])
+                else:
+                    self._place_clusters(cluster, [entry], left, right, placements)
+        return placements
+
+    def prepare_resize(self, size: int) -> Sequence[Changes]:
+        return grow.prepare_resize(self, size)
+
+    def exposed(self, size: int, backing_size: int) -> Sequence[tuple[int, int]]:
+        return grow.exposed(self, size, backing_size)
+
+    def resize(self, size: int) -> Sequence[Changes]:
+        return grow.resize(self, size)
+
+    def take(self) -> Changes:
+        patches, length = self.view.take()
+        bits = self.header.cluster_bits
+        changes = Changes(
+            patches.allocate + tuple(self._tails), patches.link, length,
+            tuple((first << bits, count << bits) for first, count in self._unlinked),
+        )
+        self._released += self._unlinked
+        self._unlinked = []
+        self._tails = []
+        self._packing = None
+        return changes
+
+    def recall(self, unlinked: Sequence[tuple[int, int]]) -> None:
+        bits = self.header.cluster_bits
+        for offset, length in unlinked:
+            if offset < 0 or length <= 0 or (offset | length) & (self.cluster_size - 1):
+                raise FormatError(self.path, f"the log's unlinked range of {length} bytes is not clusters", offset=offset)
+            add_run(self._released, offset >> bits, length >> bits)
+            self.allocator.exclude(offset >> bits, length >> bits)
+        self._recalled = self._recalled or bool(unlinked)
+
+    def release(self) -> Changes:
+        """See `api.Planner`. After `recall` the references are counted first, and no refcount goes below them:
+        somebody may have repaired leaks in between. Nothing can be planned afterwards."""
+        self.ready()
+        references = count_everything(self) if self._recalled else None
+        for first, count in self._released:
+            self._lower(first, count, references)
+        self._released = []
+        self.finished = True
+        return self.take()
+
+    def freed(self) -> Sequence[tuple[int, int]]:
+        bits = self.header.cluster_bits
+        return [(first << bits, count << bits) for first, count in sorted(self._freed)]
+
+    def empty(self) -> Changes:
+        return empty.empty(self)
+
+    def compact(self) -> tuple[Changes, int]:
+        changes, length, self._freed = empty.compact(self)
+        return changes, length
+
+    # Beyond api.Planner
+
+    def repair_refcounts(self) -> Changes:
+        """Makes the refcounts of a dirty image right, by one switch to new ones counted from what is referenced; the
+        dirty bit goes with it. A step of its own, before any other plan; empty if the image is not dirty."""
+        if self.trusted:
+            return Changes()
+        return empty.rebuild_refcounts(self)
+
+    def mark_dirty(self, ranges: Sequence[tuple[int, int]]) -> Changes:
+        """Sets the bits of guest ranges (start, length) in every enabled persistent bitmap. A step of its own, before
+        any data of the ranges; `reserve(marking_clusters(ranges))` first."""
+        self.ready()
+        dirty_bitmaps.mark(self, ranges)
+        return self.take()
+
+    def marking_clusters(self, ranges: Sequence[tuple[int, int]]) -> int:
+        """How many fresh clusters `mark_dirty` takes."""
+        return dirty_bitmaps.clusters_needed(self, ranges)
+
+    # For grow, empty, dirty_bitmaps
+
+    def ready(self) -> None:
+        """Before any plan: refcounts can be trusted, and count what free space must not overlap."""
+        if self.finished:
+            raise RuntimeError(f"{self.path}: nothing can be planned any more")
+        if not self.trusted:
+            raise UnsupportedError(
+                f"{self.path}: the image was not closed properly: repair it with 'qemu-img check -r all'"
+            )
+        if not self._verified:
+            self._verify_counted()
+            self._verified = True
+
+    def switch(self, *values: tuple[int, int], **fields: int) -> None:
+        """Changes header fields, and 8-byte values given as (offset, value): all of it is one patch of `link` in the
+        first sector, so that no crash separates them."""
+        places = [(*_FIELDS[name], value) for name, value in fields.items()]
+        places += [(offset, 8, value) for offset, value in values]
+        start, end = min(place[0] for place in places), max(place[0] + place[1] for place in places)
+        if end > SECTOR:
+            raise RuntimeError(f"{self.path}: a switch does not fit into one sector")
+        head = bytearray(self.view.read(0, end))
+        for offset, length, value in places:
+            head[offset:offset + length] = value.to_bytes(length, "big")
+        self.view.write(start, bytes(head[start:]), Phase.LINK)
+
+    def unlink_clusters(self, first: int, count: int) -> None:
+        """The step under way takes one reference from each of these clusters."""
+        if count:
+            add_run(self._unlinked, first, count)
+
+    def restart(self, refcount_table_offset: int, refcount_table_clusters: int) -> None:
+        """The header points to another refcount table, which counts everything."""
+        self._begin(refcount_table_offset, refcount_table_clusters)
+        self.trusted = True
+
+    def restart_tables(self, l1_table_offset: int, l1_size: int) -> None:
+        self.l1_table_offset, self.l1_size = l1_table_offset, l1_size
+        self._tables.clear()
+
+    def l2_table(self, l1_index: int) -> tuple[int, bool]:
+        """An L2 table's host offset (0: none), and whether its entry says that it is exclusively ours."""
+        at = self.l1_table_offset + 8 * l1_index
+        entry = int.from_bytes(self.view.read(at, 8), "big")
+        offset = entry & OFFSET_MASK
+        if offset % self.cluster_size or entry & L1_RESERVED or offset >= max(self.view.length, 1):
+            raise FormatError(self.path, f"L1 entry {entry:#x} is invalid", offset=at)
+        return offset, bool(entry & COPIED)
+
+    # Mapping
+
+    @property
+    def _zero_entry(self) -> int | None:
+        """What makes a cluster read as zeroes by metadata alone, if anything does."""
+        if self.header.version > 2:
+            return ZERO
+        return 0 if self.header.backing_file is None else None
+
+    def _check_range(self, start: int, length: int) -> None:
+        if start < 0 or length < 0 or start + length > self.size:
+            raise ValueError(f"{self.path}: guest range {start:#x}+{length:#x} is not within {self.size:#x}")
+
+    def _entries(self, start: int, length: int) -> Sequence[tuple[int, Sequence[int]]]:
+        """L2 entries of the guest range's clusters: (first guest cluster, entries) for each L2 table."""
+        per_table = self.header.l2_entries
+        cluster, end = start // self.cluster_size, -(-(start + length) // self.cluster_size)
+        found: list[tuple[int, Sequence[int]]] = []
+        while cluster < end and length:
+            l1_index, l2_index = divmod(cluster, per_table)
+            count = min(end - cluster, per_table - l2_index)
+            table, _ = self.l2_table(l1_index)
+            entries: Sequence[int] = (0,) * count
+            if table:
+                entries = struct.unpack(f">{count}Q", self.view.read(table + 8 * l2_index, 8 * count))
+            found.append((cluster, entries))
+            cluster += count
+        return found
+
+    def _put(self, cluster: int, entries: Sequence[int]) -> None:
+        """Replaces the L2 entries of guest clusters that lie in one L2 table."""
+        l1_index, l2_index = divmod(cluster, self.header.l2_entries)
+        table = self._tables.get(l1_index) or self._own_table(l1_index)
+        self.view.write(table + 8 * l2_index, struct.pack(f">{len(entries)}Q", *entries), Phase.LINK)
+
+    def _own_table(self, l1_index: int) -> int:
+        """An L2 table that may be changed: the one there, or a new one (a copy if snapshots use the one there)."""
+        table, copied = self.l2_table(l1_index)
+        bits = self.header.cluster_bits
+        if not table or not self._exclusive(table >> bits, 1, copied, "L2 table"):
+            content = self.view.read(table, self.cluster_size) if table else bytes(self.cluster_size)
+            if table:
+                self.unlink_clusters(table >> bits, 1)
+            table = self.allocator.allocate(1)[0] << bits
+            self.view.fresh(table, content)
+            entry = (table | COPIED).to_bytes(8, "big")
+            self.view.write(self.l1_table_offset + 8 * l1_index, entry, Phase.LINK)
+        self._tables[l1_index] = table
+        return table
+
+    def _exclusive(self, first: int, count: int, copied: bool, what: str) -> bool:
+        """Whether clusters are referenced by the active state alone; the flag and the refcounts have to agree."""
+        for cluster, value in enumerate(self.refcounts.get_run(first, count), first):
+            if not value or (value == 1) != copied:
+                raise FormatError(
+                    self.path, f"{what} with refcount {value} is {'' if copied else 'not '}flagged as copied: "
+                    "run 'qemu-img check -r all'", offset=cluster << self.header.cluster_bits,
+                )
+        return copied
+
+    def _standard(self, cluster: int, entry: int) -> int:
+        """The host cluster number (0: none) of an entry that is not compressed."""
+        offset = entry & OFFSET_MASK
+        bad = entry & L2_STANDARD_RESERVED or offset % self.cluster_size or (entry & COPIED and not offset)
+        if bad or (entry & ZERO and self.header.version == 2):
+            raise self._invalid(cluster, entry)
+        return offset >> self.header.cluster_bits
+
+    def _invalid(self, cluster: int, entry: int) -> FormatError:
+        return FormatError(
+            self.path, f"L2 entry {entry:#x} of guest offset {cluster * self.cluster_size:#x} is invalid"
+        )
+
+    def _compressed(self, cluster: int, entry: int) -> tuple[int, int]:
+        """Host clusters (first, count) that compressed data touches."""
+        bits = self.header.cluster_bits
+        offset, stored = decode_compressed(entry, bits)
+        if entry & COPIED or offset >= MAX_HOST_OFFSET:
+            raise self._invalid(cluster, entry)
+        first, last = offset >> bits, (offset + stored - 1) >> bits
+        return first, last - first + 1
+
+    def _reads_zero(self, cluster: int, entry: int) -> bool:
+        if entry & COMPRESSED:
+            return False
+        if entry & ZERO:
+            self._standard(cluster, entry)
+            return True
+        return entry == 0 and self.header.backing_file is None
+
+    def _unlink(self, cluster: int, entry: int) -> None:
+        """Records the references that go with an entry that is replaced, exclusively ours or not."""
+        if entry & COMPRESSED:
+            first, count = self._compressed(cluster, entry)
+            if 0 in self.refcounts.get_run(first, count):
+                raise FormatError(self.path, "compressed data with refcount 0: run 'qemu-img check -r all'",
+                                  offset=first << self.header.cluster_bits)
+            for host in range(first, first + count):
+                self.unlink_clusters(host, 1)
+        elif host := self._standard(cluster, entry):
+            self._exclusive(host, 1, bool(entry & COPIED), "data")
+            self.unlink_clusters(host, 1)
+
+    # Places
+
+    def _place_clusters(self, first: int, entries: Sequence[int], start: int, end: int,
+                        placements: list[Placement]) -> None:
+        """Places for the part of the guest range start…end that lies in clusters of one L2 table."""
+        size, index = self.cluster_size, 0
+        while index < len(entries):
+            cluster, entry = first + index, entries[index]
+            if entry & COPIED and not entry & COMPRESSED:
+                count = 1
+                while index + count < len(entries) and entries[index + count] == entry + count * size:
+                    count += 1
+                host = self._standard(cluster, entry)
+                self._exclusive(host, count, True, "data")
+                if entry & ZERO:
+                    # Preallocated: nobody reads this space until the flag goes.
+                    self._put(cluster, [(entry & ~ZERO) + number * size for number in range(count)])
+                    self.view.extend((host + count) * size)
+                    self._add_fresh(cluster, host, count, placements)
+                else:
+                    left, right = max(start, cluster * size), min(end, (cluster + count) * size)
+                    _add(placements, Placement(left, right - left, host * size + left - cluster * size, False))
+            else:
+                count = 1
+                while index + count < len(entries) and not _in_place(entries[index + count]):
+                    count += 1
+                self._place_fresh(cluster, entries[index:index + count], placements)
+            index += count
+
+    def _place_fresh(self, cluster: int, old: Sequence[int], placements: list[Placement]) -> None:
+        for number, entry in enumerate(old, cluster):
+            if entry:
+                self._unlink(number, entry)
+        done = 0
+        while done < len(old):
+            host, count = self.allocator.allocate(len(old) - done)
+            offset = host * self.cluster_size
+            self._put(cluster + done, [offset + number * self.cluster_size | COPIED for number in range(count)])
+            self._add_fresh(cluster + done, host, count, placements)
+            done += count
+
+    def _add_fresh(self, cluster: int, host: int, count: int, placements: list[Placement]) -> None:
+        size = self.cluster_size
+        start, offset = cluster * size, host * size
+        length = min(count * size, self.size - start)
+        _add(placements, Placement(start, length, offset, True))
+        tail = offset + length
+        if length < count * size and tail < self.original_length:
+            # What lies past the end of the virtual disk would be exposed should it grow: no remains of other data.
+            self._tails.append(Patch(tail, None, bytes(count * size - length)))
+
+    def _pack(self, stored: int) -> int:
+        """Host offset for compressed bytes: right behind those before it in this step, where the widths allow."""
+        size = self.cluster_size
+        if self._packing is not None:
+            offset, cluster = self._packing
+            last = (offset + stored - 1) // size
+            if self.refcounts.get(cluster) < self.layout.maximum:
+                if last == cluster:
+                    self.refcounts.raise_one(cluster, Phase.ALLOCATE)
+                    self._packing = self._behind(offset + stored, cluster)
+                    return offset
+                following, _ = self.allocator.allocate(1)
+                if following == cluster + 1:
+                    self.refcounts.raise_one(cluster, Phase.ALLOCATE)
+                else:
+                    offset = following * size
+                self._packing = self._behind(offset + stored, following)
+                return offset
+        cluster, _ = self.allocator.allocate(1)
+        self._packing = self._behind(cluster * size + stored, cluster)
+        return cluster * size
+
+    def _behind(self, offset: int, cluster: int) -> tuple[int, int] | None:
+        return (offset, cluster) if offset < (cluster + 1) * self.cluster_size else None
+
+    # Refcounts
+
+    def _lower(self, first: int, count: int, references: References | None) -> None:
+        if references is None:
+            for run in self.refcounts.lower_run(first, count, Phase.LINK):
+                add_run(self._freed, *run)
+            return
+        for cluster in range(first, first + count):
+            if self.refcounts.get(cluster) > references.get(cluster):
+                for run in self.refcounts.lower_run(cluster, 1, Phase.LINK):
+                    add_run(self._freed, *run)
+
+    def _switch_refcount_table(self, offset: int, clusters: int) -> None:
+        old = self.refcounts
+        self.unlink_clusters(old.table_offset >> self.header.cluster_bits, old.table_clusters)
+        self.switch(refcount_table_offset=offset, refcount_table_clusters=clusters)
+        old.table_offset, old.table_clusters = offset, clusters
+
+    def _verify_counted(self) -> None:
+        """The structures that are in use must not look free, or data would be put over them."""
+        header, bits = self.header, self.header.cluster_bits
+        l1_clusters = -(-8 * self.l1_size // self.cluster_size)
+        structures = [(0, 1), (self.refcounts.table_offset >> bits, self.refcounts.table_clusters)]
+        structures.append((self.l1_table_offset >> bits, l1_clusters))
+        if header.nb_snapshots:
+            structures.append((header.snapshots_offset >> bits, 1))
+        if header.bitmaps is not None:
+            structures.append((self.bitmap_directory_offset >> bits, 1))
+        per_read = 8192
+        for position in range(0, self.l1_size, per_read):
+            count = min(per_read, self.l1_size - position)
+            l1 = struct.unpack(f">{count}Q", self.view.read(self.l1_table_offset + 8 * position, 8 * count))
+            structures += [((entry & OFFSET_MASK) >> bits, 1) for entry in l1 if entry & OFFSET_MASK]
+            runs: list[tuple[int, int]] = []
+            for first, length in sorted(structures):
+                add_run(runs, first, length)
+            for first, length in runs:
+                values = self.refcounts.get_run(first, length)
+                if 0 in values:
+                    raise FormatError(self.path, "metadata has refcount 0: run 'qemu-img check -r all'",
+                                      offset=first + values.index(0) << bits)
+            structures = []
+
+
+def _in_place(entry: int) -> bool:
+    return bool(entry & COPIED) and not entry & COMPRESSED
+
+
+def _add(placements: list[Placement], new: Placement) -> None:
+    """Appends a placement, joined to the last one if it continues it in the guest and in the file."""
+    if placements:
+        last = placements[-1]
+        joins = last.start + last.length == new.start and last.offset + last.length == new.offset
+        if joins and last.fresh == new.fresh:
+            placements[-1] = last._replace(length=last.length + new.length)
+            return
+    placements.append(new)

@@ -1,0 +1,251 @@
+"""Counts what an image's metadata refers to: the refcounts as they ought to be.
+
+Each structure is read once, however often it is referred to, so the time is bounded by the size of the file; memory
+is four bytes a cluster where clusters are in use. Spec: docs/interop/qcow2, "Host cluster management".
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from safeimg.drivers.errors import FormatError, UnsupportedError
+from safeimg.drivers.formats.qcow2.dirty_bitmaps import read_table
+from safeimg.drivers.formats.qcow2.entries import (
+    COMPRESSED,
+    L1_RESERVED,
+    L2_STANDARD_RESERVED,
+    OFFSET_MASK,
+    SECTOR,
+    compressed_shift,
+)
+from safeimg.drivers.formats.qcow2.refcounts import RefcountLayout
+from safeimg.drivers.formats.qcow2.snapshots import read_snapshots
+
+if TYPE_CHECKING:
+    from safeimg.drivers.formats.qcow2.planner import Qcow2Planner
+
+PAGE = 4096  # clusters whose counts are kept together
+MAX_PAGES = 16384  # 256 MiB
+L2_BATCH = 1 << 16  # entries decoded at once
+Array = Any  # numpy is loaded only when something is counted
+
+
+class References:
+    """A count for each host cluster; those never added have none."""
+
+    def __init__(self, path: str, clusters: int) -> None:
+        self._path = path
+        self._limit = clusters  # the file has no more
+        self._pages: dict[int, Array] = {}
+
+    def get(self, cluster: int) -> int:
+        page = self._pages.get(cluster // PAGE)
+        return 0 if page is None else int(page[cluster % PAGE])
+
+    def add_range(self, offset: int, length: int, cluster_bits: int, times: int = 1) -> None:
+        """All clusters that the host range touches."""
+        if length:
+            first, last = offset >> cluster_bits, (offset + length - 1) >> cluster_bits
+            self._check(last, cluster_bits)
+            self.add_run(first, last - first + 1, times)
+
+    def add_run(self, first: int, count: int, times: int = 1) -> None:
+        while count:
+            number, start = divmod(first, PAGE)
+            here = min(count, PAGE - start)
+            self._page(number)[start:start + here] += times
+            first, count = first + here, count - here
+
+    def add_many(self, clusters: Array, cluster_bits: int, times: int) -> None:
+        """Single clusters, in any order and repeated or not."""
+        import numpy
+
+        if not len(clusters):
+            return
+        clusters = numpy.sort(clusters)
+        self._check(int(clusters[-1]), cluster_bits)
+        numbers = clusters // PAGE
+        starts = numpy.flatnonzero(numpy.diff(numbers)) + 1
+        for part in numpy.split(clusters, starts):
+            numpy.add.at(self._page(int(part[0]) // PAGE), (part % PAGE).astype(numpy.intp), times)
+
+    def end(self) -> int:
+        """One more than the highest cluster in use."""
+        for number in sorted(self._pages, reverse=True):
+            used = self._pages[number].nonzero()[0]
+            if len(used):
+                return number * PAGE + int(used[-1]) + 1
+        return 0
+
+    def block_indexes(self, entries: int) -> set[int]:
+        """Refcount blocks (of `entries` clusters each) that count anything."""
+        found: set[int] = set()
+        for number, page in self._pages.items():
+            used = page.nonzero()[0] + number * PAGE
+            found.update({int(cluster) // entries for cluster in used} if entries < PAGE
+                         else {int(used[0]) // entries} if len(used) else set())
+        return found
+
+    def free_runs(self, end: int) -> Iterator[tuple[int, int]]:
+        """Clusters below `end` without references as (first, count), in order."""
+        import numpy
+
+        position = 0
+        for number in sorted(self._pages):
+            used = self._pages[number].nonzero()[0] + number * PAGE
+            used = used[used < end]
+            # One before each used cluster: the previous used one, or the last that was looked at.
+            before = numpy.concatenate(([position - 1], used[:-1])) if len(used) else used
+            for index in (used - before > 1).nonzero()[0].tolist():
+                first = int(before[index]) + 1
+                yield first, int(used[index]) - first
+            if len(used):
+                position = int(used[-1]) + 1
+        if position < end:
+            yield position, end - position
+
+    def encode(self, first: int, layout: RefcountLayout) -> bytes:
+        """The refcount block for the clusters from `first` on. `UnsupportedError` if a count is too wide."""
+        import numpy
+
+        count = layout.block_entries
+        values = numpy.zeros(count, numpy.uint32)
+        for number in range(first // PAGE, (first + count - 1) // PAGE + 1):
+            page = self._pages.get(number)
+            if page is not None:
+                start, end = max(first, number * PAGE), min(first + count, (number + 1) * PAGE)
+                values[start - first:end - first] = page[start - number * PAGE:end - number * PAGE]
+        if int(values.max()) > layout.maximum:
+            raise UnsupportedError(
+                f"{self._path}: a cluster is used {int(values.max())} times, which does not fit into "
+                f"{1 << layout.refcount_order} bits"
+            )
+        bits = 1 << layout.refcount_order
+        if bits >= 8:
+            return values.astype(f">u{bits // 8}").tobytes()
+        per_byte = 8 // bits
+        packed = numpy.zeros(count // per_byte, numpy.uint8)
+        for position in range(per_byte):
+            packed |= (values[position::per_byte] << (position * bits)).astype(numpy.uint8)
+        return packed.tobytes()
+
+    def _page(self, number: int) -> Array:
+        page = self._pages.get(number)
+        if page is None:
+            import numpy
+
+            if len(self._pages) >= MAX_PAGES:
+                raise UnsupportedError(f"{self._path}: too many clusters in use to count them in bounded memory")
+            page = self._pages[number] = numpy.zeros(PAGE, numpy.uint32)
+        return page
+
+    def _check(self, cluster: int, cluster_bits: int) -> None:
+        if cluster >= self._limit:
+            raise FormatError(self._path, "metadata refers to a cluster past the end of the file",
+                              offset=cluster << cluster_bits)
+
+
+def count_everything(planner: Qcow2Planner) -> References:
+    """Every reference in the state planned so far, the refcount structures included."""
+    references = count_kept(planner)
+    bits = planner.header.cluster_bits
+    count_l1(planner, references, {(planner.l1_table_offset, planner.l1_size): 1})
+    refcounts = planner.refcounts
+    references.add_range(refcounts.table_offset, refcounts.table_clusters << bits, bits)
+    for block in refcount_blocks(planner):
+        references.add_range(block, 1, bits)
+    return references
+
+
+def count_kept(planner: Qcow2Planner) -> References:
+    """What stays when the disk is emptied: the header, internal snapshots and bitmaps."""
+    header, bits = planner.header, planner.header.cluster_bits
+    references = References(planner.path, -(-planner.view.length // header.cluster_size))
+    references.add_range(0, 1, bits)
+    count_l1(planner, references, _snapshot_tables(planner, references))
+    extension = header.bitmaps
+    if extension is not None:
+        references.add_range(planner.bitmap_directory_offset, extension.bitmap_directory_size, bits)
+        for bitmap in planner.bitmaps:
+            references.add_range(bitmap.bitmap_table_offset, 8 * bitmap.bitmap_table_size, bits)
+            for entry in read_table(planner, bitmap):
+                references.add_range(entry & OFFSET_MASK, 1 if entry & OFFSET_MASK else 0, bits)
+    return references
+
+
+def refcount_blocks(planner: Qcow2Planner) -> Iterator[int]:
+    """Host offsets of the refcount blocks in use."""
+    refcounts = planner.refcounts
+    for index in range(refcounts.table_entries):
+        if block := refcounts.block(index):
+            yield block
+
+
+def count_l1(planner: Qcow2Planner, references: References, tables: dict[tuple[int, int], int]) -> None:
+    """L1 tables (offset, entries) with the number of times each is referred to, and everything below them."""
+    import numpy
+
+    bits, view = planner.header.cluster_bits, planner.view
+    l2_tables: Counter[int] = Counter()
+    for (offset, size), times in tables.items():
+        references.add_range(offset, 8 * size, bits, times)
+        for position in range(0, size, L2_BATCH):
+            count = min(L2_BATCH, size - position)
+            entries = numpy.frombuffer(view.read(offset + 8 * position, 8 * count), ">u8").astype(numpy.uint64)
+            entries = entries[entries != 0]
+            if (entries & numpy.uint64(L1_RESERVED)).any():
+                raise FormatError(planner.path, "L1 table has entries with reserved bits set", offset=offset)
+            for table in (entries & numpy.uint64(OFFSET_MASK)).tolist():
+                l2_tables[table] += times
+    for table, times in sorted(l2_tables.items()):
+        if table % planner.cluster_size:
+            raise FormatError(planner.path, "L2 table is not aligned to a cluster", offset=table)
+        references.add_range(table, 1, bits, times)
+        _count_l2(planner, references, table, times)
+
+
+def _count_l2(planner: Qcow2Planner, references: References, table: int, times: int) -> None:
+    import numpy
+
+    bits = planner.header.cluster_bits
+    entries = numpy.frombuffer(planner.view.read(table, planner.cluster_size), ">u8").astype(numpy.uint64)
+    compressed = entries & numpy.uint64(COMPRESSED) != 0
+    standard = entries[~compressed]
+    if (standard & numpy.uint64(L2_STANDARD_RESERVED)).any():
+        raise FormatError(planner.path, "L2 table has entries with reserved bits set", offset=table)
+    hosts = standard & numpy.uint64(OFFSET_MASK)
+    if (hosts & numpy.uint64(planner.cluster_size - 1)).any():
+        raise FormatError(planner.path, "L2 table has entries that are not aligned to a cluster", offset=table)
+    references.add_many(hosts[hosts != 0] >> numpy.uint64(bits), bits, times)
+    packed = entries[compressed]
+    if len(packed):
+        shift = compressed_shift(bits)
+        offsets = packed & numpy.uint64((1 << min(shift, 56)) - 1)
+        sectors = (packed & numpy.uint64(COMPRESSED - 1)) >> numpy.uint64(shift)
+        first = offsets >> numpy.uint64(bits)
+        end = (offsets // numpy.uint64(SECTOR) + sectors + numpy.uint64(1)) * numpy.uint64(SECTOR)
+        last = (end - numpy.uint64(1)) >> numpy.uint64(bits)
+        # The last sector may end behind the file; compressed data touches three clusters at most (512 bytes each).
+        for step in range(3):
+            touched = first + numpy.uint64(step)
+            references.add_many(touched[touched <= last], bits, times)
+
+
+def _snapshot_tables(planner: Qcow2Planner, references: References) -> dict[tuple[int, int], int]:
+    """The L1 tables of the internal snapshots; counts the snapshot table itself."""
+    snapshots = read_snapshots(planner.file, planner.header)
+    tables: Counter[tuple[int, int]] = Counter()
+    total = 0
+    for snapshot in snapshots:
+        total += 8 * snapshot.l1_size
+        # Tables do not overlap: together they cannot be larger than the file.
+        if snapshot.l1_table_offset % planner.cluster_size or total > planner.view.length:
+            raise FormatError(planner.path, "snapshot's L1 table is invalid", offset=snapshot.offset)
+        if snapshot.l1_size:
+            tables[snapshot.l1_table_offset, snapshot.l1_size] += 1
+    if snapshots:
+        start, last = planner.header.snapshots_offset, snapshots[-1]
+        references.add_range(start, last.offset + last.length - start, planner.header.cluster_bits)
+    return dict(tables)

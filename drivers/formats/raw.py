@@ -1,0 +1,206 @@
+"""Raw images: the guest disk is the file. Nothing is allocated, so every write is in place.
+
+The virtual size is the file's length in whole sectors of 512 bytes, as in QEMU: a started last sector counts, and what
+it lacks reads as zeroes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+from safeimg.drivers.errors import UnsupportedError, UsageError
+from safeimg.drivers.formats.api import (
+    Changes,
+    CheckResult,
+    CreateOption,
+    Extent,
+    Image,
+    Kind,
+    Patch,
+    Placement,
+)
+from safeimg.drivers.storage.api import Buffer, File, FileSystem
+
+SECTOR = 512
+
+
+def _sectors(length: int) -> int:
+    return -(-length // SECTOR) * SECTOR
+
+
+class RawImage:
+    """Implements `api.Image`."""
+
+    def __init__(self, file: File) -> None:
+        self._file = file
+
+    @property
+    def file(self) -> File:
+        return self._file
+
+    @property
+    def format(self) -> str:
+        return "raw"
+
+    @property
+    def size(self) -> int:
+        return _sectors(self._file.length())
+
+    @property
+    def cluster_size(self) -> int:
+        return 1
+
+    @property
+    def backing_file(self) -> str | None:
+        return None
+
+    @property
+    def backing_format(self) -> str | None:
+        return None
+
+    def extents(self, start: int, length: int) -> Iterator[Extent]:
+        """Holes are zeroes with an offset, as in `qemu-img map`: they are there to be written into."""
+        end = min(start + length, self.size)
+        position = start
+        for span in self._file.spans(start, end - start) if end > start else ():
+            yield Extent(span.start, span.length, Kind.DATA if span.is_data else Kind.ZERO, span.start)
+            position = span.start + span.length
+        if position < end:
+            yield Extent(position, end - position, Kind.ZERO, position)
+
+    def decompress(self, extent: Extent, stored: Buffer) -> bytes:
+        raise UnsupportedError(f"{self._file.path}: raw images hold nothing compressed")
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class RawPlanner:
+    """Implements `api.Planner`: no metadata, so most of it has nothing to do."""
+
+    def __init__(self, image: Image) -> None:
+        self._path = image.file.path
+        self._device = image.file.stat().is_device
+        self._capacity = image.size
+        self._size = image.size
+
+    @property
+    def cluster_size(self) -> int:
+        return 1
+
+    @property
+    def pending(self) -> int:
+        return 0
+
+    def reserve(self, clusters: int) -> Changes:
+        return Changes()
+
+    def place(self, start: int, length: int) -> Sequence[Placement]:
+        if start < 0 or length < 0 or start + length > self._size:
+            raise ValueError(f"{self._path}: guest range {start:#x}+{length:#x} is not within {self._size:#x}")
+        return [Placement(start, length, start, False)] if length else []
+
+    def place_compressed(self, start: int, stored: int) -> Placement:
+        raise UnsupportedError(f"{self._path}: raw images cannot hold compressed data")
+
+    def zero(self, start: int, length: int) -> Sequence[Placement]:
+        return self.place(start, length)
+
+    def marking_clusters(self, ranges: Sequence[tuple[int, int]]) -> int:
+        return 0
+
+    def mark_dirty(self, ranges: Sequence[tuple[int, int]]) -> Changes:
+        return Changes()
+
+    def prepare_resize(self, size: int) -> Sequence[Changes]:
+        if size < self._size:
+            raise UnsupportedError(f"{self._path}: shrinking is not supported yet")
+        if self._device and size > self._capacity:
+            raise UsageError(f"{self._path}: cannot grow device files")
+        return ()
+
+    def exposed(self, size: int, backing_size: int) -> Sequence[tuple[int, int]]:
+        return ()
+
+    def resize(self, size: int) -> Sequence[Changes]:
+        """What the file grows by reads as zeroes."""
+        self.prepare_resize(size)
+        self._size = size
+        return (Changes(length=size),)
+
+    def take(self) -> Changes:
+        return Changes()
+
+    def recall(self, unlinked: Sequence[tuple[int, int]]) -> None:
+        pass
+
+    def release(self) -> Changes:
+        return Changes()
+
+    def freed(self) -> Sequence[tuple[int, int]]:
+        return ()
+
+    def empty(self) -> Changes:
+        raise UnsupportedError(f"{self._path}: a raw image cannot be emptied")
+
+    def compact(self) -> tuple[Changes, int]:
+        raise UnsupportedError(f"{self._path}: a raw image cannot be emptied")
+
+
+class RawDriver:
+    """Implements `api.Driver`."""
+
+    name = "raw"
+    create_options: Sequence[CreateOption] = (
+        CreateOption("nocow", "bool", "Turn off copy-on-write (valid only on btrfs)"),
+        CreateOption("preallocation", "str", "Preallocation mode (allowed values: off, falloc, full)"),
+        CreateOption("size", "size", "Virtual disk size"),
+    )
+
+    def probe(self, head: bytes, path: str) -> int:
+        """What nobody else recognises is raw."""
+        return 1
+
+    def open(self, file: File, *, write: bool = False, repair: bool = False) -> Image:
+        return RawImage(file)
+
+    def planner(self, image: Image) -> RawPlanner:
+        return RawPlanner(image)
+
+    def fence(self, image: Image) -> Changes:
+        return Changes()
+
+    def unfence(self, image: Image) -> Sequence[Patch]:
+        return ()
+
+    def referenced(self, image: Image, ranges: Sequence[tuple[int, int]]) -> Sequence[tuple[int, int]]:
+        return ()
+
+    def used_end(self, image: Image) -> int | None:
+        return None
+
+    def check(self, image: Image) -> CheckResult:
+        raise UnsupportedError("This image format does not support checks")
+
+    def specific_info(self, image: Image) -> Mapping[str, object] | None:
+        return None
+
+    def create(self, fs: FileSystem, path: str, size: int, options: Mapping[str, str], *,
+               cache: str = "writeback", unfinished: str | None = None) -> None:
+        """A hole of `size` bytes; with preallocation `falloc` its space is reserved, with `full` written."""
+        preallocation = options.get("preallocation", "off")
+        if preallocation not in ("off", "falloc", "full"):
+            raise UsageError(f"Invalid parameter '{preallocation}'")
+        length = _sectors(size)
+        file = fs.create(path, cache=cache)
+        try:
+            file.truncate(length)
+            if preallocation == "falloc":
+                file.preallocate(0, length, keep_size=False)
+            elif preallocation == "full":
+                file.write_zeroes(0, length, unmap=False)
+        finally:
+            file.close()
+
+
+driver = RawDriver()
