@@ -1,0 +1,291 @@
+"""Finding what is pending on an image: its log, or the pointer to the log it takes part in."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from safeimg.journal import place
+from safeimg.journal.errors import JournalError, LogForeign, LogVoid
+from safeimg.journal.events import Abandoned, Completed, Declared, Identity, Owner, RecoveryStarted, RolledBack, Started
+from safeimg.journal.files import FileStat, FileSystem, system_error
+from safeimg.journal.identity import identify, same_file
+from safeimg.journal.log import Log, remove_void
+from safeimg.journal.owner import current_owner, liveness
+from safeimg.journal.pointer import NEW_SUFFIX, Pointer, read_pointer, remove_quietly
+from safeimg.journal.undo import SUFFIX as UNDO_SUFFIX
+from safeimg.journal.undo import remove_undo
+
+
+@dataclass(frozen=True, slots=True)
+class LogFound:
+    """A log, and what its events come to."""
+
+    path: str
+    declared: Declared
+    started: bool
+    outcome: Completed | RolledBack | Abandoned | None
+    owner: Owner  # who was at work last
+
+    @property
+    def operation(self) -> str:
+        return self.declared.operation
+
+
+@dataclass(frozen=True, slots=True)
+class PointerFound:
+    path: str
+    pointer: Pointer
+
+    @property
+    def operation(self) -> str:
+        return self.pointer.operation
+
+
+@dataclass(frozen=True, slots=True)
+class VoidFound:
+    """A log or pointer file in which nothing was ever durable: see `clear_void`."""
+
+    path: str
+
+
+Found = LogFound | PointerFound | VoidFound
+
+
+@dataclass(frozen=True, slots=True)
+class Resolved:
+    """What a pointer comes to.
+
+    - pending: the operation has to be settled, through its home.
+    - unstarted: it was declared, by a process that is dead, and never began: the pointer is void.
+    - decided: completed, rolled back or abandoned; only tidying up is left, through its home (a fence may still be
+      up). The pointer is void otherwise.
+    - settled: the home image is there without that operation's log: the pointer is void.
+    """
+
+    kind: Literal["pending", "unstarted", "decided", "settled"]
+    home: str  # path of the home image
+    log: LogFound | None
+
+
+def look(files: FileSystem, path: str, *, image_owner: int | None = None) -> Found | None:
+    """What stands at `path`, where a log or pointer may be. Raises `LogForeign`, `LogDamaged`."""
+    if files.stat(path) is None:
+        return None
+    pointer = read_pointer(files, path, image_owner=image_owner)
+    if pointer is not None:
+        return PointerFound(path, pointer)
+    try:
+        log = Log.open(files, path, image_owner=image_owner)
+    except LogVoid:
+        return VoidFound(path)
+    try:
+        return _sum_up(log)
+    finally:
+        log.close()
+
+
+def find(files: FileSystem, image: str, *, explicit: str | None = None) -> Found | None:
+    """What is pending on `image`: beside it, in the state directory, or beside a name that it had (hazard 20).
+
+    None means that nothing is. `VoidFound` only if there is nothing else. Raises `LogForeign`, `LogDamaged`."""
+    there = files.stat(image)
+    owner = None if there is None else there.uid
+    void: Found | None = None
+    for path in place.candidates(files, image, explicit=explicit):
+        found = look(files, path, image_owner=owner)
+        if found is not None and not isinstance(found, VoidFound):
+            return found
+        void = void or found
+    renamed = None if there is None else _under_another_name(files, image, there)
+    return renamed or void
+
+
+def clear_void(files: FileSystem, void: VoidFound, *, image_owner: int | None = None) -> None:
+    """Removes what an operation that never began left. Raises `LogBusy` if it is just beginning."""
+    remove_void(files, void.path, image_owner=image_owner)
+    if files.stat(void.path) is None:
+        remove_undo(files, void.path + UNDO_SUFFIX)
+        remove_quietly(files, void.path + NEW_SUFFIX)
+
+
+def resolve_pointer(
+    files: FileSystem, found: PointerFound, *, alive: Callable[[Owner], str] = liveness
+) -> Resolved:
+    """What the pointer's operation has come to. `alive` tells whether an owner still runs.
+
+    Raises `LogForeign` if the home image cannot be found: nobody knows then, and the answer must not be "nothing".
+    """
+    pointer = found.pointer
+    folder = os.path.dirname(found.path)
+    home = os.path.normpath(os.path.join(folder, pointer.home_path))
+    log = _log_of(files, pointer, folder, home)
+    if log is not None:
+        if log.outcome is not None:
+            return Resolved("decided", home, log)
+        # A declared operation whose owner lives is about to start.
+        if log.started or alive(log.owner) != "dead":
+            return Resolved("pending", home, log)
+        return Resolved("unstarted", home, log)
+    now = _identity(files, home)
+    if now is None or not same_file(pointer.home, now):
+        raise LogForeign(
+            f"{found.path}: takes part in operation {pointer.operation} of {home}, which is not there any more; "
+            "put it back, or give the operation up with `safeimg abandon`"
+        )
+    if pointer.log is not None and pointer.machine != current_owner().machine:
+        raise LogForeign(
+            f"{found.path}: takes part in operation {pointer.operation}, whose log is {pointer.log} of another "
+            "machine; settle it there, or give it up with `safeimg abandon`"
+        )
+    return Resolved("settled", home, None)
+
+
+def scan(files: FileSystem, directory: str) -> Iterator[tuple[str, Found | JournalError]]:
+    """Every log and pointer in a tree, links not followed, with what is wrong where it cannot be read.
+
+    Folders that cannot be listed are left out."""
+    pending = [files.resolve(directory)]
+    while pending:
+        folder = pending.pop()
+        for name in _names(files, folder):
+            path = os.path.join(folder, name)
+            kind = _kind(files, path)
+            if kind == stat.S_IFDIR:
+                pending.append(path)
+            elif kind == stat.S_IFREG and name.endswith(place.SUFFIX):
+                try:
+                    found = look(files, path, image_owner=_owner_beside(files, path))
+                except JournalError as error:
+                    yield path, error
+                    continue
+                except Exception as error:
+                    if system_error(error) is None:
+                        raise
+                    yield path, JournalError(" ".join(str(error).split()))
+                    continue
+                if found is not None:
+                    yield path, found
+
+
+def _sum_up(log: Log) -> LogFound:
+    declared: Declared | None = None
+    started, outcome, owner = False, None, None
+    for event in log.replay():
+        if isinstance(event, Declared):
+            declared, owner = event, event.owner
+        elif isinstance(event, Started):
+            started = True
+        elif isinstance(event, RecoveryStarted):
+            owner = event.owner
+        elif isinstance(event, Completed | RolledBack | Abandoned):
+            outcome = event
+    assert declared is not None and owner is not None  # a log begins with it
+    return LogFound(log.path, declared, started, outcome, owner)
+
+
+def _log_of(files: FileSystem, pointer: Pointer, folder: str, home: str) -> LogFound | None:
+    """The log of the pointer's operation, wherever it may be."""
+    there = files.stat(home)
+    explicit = None if pointer.log is None else os.path.normpath(os.path.join(folder, pointer.log))
+    paths = place.candidates(files, home, explicit=explicit)
+    # The home image may have been renamed; its log stays where it was or goes along.
+    beside_home = os.path.dirname(home)
+    paths += [os.path.join(beside_home, name) for name in _names(files, beside_home) if name.endswith(place.SUFFIX)]
+    for path in dict.fromkeys(paths):
+        if _operation_at(files, path) != pointer.operation:
+            continue
+        found = look(files, path, image_owner=there.uid if there else _owner_beside(files, path))
+        if isinstance(found, LogFound) and found.operation == pointer.operation:
+            return found
+    return None
+
+
+def _operation_at(files: FileSystem, path: str) -> str | None:
+    """The operation that the header of the log at `path` names; nothing else is read."""
+    from safeimg.journal import frames
+
+    there = files.stat(path)
+    if there is None or there.is_device or stat.S_IFMT(there.mode) not in (0, stat.S_IFREG):
+        return None
+    try:
+        file = files.open(path)
+    except Exception as error:
+        if system_error(error) is None:
+            raise
+        return None
+    try:
+        return frames.read_header(file).operation
+    except JournalError:
+        return None
+    finally:
+        file.close()
+
+
+def _under_another_name(files: FileSystem, image: str, there: FileStat) -> Found | None:
+    """A log or pointer in the image's folder that says it is this image's, beside another name."""
+    resolved = files.resolve(image)
+    folder, own = os.path.split(resolved + place.SUFFIX)
+    for name in _names(files, folder):
+        if name == own or not name.endswith(place.SUFFIX):
+            continue
+        try:
+            found = look(files, os.path.join(folder, name), image_owner=there.uid)
+        except JournalError:
+            continue  # another image's trouble
+        except Exception as error:
+            if system_error(error) is None:
+                raise
+            continue
+        if isinstance(found, LogFound):
+            claimed = found.declared.images[0].identity
+        elif isinstance(found, PointerFound):
+            claimed = found.pointer.participant
+        else:
+            continue
+        if claimed.inode == there.inode:
+            now = _identity(files, image)
+            if now is not None and same_file(claimed, now):
+                return found
+    return None
+
+
+def _identity(files: FileSystem, path: str) -> Identity | None:
+    if files.stat(path) is None:
+        return None
+    try:
+        file = files.open(path)
+    except Exception as error:
+        if system_error(error) is None:
+            raise
+        return None
+    try:
+        return identify(file)
+    finally:
+        file.close()
+
+
+def _owner_beside(files: FileSystem, path: str) -> int | None:
+    """The owner of the image that the log at `path` lies beside."""
+    found = files.stat(path.removesuffix(place.SUFFIX))
+    return None if found is None else found.uid
+
+
+def _names(files: FileSystem, folder: str) -> list[str]:
+    try:
+        return sorted(files.list_directory(folder))
+    except Exception as error:
+        if system_error(error) is None:
+            raise
+        return []
+
+
+def _kind(files: FileSystem, path: str) -> int:
+    """S_IFDIR, S_IFREG, … of a name that is no link; 0 for links and what is gone."""
+    if files.resolve(path) != path:
+        return 0
+    found = files.stat(path)
+    return 0 if found is None else stat.S_IFMT(found.mode) or stat.S_IFREG
