@@ -1,7 +1,8 @@
-"""The header cluster of a qcow2 image: parsing, validation, serialising (spec: docs/interop/qcow2, "Header").
+"""The header cluster of a qcow2 image: parsing, validation, serialising (spec: QEMU's qcow2, "Header").
 
-Field names are the specification's; integers are big-endian on disk. Offsets and lengths are bytes. Limits are
-those QEMU enforces, and so are the messages of `FormatError.problem` and `UnsupportedError` where QEMU has one.
+Field names are the specification's; integers are big-endian on disk. Offsets and lengths are bytes. Limits
+are those QEMU enforces, and so are the messages of `FormatError.problem` and `UnsupportedError` where QEMU
+has one.
 """
 
 from __future__ import annotations
@@ -177,6 +178,11 @@ class Header:
     def lazy_refcounts(self) -> bool:
         return bool(self.compatible_features & LAZY_REFCOUNTS)
 
+    @property
+    def extensions_offset(self) -> int:
+        """Where the header extensions begin in the file."""
+        return self.header_length
+
     def extension(self, kind: int) -> bytes | None:
         """Data of the last extension of this type (as QEMU, should there be several), or None."""
         for extension in reversed(self.extensions):
@@ -227,12 +233,13 @@ def feature_name_table(names: tuple[FeatureName, ...] = FEATURE_NAMES) -> Extens
     return Extension(EXT_FEATURE_NAMES, data)
 
 
-def parse_header(file: File) -> Header:
+def parse_header(file: File, *, unfinished: bool = False) -> Header:
     """Reads and validates the header of an image.
 
     Raises `FormatError` for what the specification or QEMU does not allow, and `UnsupportedError` for
-    incompatible features that are unknown and for those that safeimg does not handle. The dirty and corrupt bits
-    are no errors here, nor are tables past the end of the file (`check` reports them, reading them fails).
+    incompatible features that are unknown and for those that safeimg does not handle. The dirty and corrupt
+    bits are no errors here, nor are tables past the end of the file (`check` reports them, reading fails).
+    `unfinished` lets images through that safeimg itself has fenced while it makes them.
     """
     path = file.path
     head = file.pread(0, 512)
@@ -247,10 +254,10 @@ def parse_header(file: File) -> Header:
         raise FormatError(path, f"Unsupported cluster size: 2^{cluster_bits}")
     if len(head) == 512 and cluster_bits > 9:
         head += file.pread(512, (1 << cluster_bits) - 512)
-    return parse_header_cluster(head, path)
+    return parse_header_cluster(head, path, unfinished=unfinished)
 
 
-def parse_header_cluster(head: bytes, path: str) -> Header:
+def parse_header_cluster(head: bytes, path: str, *, unfinished: bool = False) -> Header:
     """Parses the first cluster of an image (less if the file is shorter). Raises as `parse_header`."""
     if head[:4] != MAGIC:
         raise FormatError(path, "Image is not in qcow2 format")
@@ -281,7 +288,7 @@ def parse_header_cluster(head: bytes, path: str) -> Header:
     if backing_offset > cluster_size:
         raise FormatError(path, "Invalid backing file offset")
     extensions_end = min(len(head), backing_offset or cluster_size)
-    unknown_bits = incompatible & ~KNOWN_INCOMPATIBLE
+    unknown_bits = incompatible & ~(KNOWN_INCOMPATIBLE | (UNFINISHED if unfinished else 0))
     if unknown_bits:
         raise UnsupportedError(_unsupported(head[:extensions_end], header_length, unknown_bits))
     _check_compression(path, compression_type, bool(incompatible & COMPRESSION_TYPE))
@@ -291,8 +298,8 @@ def parse_header_cluster(head: bytes, path: str) -> Header:
         raise FormatError(path, f"Unsupported encryption method {crypt_method}")
     header = Header(
         version, backing_offset, backing_size, cluster_bits, size, crypt_method, l1_size, l1_table_offset,
-        reftable_offset, reftable_clusters, nb_snapshots, snapshots_offset, incompatible, compatible, autoclear,
-        refcount_order, header_length, compression_type, unknown,
+        reftable_offset, reftable_clusters, nb_snapshots, snapshots_offset, incompatible, compatible,
+        autoclear, refcount_order, header_length, compression_type, unknown,
     )
     _check_tables(path, header)
     # A backing name in front of the extensions leaves no room for any.
@@ -317,8 +324,8 @@ def parse_header_cluster(head: bytes, path: str) -> Header:
 def serialise(header: Header) -> bytes:
     """The whole header cluster (`cluster_size` bytes) for `header`.
 
-    The backing file name goes right behind the extensions: `backing_file_offset` and `backing_file_size` of the
-    result follow from that, not from the fields. Raises `FormatError` if it does not all fit into a cluster.
+    The backing file name goes right behind the extensions: `backing_file_offset` and `backing_file_size` of
+    the result follow from that, not from the fields. Raises `FormatError` if it does not fit into a cluster.
     """
     if header.version == 2:
         header_length = V2_HEADER_LENGTH

@@ -1,0 +1,104 @@
+"""The qcow2 driver: the parts of this package behind `formats.api.Driver`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from safeimg.drivers.formats.api import Changes, CheckResult, CreateOption, Image, Patch, Planner
+from safeimg.drivers.formats.qcow2.header import MAGIC, UNFINISHED
+from safeimg.drivers.formats.qcow2.image import Qcow2Image, open_image
+from safeimg.drivers.storage.api import File, FileSystem
+
+CREATE_OPTIONS = (
+    CreateOption("backing_file", "str", "File name of a base image"),
+    CreateOption("backing_fmt", "str", "Image format of the base image"),
+    CreateOption("cluster_size", "size", "qcow2 cluster size", "65536"),
+    CreateOption("compat", "str", "Compatibility level (v2 [0.10] or v3 [1.1])"),
+    CreateOption("compression_type", "str", "Compression method used for image cluster compression", "zlib"),
+    CreateOption("data_file", "str", "File name of an external data file"),
+    CreateOption("data_file_raw", "bool", "The external data file must stay valid as a raw image"),
+    CreateOption("encrypt.cipher-alg", "str", "Name of encryption cipher algorithm"),
+    CreateOption("encrypt.cipher-mode", "str", "Name of encryption cipher mode"),
+    CreateOption("encrypt.format", "str", "Encrypt the image, format choices: 'aes', 'luks'"),
+    CreateOption("encrypt.hash-alg", "str", "Name of encryption hash algorithm"),
+    CreateOption("encrypt.iter-time", "num", "Time to spend in PBKDF in milliseconds"),
+    CreateOption("encrypt.ivgen-alg", "str", "Name of IV generator algorithm"),
+    CreateOption("encrypt.ivgen-hash-alg", "str", "Name of IV generator hash algorithm"),
+    CreateOption("encrypt.key-secret", "str", "ID of secret providing qcow AES key or LUKS passphrase"),
+    CreateOption("encryption", "bool", "Encrypt the image with format 'aes'. (Deprecated in favor of "
+                                       "encrypt.format=aes)"),
+    CreateOption("extended_l2", "bool", "Extended L2 tables", "off"),
+    CreateOption("lazy_refcounts", "bool", "Postpone refcount updates", "off"),
+    CreateOption("nocow", "bool", "Turn off copy-on-write (valid only on btrfs)"),
+    CreateOption("preallocation", "str", "Preallocation mode (allowed values: off, metadata, falloc, full)"),
+    CreateOption("refcount_bits", "num", "Width of a reference count entry in bits", "16"),
+    CreateOption("size", "size", "Virtual disk size"),
+)
+
+
+class Qcow2Driver:
+    """Implements `formats.api.Driver`."""
+
+    name = "qcow2"
+    create_options: Sequence[CreateOption] = CREATE_OPTIONS
+
+    def probe(self, head: bytes, path: str) -> int:
+        return 100 if head[:4] == MAGIC and int.from_bytes(head[4:8], "big") >= 2 else 0
+
+    def open(self, file: File, *, write: bool = False, repair: bool = False) -> Qcow2Image:
+        return open_image(file, write=write, repair=repair)
+
+    def create(self, fs: FileSystem, path: str, size: int, options: Mapping[str, str], *,
+               cache: str = "writeback", unfinished: str | None = None) -> None:
+        from safeimg.drivers.formats.qcow2.create import create
+
+        create(fs, path, size, options, cache=cache, unfinished=unfinished)
+
+    def planner(self, image: Image) -> Planner:
+        from safeimg.drivers.formats.qcow2.planner import Qcow2Planner
+
+        return Qcow2Planner(_own(image))
+
+    def fence(self, image: Image) -> Changes:
+        from safeimg.drivers.formats.qcow2.fence import fence
+
+        own = _own(image)
+        return fence(own.file, own.header.version)
+
+    def unfence(self, image: Image) -> Sequence[Patch]:
+        from safeimg.drivers.formats.qcow2.create import finish_patch
+        from safeimg.drivers.formats.qcow2.fence import unfence
+
+        own = _own(image)
+        if own.header.incompatible_features & UNFINISHED:
+            return (finish_patch(own.file),)
+        return unfence(own.file, own.header.version)
+
+    def referenced(self, image: Image, ranges: Sequence[tuple[int, int]]) -> Sequence[tuple[int, int]]:
+        from safeimg.drivers.formats.qcow2.usage import referenced
+
+        return referenced(_own(image), ranges)
+
+    def used_end(self, image: Image) -> int:
+        from safeimg.drivers.formats.qcow2.usage import used_end
+
+        return used_end(_own(image))
+
+    def check(self, image: Image) -> CheckResult:
+        from safeimg.drivers.formats.qcow2.check import check
+
+        return check(_own(image))
+
+    def specific_info(self, image: Image) -> Mapping[str, object]:
+        from safeimg.drivers.formats.qcow2.info import specific_info
+
+        return specific_info(_own(image))
+
+
+def _own(image: Image) -> Qcow2Image:
+    if not isinstance(image, Qcow2Image):
+        raise TypeError(f"{image.file.path} was not opened by the qcow2 driver")
+    return image
+
+
+driver = Qcow2Driver()

@@ -1,0 +1,159 @@
+"""An open qcow2 image: one layer, read through its active L1 table or an internal snapshot's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cached_property
+from itertools import pairwise
+
+from safeimg.drivers.errors import FormatError, UnsupportedError
+from safeimg.drivers.formats.api import Extent
+from safeimg.drivers.formats.qcow2.bitmaps import Bitmap, read_bitmaps
+from safeimg.drivers.formats.qcow2.compression import InflateError, inflate
+from safeimg.drivers.formats.qcow2.header import MAX_L1_BYTES, UNFINISHED, Header, parse_header
+from safeimg.drivers.formats.qcow2.mapping import DEFAULT_CACHE_BYTES, Mapping
+from safeimg.drivers.formats.qcow2.snapshots import Snapshot, read_snapshots
+from safeimg.drivers.storage.api import Buffer, File
+
+
+class Qcow2Image:
+    """Implements `formats.api.Image`."""
+
+    def __init__(self, file: File, header: Header, *, cache_bytes: int = DEFAULT_CACHE_BYTES) -> None:
+        self._file = file
+        self._cache_bytes = cache_bytes
+        self._adopt(header)
+
+    def _adopt(self, header: Header) -> None:
+        self._header = header
+        self._mapping = Mapping(
+            self._file, header, l1_table_offset=header.l1_table_offset, l1_size=header.l1_size,
+            size=self.size, cache_bytes=self._cache_bytes,
+        )
+
+    @property
+    def file(self) -> File:
+        return self._file
+
+    @property
+    def format(self) -> str:
+        return "qcow2"
+
+    @property
+    def header(self) -> Header:
+        """The header as it was when the image was opened, or at the last `reload`."""
+        return self._header
+
+    @property
+    def size(self) -> int:
+        # As QEMU: whole sectors; what another program counts beyond them is not visible.
+        return self._header.size & ~511
+
+    @property
+    def cluster_size(self) -> int:
+        return self._header.cluster_size
+
+    @property
+    def backing_file(self) -> str | None:
+        return self._header.backing_file
+
+    @property
+    def backing_format(self) -> str | None:
+        return self._header.backing_format
+
+    def extents(self, start: int, length: int) -> Iterator[Extent]:
+        """See `formats.api.Image`. A compressed extent may begin or end inside its cluster, where the range
+        does: `decompress` returns that part."""
+        return self._mapping.extents(start, length)
+
+    def decompress(self, extent: Extent, stored: Buffer) -> bytes:
+        """The guest data of a compressed extent (`extent.length` bytes; all of its cluster, or a part)."""
+        cluster_size = self._header.cluster_size
+        try:
+            data = inflate(self._header.compression_type, stored, cluster_size)
+        except InflateError as error:
+            problem = f"compressed cluster of guest offset {extent.start:#x} is damaged ({error})"
+            raise FormatError(self._file.path, problem, offset=extent.offset) from None
+        if extent.length == cluster_size:
+            return data
+        skip = extent.start % cluster_size
+        return data[skip:skip + extent.length]
+
+    @cached_property
+    def snapshots(self) -> tuple[Snapshot, ...]:
+        """The internal snapshots. Raises `FormatError`."""
+        return read_snapshots(self._file, self._header)
+
+    @cached_property
+    def bitmaps(self) -> tuple[Bitmap, ...]:
+        """The persistent bitmaps, if consistent. Raises `FormatError`."""
+        return read_bitmaps(self._file, self._header)
+
+    def snapshot_mapping(self, snapshot: Snapshot) -> Mapping:
+        """The guest view of an internal snapshot. Raises `FormatError` if its L1 table cannot be right."""
+        header, path = self._header, self._file.path
+        size = snapshot.disk_size & ~511
+        if 8 * snapshot.l1_size > MAX_L1_BYTES:
+            raise FormatError(path, "Snapshot L1 table too large", offset=snapshot.offset)
+        end = snapshot.l1_table_offset + 8 * snapshot.l1_size
+        if snapshot.l1_table_offset % header.cluster_size or end >= 1 << 63:
+            raise FormatError(path, "Snapshot L1 table offset invalid", offset=snapshot.offset)
+        if snapshot.l1_size < -(-size // header.l2_coverage):
+            raise FormatError(path, "Snapshot L1 table is too small", offset=snapshot.offset)
+        return Mapping(
+            self._file, header, l1_table_offset=snapshot.l1_table_offset, l1_size=snapshot.l1_size, size=size,
+            cache_bytes=self._cache_bytes,
+        )
+
+    def forget(self) -> None:
+        """Drops cached tables: the image's metadata was changed on disk, its header was not."""
+        self._mapping.forget()
+
+    def reload(self) -> None:
+        """Reads the header again: it was changed on disk."""
+        unfinished = bool(self._header.incompatible_features & UNFINISHED)
+        self._adopt(parse_header(self._file, unfinished=unfinished))
+        self.__dict__.pop("snapshots", None)
+        self.__dict__.pop("bitmaps", None)
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def open_image(file: File, *, write: bool = False, repair: bool = False,
+               cache_bytes: int = DEFAULT_CACHE_BYTES) -> Qcow2Image:
+    """Parses the header. `repair` takes images marked as corrupt, dirty, fenced or unfinished for writing.
+
+    Raises `FormatError` and `UnsupportedError`. With `write`, also if the tables that writing relies on are
+    not in the file or overlap.
+    """
+    header = parse_header(file, unfinished=repair)
+    if write and not repair:
+        if header.is_corrupt:
+            raise FormatError(file.path, "qcow2: Image is corrupt; cannot be opened read/write")
+        if header.is_dirty:
+            raise UnsupportedError(
+                "qcow2: Image was not closed properly (dirty bit): its refcounts have to be repaired first, "
+                "with qemu-img check -r all"
+            )
+        check_tables(file, header)
+    return Qcow2Image(file, header, cache_bytes=cache_bytes)
+
+
+def check_tables(file: File, header: Header) -> None:
+    """`FormatError` if header, refcount table, L1 table or snapshot table overlap or leave the file."""
+    length = file.length()
+    tables = [
+        ("header", 0, header.cluster_size),
+        ("refcount table", header.refcount_table_offset, 8 * header.refcount_table_entries),
+        ("L1 table", header.l1_table_offset, 8 * header.l1_size),
+    ]
+    if header.nb_snapshots:
+        tables.append(("snapshot table", header.snapshots_offset, 40 * header.nb_snapshots))
+    tables = sorted((table for table in tables if table[2]), key=lambda table: table[1])
+    for name, offset, size in tables:
+        if name != "header" and offset + size > length:
+            raise FormatError(file.path, f"{name} lies past the end of the file", offset=offset)
+    for (first, first_offset, first_size), (second, second_offset, _) in pairwise(tables):
+        if first_offset + first_size > second_offset:
+            raise FormatError(file.path, f"{first} and {second} overlap", offset=second_offset)

@@ -1,0 +1,234 @@
+"""L1 and L2 tables to extents: where each guest range of one qcow2 layer lives (spec: "Cluster mapping")."""
+
+from __future__ import annotations
+
+from array import array
+from collections import OrderedDict
+from collections.abc import Iterator
+from threading import Lock
+
+from safeimg.drivers.errors import FormatError
+from safeimg.drivers.formats.api import Extent, Kind
+from safeimg.drivers.formats.qcow2.entries import (
+    COMPRESSED,
+    L1_RESERVED,
+    L2_STANDARD_RESERVED,
+    MAX_HOST_OFFSET,
+    OFFSET_MASK,
+    ZERO,
+    decode_table,
+)
+from safeimg.drivers.formats.qcow2.header import Header
+from safeimg.drivers.storage.api import File
+
+DEFAULT_CACHE_BYTES = 8 << 20
+SLICE_ENTRIES = 8192  # tables are read and cached in pieces of at most 64 KiB
+
+_DATA, _ZERO, _COMPRESSED, _UNALLOCATED = Kind.DATA, Kind.ZERO, Kind.COMPRESSED, Kind.UNALLOCATED
+
+
+class Mapping:
+    """The guest view through one L1 table: the active one, or an internal snapshot's.
+
+    Tables are read when needed and kept in a cache of at most `cache_bytes`; `forget` drops it after somebody
+    changed the image. Several threads may use it at once.
+    """
+
+    def __init__(self, file: File, header: Header, *, l1_table_offset: int, l1_size: int, size: int,
+                 cache_bytes: int = DEFAULT_CACHE_BYTES) -> None:
+        self._file = file
+        self._header = header
+        self._l1_table_offset = l1_table_offset
+        self._l1_size = l1_size
+        self._size = size
+        self._slice_entries = min(SLICE_ENTRIES, header.l2_entries)
+        self._capacity = max(4, cache_bytes // (8 * SLICE_ENTRIES))
+        self._cache: OrderedDict[int, array[int] | None] = OrderedDict()
+        self._lock = Lock()
+        self._end = 0  # the file's end, rounded up to a cluster, when last looked at
+
+    @property
+    def size(self) -> int:
+        return self._size
+
+    def forget(self) -> None:
+        """Drops what is cached: the tables on disk have changed."""
+        with self._lock:
+            self._cache.clear()
+        self._end = 0
+
+    def extents(self, start: int, length: int) -> Iterator[Extent]:
+        """See `formats.api.Image.extents`. Compressed extents may begin or end inside their cluster, where
+        the range or the virtual disk does."""
+        end = min(start + length, self._size)
+        if start < 0 or start >= end:
+            return
+        last: Extent | None = None
+        for batch in self._batches(start, end):
+            if last is not None:
+                joined = _joined(last, batch[0])
+                if joined is None:
+                    yield last
+                else:
+                    batch[0] = joined
+            last = batch.pop()
+            yield from batch
+        if last is not None:
+            yield last
+
+    def _batches(self, start: int, end: int) -> Iterator[list[Extent]]:
+        """Extents of one table slice, or of what no table maps, at a time; none of the lists is empty."""
+        coverage = self._header.l2_coverage
+        position = start
+        while position < end:
+            index = position // coverage
+            page_start = index - index % SLICE_ENTRIES
+            page_entries = min(SLICE_ENTRIES, self._l1_size - page_start)
+            page_end = (page_start + page_entries) * coverage
+            page = self._load(self._l1_table_offset + 8 * page_start, page_entries, "L1")
+            if page is None:
+                stop = min(end, page_end)
+                yield [Extent(position, stop - position, _UNALLOCATED)]
+                position = stop
+                continue
+            while position < end and position < page_end:
+                index = position // coverage
+                entry = page[index - page_start]
+                stop = min(end, (index + 1) * coverage)
+                if entry & L1_RESERVED:
+                    raise self._reserved("L1 entry", entry, index)
+                if entry & OFFSET_MASK:
+                    yield from self._l2_batches(entry & OFFSET_MASK, index, position, stop)
+                else:
+                    yield [Extent(position, stop - position, _UNALLOCATED)]
+                position = stop
+
+    def _l2_batches(self, l2_offset: int, index: int, position: int, stop: int) -> Iterator[list[Extent]]:
+        """The part of L2 table number `index` that maps [position, stop)."""
+        if l2_offset % self._header.cluster_size:
+            problem = f"Image is corrupt: L2 table offset {l2_offset:#x} unaligned (L1 index: {index:#x})"
+            raise self._error(problem)
+        bits = self._header.cluster_bits
+        table_start = index * self._header.l2_coverage
+        entries = self._slice_entries
+        while position < stop:
+            l2_index = (position - table_start) >> bits
+            slice_index = l2_index - l2_index % entries
+            slice_stop = min(stop, table_start + ((slice_index + entries) << bits))
+            table = self._load(l2_offset + 8 * slice_index, entries, "L2")
+            if table is None:
+                yield [Extent(position, slice_stop - position, _UNALLOCATED)]
+            else:
+                base = table_start + (slice_index << bits)
+                yield self._slice_extents(table, base, position, slice_stop, l2_offset, slice_index)
+            position = slice_stop
+
+    def _slice_extents(self, table: array[int], base: int, position: int, stop: int, l2_offset: int,
+                       slice_index: int) -> list[Extent]:
+        """The extents of [position, stop) in `table`, whose first entry maps guest offset `base`."""
+        header = self._header
+        bits = header.cluster_bits
+        cluster_size = 1 << bits
+        shift = 70 - bits
+        offset_mask = (1 << shift) - 1
+        extents: list[Extent] = []
+        add = extents.append
+        last_kind: Kind | None = None
+        continues: int | None = None  # the host offset that would continue the last extent
+        i = (position - base) >> bits
+        last = (stop - base + cluster_size - 1) >> bits
+        while i < last:
+            entry = table[i]
+            if entry & COMPRESSED:
+                i += 1
+                run_end = min(stop, base + (i << bits))
+                # decode_compressed, spelt out: one of these is made for every cluster of a compressed image
+                at = entry & offset_mask
+                stored = ((((entry & 0x3FFF_FFFF_FFFF_FFFF) >> shift) + 1) << 9) - (at & 511)
+                if at >= self._end:
+                    self._check_end(at, 1, "compressed cluster", l2_offset, slice_index + i - 1)
+                add(Extent(position, run_end - position, _COMPRESSED, at, stored))
+                position, last_kind = run_end, None
+                continue
+            if entry & L2_STANDARD_RESERVED:
+                raise self._reserved("L2 entry", entry, slice_index + i)
+            host = entry & OFFSET_MASK
+            if entry & ZERO:
+                kind = _ZERO
+                if header.version == 2:
+                    raise self._error("Image is corrupt: Zero cluster entry found in pre-v3 image "
+                                      f"(L2 offset: {l2_offset:#x}, L2 index: {slice_index + i:#x})")
+            else:
+                kind = _DATA if host else _UNALLOCATED
+            step = 0
+            if host:
+                if host & (cluster_size - 1):
+                    raise self._error(f"Image is corrupt: Cluster allocation offset {host:#x} unaligned "
+                                      f"(L2 offset: {l2_offset:#x}, L2 index: {slice_index + i:#x})")
+                step = cluster_size
+            first = i
+            expected = entry + step
+            i += 1
+            while i < last and table[i] == expected:
+                expected += step
+                i += 1
+            run_end = min(stop, base + (i << bits))
+            if kind is _DATA and host + ((i - first) << bits) > self._end:
+                self._check_end(host, (i - first) << bits, "data cluster", l2_offset, slice_index + first)
+            length = run_end - position
+            offset = host + position - base - (first << bits) if host else None
+            if kind is last_kind and offset == continues:
+                # Only the COPIED flag differs.
+                before = extents.pop()
+                add(Extent(before.start, before.length + length, kind, before.offset))
+            else:
+                add(Extent(position, length, kind, offset))
+            last_kind = kind
+            continues = None if offset is None else offset + length
+            position = run_end
+        return extents
+
+    def _check_end(self, offset: int, length: int, what: str, l2_offset: int, l2_index: int) -> None:
+        """Raises `FormatError` if the range's last cluster does not begin inside the file as it is now."""
+        cluster_size = self._header.cluster_size
+        self._end = -(-self._file.length() // cluster_size) * cluster_size
+        if offset + length > min(self._end, MAX_HOST_OFFSET):
+            raise self._error(f"{what} at {offset:#x} lies past the end of the file "
+                              f"(L2 offset: {l2_offset:#x}, L2 index: {l2_index:#x})")
+
+    def _load(self, offset: int, entries: int, name: str) -> array[int] | None:
+        """A slice of a table; None if all its entries are zero. `FormatError` if it is not in the file."""
+        with self._lock:
+            cache = self._cache
+            if offset in cache:
+                cache.move_to_end(offset)
+                return cache[offset]
+        length = 8 * entries
+        data = self._file.pread(offset, length)
+        if len(data) < length:
+            raise FormatError(self._file.path, f"{name} table lies past the end of the file", offset=offset)
+        table = decode_table(data) if data.strip(b"\0") else None
+        with self._lock:
+            cache[offset] = table
+            while len(cache) > self._capacity:
+                cache.popitem(last=False)
+        return table
+
+    def _reserved(self, what: str, entry: int, index: int) -> FormatError:
+        return self._error(f"{what} {entry:#018x} has reserved bits set (index {index:#x})")
+
+    def _error(self, problem: str) -> FormatError:
+        return FormatError(self._file.path, problem)
+
+
+def _joined(first: Extent, second: Extent) -> Extent | None:
+    """Both as one if the second continues the first."""
+    kind = first.kind
+    if kind is not second.kind or kind is _COMPRESSED:
+        return None
+    if first.offset is None or second.offset is None:
+        if first.offset is not second.offset:
+            return None
+    elif first.offset + first.length != second.offset:
+        return None
+    return Extent(first.start, first.length + second.length, kind, first.offset)

@@ -1,0 +1,102 @@
+"""The table of internal snapshots (spec: QEMU's qcow2, "Snapshots"). Parsing only."""
+
+from __future__ import annotations
+
+import os
+import struct
+from dataclasses import dataclass
+
+from safeimg.drivers.errors import FormatError
+from safeimg.drivers.formats.qcow2.header import Header
+from safeimg.drivers.storage.api import File
+
+MAX_EXTRA_DATA = 1024
+MAX_TABLE_BYTES = 64 << 20
+COMPLETE_EXTRA_DATA = 16  # what version 3 requires: VM state size and virtual disk size
+
+_ENTRY = struct.Struct(">QIHHIIQII")
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """An entry of the snapshot table. Times are as stored: seconds and nanoseconds since the epoch."""
+
+    l1_table_offset: int
+    l1_size: int
+    id: str
+    name: str
+    date_sec: int
+    date_nsec: int
+    vm_clock_nsec: int
+    vm_state_size: int
+    disk_size: int  # virtual size when the snapshot was taken; the image's where it is not recorded
+    icount: int | None  # None: not recorded, or recording was off
+    extra_data_size: int
+    offset: int  # of the entry, in the file
+    length: int  # of the entry, with padding
+
+    @property
+    def is_incomplete(self) -> bool:
+        """The extra data that version 3 requires is missing."""
+        return self.extra_data_size < COMPLETE_EXTRA_DATA
+
+
+def read_snapshots(file: File, header: Header, *, zero_fill: bool = False) -> tuple[Snapshot, ...]:
+    """All snapshots, in table order. The L1 tables that they name are not looked at.
+
+    With `zero_fill`, what lies past the end of the file reads as zeroes (as in QEMU), else it is a
+    `FormatError`; so are more extra data and a larger table than QEMU takes.
+    """
+    if not header.nb_snapshots:
+        return ()
+    position = header.snapshots_offset
+    reader = _Reader(file, position, zero_fill)
+    snapshots = []
+    for index in range(header.nb_snapshots):
+        start = reader.position
+        fields = _ENTRY.unpack(reader.take(_ENTRY.size))
+        l1_offset, l1_size, id_size, name_size, sec, nsec, clock, vm_state_size, extra_size = fields
+        if extra_size > MAX_EXTRA_DATA:
+            raise FormatError(file.path, f"Too much extra metadata in snapshot table entry {index}")
+        extra = reader.take(extra_size)
+        if extra_size >= 8:
+            vm_state_size = int.from_bytes(extra[:8], "big")
+        disk_size = int.from_bytes(extra[8:16], "big") if extra_size >= 16 else header.size
+        icount = int.from_bytes(extra[16:24], "big") if extra_size >= 24 else None
+        identifier = os.fsdecode(reader.take(id_size))
+        name = os.fsdecode(reader.take(name_size))
+        reader.take(-(reader.position - start) % 8)
+        if reader.position - position > MAX_TABLE_BYTES:
+            raise FormatError(file.path, "Snapshot table too large")
+        snapshots.append(
+            Snapshot(l1_offset, l1_size, identifier, name, sec, nsec, clock, vm_state_size, disk_size,
+                     None if icount == (1 << 64) - 1 else icount, extra_size, start, reader.position - start)
+        )
+    return tuple(snapshots)
+
+
+class _Reader:
+    """Reads a file front to back in pieces of 64 KiB."""
+
+    def __init__(self, file: File, position: int, zero_fill: bool) -> None:
+        self.position = position
+        self._file = file
+        self._zero_fill = zero_fill
+        self._buffer = b""
+        self._start = position  # of the buffer, in the file
+
+    def take(self, length: int) -> bytes:
+        index = self.position - self._start
+        if index + length > len(self._buffer):
+            self._start, index = self.position, 0
+            wanted = max(length, 65536)
+            # An offset past 2^63 is not one that a file can have.
+            readable = self._start + wanted < 1 << 63
+            self._buffer = self._file.pread(self._start, wanted) if readable else b""
+            if len(self._buffer) < length:
+                if not self._zero_fill:
+                    raise FormatError(self._file.path, "snapshot table lies past the end of the file",
+                                      offset=self.position)
+                self._buffer = self._buffer.ljust(wanted, b"\0")
+        self.position += length
+        return self._buffer[index:index + length]
