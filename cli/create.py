@@ -1,0 +1,51 @@
+"""create: a new, empty image."""
+
+from __future__ import annotations
+
+from safeimg.cli.common import filesystem, print_text
+from safeimg.cli.errors import CommandError, usage
+from safeimg.cli.options import Command
+from safeimg.cli.parser import Arguments
+from safeimg.cli.values import size, warn
+
+
+def run(command: Command, arguments: Arguments) -> int:
+    options: list[str] = arguments.all("options")
+    fmt: str = arguments.last("format", "raw")
+    filename = arguments.positional[0] if arguments.positional else None
+    if print_option_help(options, fmt, filename):
+        return 0
+    if filename is None:
+        raise usage("Expecting image file name")
+    length = size("image size", arguments.positional[1]) if len(arguments.positional) > 1 else None
+    if len(arguments.positional) > 2:
+        raise usage(f"Unexpected argument: {arguments.positional[2]}")
+    from safeimg.ops.create import Request, create
+
+    request = Request(
+        filename, fmt, length, tuple(options), arguments.last("backing"), arguments.last("backing-format"),
+        arguments.flag("unsafe"),
+    )
+    create(filesystem(), request, say=lambda line: None if arguments.flag("quiet") else print_text(line), warn=warn)
+    return 0
+
+
+def print_option_help(options: list[str], fmt: str, filename: str | None) -> bool:
+    """Answers `-o help`; False if it was not asked for."""
+    if not options:
+        return False
+    from safeimg.drivers.errors import DriverError
+    from safeimg.drivers.formats.chain import local_path
+    from safeimg.ops.create import format_driver
+    from safeimg.ops.create_options import asks_for_help, help_lines
+
+    if not any(asks_for_help(text) for text in options):
+        return False
+    try:
+        driver = format_driver(fmt)
+        if filename is not None:
+            local_path(filename)
+    except DriverError as error:
+        raise CommandError(str(error)) from error
+    print("\n".join(help_lines(driver.name, driver.create_options, with_file=filename is not None)))
+    return True

@@ -1,0 +1,85 @@
+"""info: what an image is."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from safeimg.cli.common import filesystem, image_name, print_json, print_text
+from safeimg.cli.errors import usage
+from safeimg.cli.options import Command
+from safeimg.cli.parser import Arguments
+from safeimg.cli.values import output_format
+
+
+def run(command: Command, arguments: Arguments) -> int:
+    if len(arguments.positional) != 1:
+        raise usage("Expecting one image file name")
+    output = output_format(arguments.last("output"))
+    name, fmt = image_name(arguments, arguments.positional[0], arguments.last("format"))
+    from safeimg.ops.info import info
+
+    chain = arguments.flag("backing-chain")
+    images = info(filesystem(), name, fmt=fmt, chain=chain, force_share=arguments.flag("force-share"))
+    if output == "json":
+        print_json(images if chain else images[0])
+    else:
+        print_text("\n\n".join("\n".join(_describe(image)) for image in images))
+    return 0
+
+
+def _describe(image: Mapping[str, Any]) -> Iterator[str]:
+    from safeimg.ops.sizes import human_size
+
+    size = image["virtual-size"]
+    yield f"image: {image['filename']}"
+    yield f"file format: {image['format']}"
+    yield f"virtual size: {human_size(size)} ({size} bytes)"
+    yield f"disk size: {human_size(image['actual-size'])}"
+    if "cluster-size" in image:
+        yield f"cluster_size: {image['cluster-size']}"
+    if image["dirty-flag"]:
+        yield "cleanly shut down: no"
+    if "backing-filename" in image:
+        backing, full = image["backing-filename"], image["full-backing-filename"]
+        yield f"backing file: {backing}" + (f" (actual path: {full})" if full != backing else "")
+        if "backing-filename-format" in image:
+            yield f"backing file format: {image['backing-filename-format']}"
+    if "snapshots" in image:
+        yield "Snapshot list:"
+        yield "ID        TAG               VM SIZE                DATE     VM CLOCK     ICOUNT"
+        for snapshot in image["snapshots"]:
+            yield _snapshot(snapshot)
+    if "format-specific" in image:
+        yield "Format specific information:"
+        yield from _members(image["format-specific"]["data"], "    ")
+
+
+def _snapshot(snapshot: Mapping[str, Any]) -> str:
+    from safeimg.ops.sizes import human_size
+
+    date = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(snapshot["date-sec"]))
+    seconds = snapshot["vm-clock-sec"]
+    clock = f"{seconds // 3600:02}:{seconds // 60 % 60:02}:{seconds % 60:02}.{snapshot['vm-clock-nsec'] // 10**6:03}"
+    return (
+        f"{snapshot['id']:<9} {snapshot['name']:<16} {human_size(snapshot['vm-state-size']):>8}{date:>20}{clock:>13}"
+        f"{snapshot.get('icount', ''):>11}"
+    )
+
+
+def _members(members: Mapping[str, Any], indent: str) -> Iterator[str]:
+    for name, value in members.items():
+        yield from _value(f"{indent}{name.replace('-', ' ')}:", value, indent)
+
+
+def _value(label: str, value: Any, indent: str) -> Iterator[str]:
+    if isinstance(value, Mapping):
+        yield label
+        yield from _members(value, indent + "    ")
+    elif isinstance(value, Sequence) and not isinstance(value, str):
+        yield label
+        for index, item in enumerate(value):
+            yield from _value(f"{indent}    [{index}]:", item, indent + "    ")
+    else:
+        yield f"{label} {str(value).lower() if isinstance(value, bool) else value}"

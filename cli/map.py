@@ -1,0 +1,79 @@
+"""map: where an image's data lies."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from safeimg.cli.common import filesystem, image_name, print_text
+from safeimg.cli.errors import CommandError, usage
+from safeimg.cli.options import Command
+from safeimg.cli.parser import Arguments
+from safeimg.cli.values import MAX_SIZE, output_format
+
+if TYPE_CHECKING:
+    from safeimg.drivers.formats.api import Image
+    from safeimg.ops.map import Entry
+
+HEADING = f"{'Offset':<16}{'Length':<16}{'Mapped to':<16}File"
+
+
+def run(command: Command, arguments: Arguments) -> int:
+    if len(arguments.positional) != 1:
+        raise usage("Expecting one image file name")
+    output = output_format(arguments.last("output"))
+    name, fmt = image_name(arguments, arguments.positional[0], arguments.last("format"))
+    from safeimg.drivers.errors import DriverError
+    from safeimg.drivers.formats.chain import close_chain, open_chain
+    from safeimg.ops.map import block_map
+
+    layers = open_chain(filesystem(), name, format=fmt, force_share=arguments.flag("force-share"))
+    start: int = arguments.last("start-offset", 0)
+    length: int = arguments.last("max-length", MAX_SIZE)
+    entries = block_map(layers, start, length)
+    try:
+        if output == "json":
+            _print_json(entries, start)
+        else:
+            _print_table(entries, layers)
+    except DriverError as error:
+        sys.stdout.flush()
+        raise CommandError(str(error), "Could not read file metadata: Input/output error") from error
+    finally:
+        close_chain(layers)
+    return 0
+
+
+def _print_table(entries: Iterator[Entry], layers: Sequence[Image]) -> None:
+    print(HEADING)
+    for entry in entries:
+        if entry.zero or not entry.data:
+            continue
+        if entry.offset is None:
+            raise CommandError("File contains external, encrypted or compressed clusters.")
+        line = f"{_hex(entry.start):<16}{_hex(entry.length):<16}{_hex(entry.offset):<16}"
+        print_text(line + layers[entry.depth].file.path)
+
+
+def _hex(number: int) -> str:
+    return f"{number:#x}" if number else "0"
+
+
+def _print_json(entries: Iterator[Entry], start: int) -> None:
+    separator = "["
+    for entry in entries:
+        offset = "" if entry.offset is None else f', "offset": {entry.offset}'
+        print(
+            f'{separator}{{ "start": {entry.start}, "length": {entry.length}, "depth": {entry.depth}, '
+            f'"present": {_truth(entry.present)}, "zero": {_truth(entry.zero)}, "data": {_truth(entry.data)}{offset}}}',
+            end="",
+        )
+        separator = ",\n"
+    if separator == "[":  # an empty range is printed too
+        print(f'[{{ "start": {start}, "length": 0, "depth": 0, "present": false, "zero": false, "data": false}}', end="")
+    print("]")
+
+
+def _truth(value: bool) -> str:
+    return "true" if value else "false"

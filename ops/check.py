@@ -1,0 +1,33 @@
+"""check: what is wrong with an image's metadata."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from safeimg.drivers.formats.api import CheckResult, Image
+from safeimg.drivers.formats.chain import close_chain, open_chain
+from safeimg.drivers.formats.registry import lookup
+from safeimg.drivers.storage.api import FileSystem
+
+FORMATS_WITHOUT_CHECKS = ("raw",)
+
+
+class Checked(NamedTuple):
+    """The result for one image."""
+
+    format: str
+    path: str
+    result: CheckResult | None  # None: the format has no checks
+
+
+def check(
+    fs: FileSystem, filename: str, *, fmt: str | None = None, cache: str = "writeback", force_share: bool = False
+) -> Checked:
+    """Checks the top image of a chain; its backing images have to open, as in qemu-img. `DriverError`."""
+    layers = open_chain(fs, filename, format=fmt, cache=cache, force_share=force_share)
+    try:
+        image: Image = layers[0]
+        result = None if image.format in FORMATS_WITHOUT_CHECKS else lookup(image.format).check(image)
+        return Checked(image.format, image.file.path, result)
+    finally:
+        close_chain(layers)

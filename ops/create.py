@@ -1,0 +1,153 @@
+"""create: a new, empty image."""
+
+from __future__ import annotations
+
+import errno
+import posixpath
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from safeimg.drivers.errors import DriverError, FormatError, StorageError, UsageError
+from safeimg.drivers.formats.api import Driver
+from safeimg.drivers.formats.chain import OpenError, backing_filename, close_chain, local_path, open_chain
+from safeimg.drivers.formats.registry import lookup, names
+from safeimg.drivers.storage.api import FileSystem
+from safeimg.ops.create_options import for_driver, formatting, parse_options
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What create is asked for; the letters are qemu-img's options."""
+
+    filename: str
+    format: str = "raw"  # -f
+    size: int | None = None  # bytes; None: the backing image's
+    options: tuple[str, ...] = ()  # -o
+    backing: str | None = None  # -b
+    backing_format: str | None = None  # -F
+    unsafe: bool = False  # -u: do not look at the backing image
+    cache: str = "writeback"
+
+
+def create(
+    fs: FileSystem, request: Request, *, say: Callable[[str], None], warn: Callable[[str], None] | None = None
+) -> None:
+    """Writes the image. `say` gets the line that qemu-img prints before it does.
+
+    The image is durable when this returns (unless the cache mode is `unsafe`). Raises `DriverError` whose message is
+    qemu-img's, the file's name in front."""
+    try:
+        _create(fs, request, say, warn)
+    except DriverError as error:
+        raise UsageError(f"{request.filename}: {_reason(error, request)}") from error
+
+
+def format_driver(name: str) -> Driver:
+    """The driver; `UsageError` in the words of create and convert if there is none."""
+    if name not in names():
+        raise UsageError(f"Unknown file format '{name}'")
+    return lookup(name)
+
+
+def _create(
+    fs: FileSystem, request: Request, say: Callable[[str], None], warn: Callable[[str], None] | None
+) -> None:
+    driver = format_driver(request.format)
+    path = local_path(request.filename)
+    values = parse_options(driver.create_options, request.options, warn)
+    known = {option.name for option in driver.create_options}
+    if request.backing is not None:
+        if "backing_file" not in known:
+            raise UsageError(f"Backing file not supported for file format '{driver.name}'")
+        values["backing_file"] = request.backing
+    if request.backing_format is not None:
+        if "backing_fmt" not in known:
+            raise UsageError(f"Backing format not supported for file format '{driver.name}'")
+        values["backing_fmt"] = request.backing_format
+    if request.size is not None:
+        if "size" in values:
+            raise UsageError("The image size must be specified only once")
+        values["size"] = str(request.size)
+    if "backing_file" in values:
+        backing_size = _look_at_backing(fs, request, path, values["backing_file"], values.get("backing_fmt"))
+        if backing_size is not None:
+            values.setdefault("size", str(backing_size))
+    if "size" not in values:
+        raise UsageError("Image creation needs a size parameter")
+    say(formatting(request.filename, driver.name, driver.create_options, values))
+    size = int(values["size"])
+    if size >> 63:
+        raise UsageError("Could not resize image: Image size cannot be negative")
+    if "backing_fmt" in values and "backing_file" not in values:
+        _check_backing_format(values["backing_fmt"])
+        raise UsageError("Backing format cannot be used without backing file")
+    if "backing_fmt" in values:
+        _check_backing_format(values["backing_fmt"])
+    driver.create(fs, path, size, for_driver(driver.create_options, values), cache=request.cache)
+    _make_durable(fs, path, request.cache)
+
+
+def _check_backing_format(name: str) -> None:
+    if name not in names():
+        raise UsageError(f"Parameter 'backing-fmt' does not accept value '{name}'")
+
+
+def _look_at_backing(
+    fs: FileSystem, request: Request, path: str, backing: str, backing_format: str | None
+) -> int | None:
+    """The backing image's virtual size; None where it is not to be looked at."""
+    if not backing:
+        raise UsageError("Expected backing file name, got empty string")
+    if backing == request.filename:
+        raise UsageError("Error: Trying to create an image with the same filename as the backing file")
+    if request.unsafe:
+        if backing_format is None:
+            raise UsageError("Backing file specified without backing format")
+        return None
+    name = backing_filename(request.filename, backing)
+    try:
+        layers = open_chain(fs, name, format=backing_format, force_share=True)
+    except OpenError as error:
+        reason = str(error).removeprefix(f"Could not open '{name}': ")
+        raise UsageError(f"{reason}\nCould not open backing image.") from error
+    try:
+        target = fs.stat(path)
+        for layer in layers:
+            status = layer.file.stat()
+            if target is not None and (status.device, status.inode) == (target.device, target.inode):
+                raise UsageError("Error: Trying to create an image with the same filename as the backing file")
+        if backing_format is None:
+            raise UsageError(
+                f"Backing file specified without backing format\nDetected format of {layers[0].format}."
+            )
+        return layers[0].size
+    finally:
+        close_chain(layers)
+
+
+def _make_durable(fs: FileSystem, path: str, cache: str) -> None:
+    if cache == "unsafe":
+        return
+    file = fs.open(path)
+    try:
+        file.sync_all()
+    finally:
+        file.close()
+    fs.sync_directory(posixpath.dirname(fs.resolve(path)))
+
+
+def _reason(error: DriverError, request: Request) -> str:
+    if isinstance(error, StorageError):
+        if error.errno == errno.EFBIG:
+            hint = " (try using a larger cluster size)" if request.format == "qcow2" else ""
+            return f"The image size is too large for file format '{request.format}'{hint}"
+        if error.action in ("open", "create"):
+            return f"Could not {error.action} '{error.path}': {error.strerror}"
+        if error.action == "truncate":
+            return f"Could not resize file: {error.strerror}"
+        return f"Could not {error.action}: {error.strerror}"
+    if isinstance(error, FormatError):
+        return error.problem
+    return str(error)
+
+

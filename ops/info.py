@@ -1,0 +1,83 @@
+"""info: what an image is, as the members of qemu-img's JSON, in QEMU's order."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from safeimg.drivers.formats.api import Image
+from safeimg.drivers.formats.chain import InfiniteLoop, backing_filename, close_chain, open_chain
+from safeimg.drivers.formats.registry import lookup
+from safeimg.drivers.storage.api import FileSystem
+
+# The order of members in QEMU's output (that of its hash table, hence no order that makes sense)
+_ORDER = (
+    "backing-filename-format", "snapshots", "virtual-size", "filename", "cluster-size", "format", "actual-size",
+    "format-specific", "full-backing-filename", "backing-filename", "dirty-flag",
+)
+
+
+def info(
+    fs: FileSystem, filename: str, *, fmt: str | None = None, chain: bool = False, force_share: bool = False
+) -> list[dict[str, Any]]:
+    """One dictionary an image: `filename`, and with `chain` its backing images down to the last.
+
+    Opens one image at a time, so that an image whose backing image is missing can still be looked at. Raises
+    `DriverError`; a chain that comes back to an image is `InfiniteLoop`."""
+    found = []
+    seen: set[tuple[int, int]] = set()
+    name: str | None = filename
+    while name is not None:
+        images = open_chain(fs, name, format=fmt, backing=False, force_share=force_share)
+        try:
+            image = images[0]
+            status = image.file.stat()
+            if (status.device, status.inode) in seen:
+                raise InfiniteLoop(f"Backing file '{name}' creates an infinite loop.")
+            seen.add((status.device, status.inode))
+            found.append(_describe(image))
+            backing = image.backing_file if chain else None
+            name, fmt = None if backing is None else backing_filename(name, backing), image.backing_format
+        finally:
+            close_chain(images)
+    return found
+
+
+def _describe(image: Image) -> dict[str, Any]:
+    status = image.file.stat()
+    header = getattr(image, "header", None)
+    members: dict[str, Any] = {
+        "virtual-size": image.size,
+        "filename": image.file.path,
+        "format": image.format,
+        "actual-size": status.allocated,
+        "dirty-flag": bool(getattr(header, "is_dirty", False)),
+    }
+    if image.cluster_size > 1:
+        members["cluster-size"] = image.cluster_size
+    if image.backing_file is not None:
+        members["backing-filename"] = image.backing_file
+        members["full-backing-filename"] = backing_filename(image.file.path, image.backing_file)
+        if image.backing_format is not None:
+            members["backing-filename-format"] = image.backing_format
+    snapshots = [_snapshot(snapshot) for snapshot in getattr(image, "snapshots", ())]
+    if snapshots:
+        members["snapshots"] = snapshots
+    specific: Mapping[str, object] | None = lookup(image.format).specific_info(image)
+    if specific is not None:
+        members["format-specific"] = {"type": image.format, "data": dict(specific)}
+    return {name: members[name] for name in _ORDER if name in members}
+
+
+def _snapshot(snapshot: Any) -> dict[str, Any]:
+    seconds, nanoseconds = divmod(snapshot.vm_clock_nsec, 10**9)
+    members: dict[str, Any] = {} if snapshot.icount is None else {"icount": snapshot.icount}
+    return members | {
+        "vm-clock-nsec": nanoseconds,
+        "name": snapshot.name,
+        "date-sec": snapshot.date_sec,
+        "date-nsec": snapshot.date_nsec,
+        "vm-clock-sec": seconds,
+        "id": snapshot.id,
+        "vm-state-size": snapshot.vm_state_size,
+    }
