@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from safeimg.journal import place
+from safeimg.journal import frames, place
 from safeimg.journal.errors import JournalError, LogForeign, LogVoid
 from safeimg.journal.events import Abandoned, Completed, Declared, Identity, Owner, RecoveryStarted, RolledBack, Started
 from safeimg.journal.files import FileStat, FileSystem, system_error
@@ -191,23 +191,24 @@ def _log_of(files: FileSystem, pointer: Pointer, folder: str, home: str) -> LogF
     """The log of the pointer's operation, wherever it may be."""
     there = files.stat(home)
     explicit = None if pointer.log is None else os.path.normpath(os.path.join(folder, pointer.log))
-    paths = place.candidates(files, home, explicit=explicit)
-    # The home image may have been renamed; its log stays where it was or goes along.
-    beside_home = os.path.dirname(home)
-    paths += [os.path.join(beside_home, name) for name in _names(files, beside_home) if name.endswith(place.SUFFIX)]
-    for path in dict.fromkeys(paths):
-        if _operation_at(files, path) != pointer.operation:
-            continue
-        found = look(files, path, image_owner=there.uid if there else _owner_beside(files, path))
+    for path in place.candidates(files, home, explicit=explicit):
+        # What cannot be read here must not pass for settled: errors propagate.
+        found = look(files, path, image_owner=None if there is None else there.uid)
         if isinstance(found, LogFound) and found.operation == pointer.operation:
             return found
+    # The home image may have been renamed, its log left where it was or taken along.
+    beside_home = os.path.dirname(home)
+    for name in _names(files, beside_home):
+        path = os.path.join(beside_home, name)
+        if name.endswith(place.SUFFIX) and _operation_at(files, path) == pointer.operation:
+            found = look(files, path, image_owner=_owner_beside(files, path))
+            if isinstance(found, LogFound) and found.operation == pointer.operation:
+                return found
     return None
 
 
 def _operation_at(files: FileSystem, path: str) -> str | None:
     """The operation that the header of the log at `path` names; nothing else is read."""
-    from safeimg.journal import frames
-
     there = files.stat(path)
     if there is None or there.is_device or stat.S_IFMT(there.mode) not in (0, stat.S_IFREG):
         return None

@@ -1,0 +1,257 @@
+"""The history: what settled operations did, queryable, and which operations of this host are pending.
+
+`SqliteHistory` keeps it in the state directory; `MemoryHistory` is its double for tests and for the power-cut
+simulation. Losing the pending index loses nothing: the logs are the truth while an operation is pending.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from safeimg.journal import chain
+from safeimg.journal.chain import EventRow, OperationRow
+from safeimg.journal.errors import JournalError
+from safeimg.journal.events import Declared, Event, Identity
+from safeimg.journal.identity import same_file
+
+
+@dataclass(frozen=True, slots=True)
+class PendingRow:
+    """An operation that has not been settled, as far as this host knows."""
+
+    operation: str
+    command: str
+    log: str  # absolute path
+    home: str  # absolute path of the home image
+    machine: str
+    started: float  # seconds since the epoch
+
+
+class History(Protocol):
+    """Images are asked about by their identity now (`identity.identify`)."""
+
+    def add_pending(self, entry: PendingRow) -> None: ...
+    def remove_pending(self, operation: str) -> None: ...
+    def pending(self) -> list[PendingRow]: ...
+    def record_settled(
+        self, events: Iterable[Event], *, home: str, identities: Mapping[int, Identity] | None = None
+    ) -> None:
+        """Records a settled operation and takes it off the pending index, all or nothing and durably.
+
+        `events`: all of its log, up to the outcome. `home`: the home image's path, for display. `identities`: how
+        the images look now, by index, where that is known. Recording an operation again changes nothing.
+        """
+        ...
+
+    def log(self, image: Identity) -> list[OperationRow]:
+        """The settled operations that touched the image, oldest first."""
+        ...
+
+    def show(self, image: Identity, operation: str) -> list[EventRow]:
+        """The events of one of them. `operation` may be cut short to what is unambiguous; `JournalError` if there
+        is none such."""
+        ...
+
+    def chain(self, image: Identity) -> list[EventRow]:
+        """The image's whole chain, in order of position."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class ImageRow:
+    """An image that the history knows. Text for what may exceed 63 bits."""
+
+    number: int
+    tag: str | None
+    device: str
+    inode: str
+    path: str
+
+
+class Store(Protocol):
+    """What recording needs of a history's tables, within one transaction."""
+
+    def knows(self, operation: str) -> bool: ...
+    def images(self, identity: Identity) -> list[ImageRow]:
+        """Those with the identity's tag or inode, oldest first."""
+        ...
+
+    def put_image(self, image: ImageRow) -> int:
+        """Inserts it (number 0), or updates the one of that number."""
+        ...
+
+    def head(self, image: int) -> tuple[int, bytes]:
+        """Position and hash of the last row of its chain; 0 and `chain.GENESIS` if it has none."""
+        ...
+
+    def put_operation(self, row: OperationRow) -> None: ...
+    def put_part(self, operation: str, image: int, role: str, path: str, identity: Identity) -> None: ...
+    def put_events(self, image: int, rows: Sequence[EventRow]) -> None: ...
+    def drop_pending(self, operation: str) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Settled:
+    """An operation made ready for recording."""
+
+    summary: OperationRow
+    declared: Declared
+    bodies: list[tuple[str, str]]  # kind and body of each event
+    identities: Mapping[int, Identity]
+
+
+def prepare(events: Iterable[Event], home: str, identities: Mapping[int, Identity] | None) -> Settled:
+    """Reads the events once, keeping nothing of their bulk. Raises `JournalError` if they are not a whole operation."""
+    first: Event | None = None
+    last: Event | None = None
+    bodies = []
+    for event in events:
+        first, last = first or event, event
+        bodies.append((type(event).__name__, chain.body_of(event)))
+    summary = chain.summarise(first, last, printable(home))
+    assert isinstance(first, Declared)
+    return Settled(summary, first, bodies, dict(identities or {}))
+
+
+def settle(store: Store, settled: Settled) -> None:
+    """Writes a settled operation's rows: every event into its home's chain, one into each participant's."""
+    summary = settled.summary
+    store.drop_pending(summary.operation)
+    if store.knows(summary.operation):
+        return
+    store.put_operation(summary)
+    head = b""
+    seen: set[int] = set()
+    for index, image in enumerate(settled.declared.images):
+        identity = settled.identities.get(index, image.identity)
+        path = summary.home if index == 0 else _beside(summary.home, printable(image.path))
+        number = image_number(store, identity, path)
+        if number in seen:
+            continue
+        seen.add(number)
+        store.put_part(summary.operation, number, image.role, path, identity)
+        position, previous = store.head(number)
+        if index == 0:
+            rows = chain.chain_home(settled.bodies, summary.operation, position, previous)
+            head = rows[-1].hash
+        else:
+            rows = [chain.chain_participant(summary, image.role, head, position, previous)]
+        store.put_events(number, rows)
+
+
+def image_number(store: Store, identity: Identity, path: str) -> int:
+    """The image's number in the history, which learns of it if need be."""
+    known = match(store.images(identity), identity)
+    row = ImageRow(known.number if known else 0, identity.tag, str(identity.device), str(identity.inode), path)
+    if known is not None and row.tag is None:
+        row = replace(row, tag=known.tag)
+    return known.number if known == row else store.put_image(row)
+
+
+def match(rows: Sequence[ImageRow], identity: Identity) -> ImageRow | None:
+    """The row of an image: the same id of ours, wherever it lies now; else the same file as far as one can tell."""
+    if identity.tag is not None:
+        for row in rows:
+            if row.tag == identity.tag:
+                return row
+    for row in reversed(rows):
+        if row.device.isdecimal() and row.inode.isdecimal():
+            recorded = Identity(int(row.device), int(row.inode), 0, 0, 0, row.tag)
+            if same_file(recorded, identity):
+                return row
+    return None
+
+
+def select(rows: Sequence[EventRow], operation: str) -> list[EventRow]:
+    """The rows of the one operation whose id begins with `operation`; `JournalError` if that is none or several."""
+    found = {row.operation for row in rows if operation and row.operation.startswith(operation.lower())}
+    if len(found) != 1:
+        problem = "no operation" if not found else f"{len(found)} operations"
+        raise JournalError(f"{problem} of this image in the history begin with {operation!r}")
+    return [row for row in rows if row.operation in found]
+
+
+def printable(path: str) -> str:
+    """The path as text that a database takes: undecodable bytes of a file name become \\x escapes."""
+    return path.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+def _beside(home: str, path: str) -> str:
+    return os.path.normpath(os.path.join(os.path.dirname(home), path))
+
+
+class MemoryHistory:
+    """A history that is gone with the process."""
+
+    def __init__(self) -> None:
+        self.image_rows: list[ImageRow] = []
+        self.operations: dict[str, OperationRow] = {}
+        self.parts: list[tuple[str, int, str]] = []
+        self.events: dict[int, list[EventRow]] = {}
+        self.pending_rows: dict[str, PendingRow] = {}
+
+    def add_pending(self, entry: PendingRow) -> None:
+        self.pending_rows[entry.operation] = entry
+
+    def remove_pending(self, operation: str) -> None:
+        self.drop_pending(operation)
+
+    def pending(self) -> list[PendingRow]:
+        return list(self.pending_rows.values())
+
+    def record_settled(
+        self, events: Iterable[Event], *, home: str, identities: Mapping[int, Identity] | None = None
+    ) -> None:
+        settle(self, prepare(events, home, identities))
+
+    def log(self, image: Identity) -> list[OperationRow]:
+        row = match(self.images(image), image)
+        return [
+            replace(self.operations[operation], role=role)
+            for operation, number, role in self.parts
+            if row is not None and number == row.number
+        ]
+
+    def show(self, image: Identity, operation: str) -> list[EventRow]:
+        return select(self.chain(image), operation)
+
+    def chain(self, image: Identity) -> list[EventRow]:
+        row = match(self.images(image), image)
+        return [] if row is None else list(self.events.get(row.number, []))
+
+    def knows(self, operation: str) -> bool:
+        return operation in self.operations
+
+    def images(self, identity: Identity) -> list[ImageRow]:
+        return [
+            row
+            for row in self.image_rows
+            if row.inode == str(identity.inode) or (row.tag is not None and row.tag == identity.tag)
+        ]
+
+    def put_image(self, image: ImageRow) -> int:
+        if image.number:
+            self.image_rows[image.number - 1] = image
+        else:
+            image = replace(image, number=len(self.image_rows) + 1)
+            self.image_rows.append(image)
+        return image.number
+
+    def head(self, image: int) -> tuple[int, bytes]:
+        rows = self.events.get(image)
+        return (rows[-1].position, rows[-1].hash) if rows else (0, chain.GENESIS)
+
+    def put_operation(self, row: OperationRow) -> None:
+        self.operations[row.operation] = row
+
+    def put_part(self, operation: str, image: int, role: str, path: str, identity: Identity) -> None:
+        self.parts.append((operation, image, role))
+
+    def put_events(self, image: int, rows: Sequence[EventRow]) -> None:
+        self.events.setdefault(image, []).extend(rows)
+
+    def drop_pending(self, operation: str) -> None:
+        self.pending_rows.pop(operation, None)

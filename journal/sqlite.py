@@ -1,0 +1,297 @@
+"""The history in a SQLite database: `history.db` in the state directory.
+
+Rollback journal, not WAL, whose shared memory does not work on network file systems; `synchronous=EXTRA`, so that a
+committed transaction survives a power cut in that mode too (the log is removed right after it).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sqlite3
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
+
+from safeimg.journal import chain
+from safeimg.journal.chain import EventRow, OperationRow
+from safeimg.journal.errors import JournalError
+from safeimg.journal.events import Event, Identity
+from safeimg.journal.history import ImageRow, PendingRow, match, prepare, printable, select, settle
+from safeimg.journal.place import make_state_directory, state_directory
+
+if TYPE_CHECKING:
+    from sqlite_utils import Database
+
+NAME = "history.db"
+SCHEMA = 1  # PRAGMA user_version
+TIMEOUT = 20.0  # seconds to wait for another process's transaction
+
+_TABLES: Mapping[str, tuple[dict[str, type], str | tuple[str, ...]]] = {
+    "images": ({"number": int, "tag": str, "device": str, "inode": str, "path": str}, "number"),
+    "operations": ({
+        "operation": str, "command": str, "arguments": str, "version": str, "outcome": str, "started": float,
+        "settled": float, "uid": int, "host": str, "home": str,
+    }, "operation"),
+    "parts": ({
+        "operation": str, "image": int, "role": str, "path": str, "device": str, "inode": str, "size": int,
+        "mtime_ns": int, "tag": str,
+    }, ("operation", "image")),
+    "events": ({
+        "image": int, "position": int, "operation": str, "sequence": int, "kind": str, "body": str,
+        "previous": bytes, "hash": bytes,
+    }, ("image", "position")),
+    "pending": ({
+        "operation": str, "command": str, "log": str, "home": str, "machine": str, "started": float,
+    }, "operation"),
+}  # fmt: skip
+
+
+class SqliteHistory:
+    """Opens the database for each call; any number of processes may use it. Errors are `JournalError`."""
+
+    def __init__(self, path: str | None = None) -> None:
+        """`path`: of the database; by default in the state directory, made when something is first recorded."""
+        self._path = path
+
+    def add_pending(self, entry: PendingRow) -> None:
+        """Durable when it returns."""
+        values = asdict(entry) | {"log": printable(entry.log), "home": printable(entry.home)}
+        with self._writing() as connection:
+            connection.execute(
+                "insert or replace into pending (operation, command, log, home, machine, started) "
+                "values (:operation, :command, :log, :home, :machine, :started)",
+                values,
+            )
+
+    def remove_pending(self, operation: str) -> None:
+        with self._writing() as connection:
+            connection.execute("delete from pending where operation = ?", (operation,))
+
+    def pending(self) -> list[PendingRow]:
+        rows = self._query("select operation, command, log, home, machine, started from pending order by started")
+        return [
+            PendingRow(_text(row[0]), _text(row[1]), _text(row[2]), _text(row[3]), _text(row[4]), _float(row[5]))
+            for row in rows
+        ]
+
+    def record_settled(
+        self, events: Iterable[Event], *, home: str, identities: Mapping[int, Identity] | None = None
+    ) -> None:
+        """See `History.record_settled`. Imports sqlite_utils (a fifth of a second)."""
+        from sqlite_utils import Database
+
+        settled = prepare(events, home, identities)
+        with self._writing() as connection:
+            settle(_Tables(Database(connection, execute_plugins=False)), settled)
+
+    def log(self, image: Identity) -> list[OperationRow]:
+        rows = self._query(
+            "select o.operation, o.command, o.arguments, o.version, o.outcome, o.started, o.settled, o.uid, "
+            "o.host, o.home, p.role from parts p join operations o on o.operation = p.operation "
+            "where p.image = ? order by p.rowid",
+            image,
+        )
+        return [
+            OperationRow(
+                _text(row[0]), _text(row[1]), _texts(row[2]), _text(row[3]), _text(row[4]), _float(row[5]),
+                _float(row[6]), _int(row[7]), _text(row[8]), _text(row[9]), _text(row[10]),
+            )
+            for row in rows
+        ]  # fmt: skip
+
+    def show(self, image: Identity, operation: str) -> list[EventRow]:
+        return select(self.chain(image), operation)
+
+    def chain(self, image: Identity) -> list[EventRow]:
+        rows = self._query(
+            "select position, operation, sequence, kind, body, previous, hash from events "
+            "where image = ? order by position",
+            image,
+        )
+        return [
+            EventRow(_int(row[0]), _text(row[1]), _int(row[2]), _text(row[3]), _text(row[4]), _bytes(row[5]),
+                     _bytes(row[6]))
+            for row in rows
+        ]  # fmt: skip
+
+    def _query(self, statement: str, image: Identity | None = None) -> list[tuple[Any, ...]]:
+        """Rows; none if there is no database yet, or it does not know `image` (whose number is the parameter)."""
+        path = self._path or _default_path()
+        if path is None or not Path(path).exists():
+            return []
+        with _reported(path):
+            connection = _connect(path, "rw")
+            try:
+                if _version(connection, path) == 0:
+                    return []
+                parameters: tuple[int, ...] = ()
+                if image is not None:
+                    row = match(_images(connection, image), image)
+                    if row is None:
+                        return []
+                    parameters = (row.number,)
+                return connection.execute(statement, parameters).fetchall()
+            finally:
+                connection.close()
+
+    @contextmanager
+    def _writing(self) -> Iterator[sqlite3.Connection]:
+        """One transaction, durable when the block ends without an error."""
+        path = self._path or str(Path(make_state_directory()) / NAME)
+        with _reported(path):
+            os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+            connection = _connect(path, "rw")
+            try:
+                connection.execute("PRAGMA synchronous=EXTRA")
+                connection.execute("BEGIN IMMEDIATE")
+                if _version(connection, path) == 0:
+                    _create_tables(connection)
+                yield connection
+                connection.execute("COMMIT")
+            finally:
+                connection.close()  # rolls back what was not committed
+
+
+class _Tables:
+    """The tables as `history.settle` writes them."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self._connection: sqlite3.Connection = database.conn
+
+    def knows(self, operation: str) -> bool:
+        found = self._connection.execute("select 1 from operations where operation = ?", (operation,))
+        return found.fetchone() is not None
+
+    def images(self, identity: Identity) -> list[ImageRow]:
+        return _images(self._connection, identity)
+
+    def put_image(self, image: ImageRow) -> int:
+        values = asdict(image)
+        if image.number:
+            self._database.table("images").update(image.number, values)
+            return image.number
+        del values["number"]
+        number = self._database.table("images").insert(values).last_pk
+        assert isinstance(number, int)
+        return number
+
+    def head(self, image: int) -> tuple[int, bytes]:
+        row = self._connection.execute(
+            "select position, hash from events where image = ? order by position desc limit 1", (image,)
+        ).fetchone()
+        return (0, chain.GENESIS) if row is None else (_int(row[0]), _bytes(row[1]))
+
+    def put_operation(self, row: OperationRow) -> None:
+        values = asdict(row)
+        del values["role"]
+        values["arguments"] = json.dumps(row.arguments)
+        values["home"] = printable(row.home)
+        self._database.table("operations").insert(values)
+
+    def put_part(self, operation: str, image: int, role: str, path: str, identity: Identity) -> None:
+        self._database.table("parts").insert({
+            "operation": operation, "image": image, "role": role, "path": path, "device": str(identity.device),
+            "inode": str(identity.inode), "size": identity.size, "mtime_ns": identity.mtime_ns,
+            "tag": identity.tag,
+        })  # fmt: skip
+
+    def put_events(self, image: int, rows: Sequence[EventRow]) -> None:
+        self._database.table("events").insert_all({"image": image} | asdict(row) for row in rows)
+
+    def drop_pending(self, operation: str) -> None:
+        self._connection.execute("delete from pending where operation = ?", (operation,))
+
+
+def _default_path() -> str | None:
+    directory = state_directory()
+    return None if directory is None else str(Path(directory) / NAME)
+
+
+def _connect(path: str, mode: str) -> sqlite3.Connection:
+    uri = f"file:{quote(os.fsencode(Path(path).absolute()))}?mode={mode}"
+    connection = sqlite3.connect(uri, uri=True, timeout=TIMEOUT, isolation_level=None, check_same_thread=False)
+    connection.text_factory = lambda raw: raw.decode("utf-8", "backslashreplace")
+    connection.execute("PRAGMA trusted_schema=OFF")
+    return connection
+
+
+def _version(connection: sqlite3.Connection, path: str) -> int:
+    version = _int(connection.execute("PRAGMA user_version").fetchone()[0])
+    if version > SCHEMA:
+        raise JournalError(f"{path}: a history of version {version}; this safeimg knows version {SCHEMA}")
+    return version
+
+
+def _create_tables(connection: sqlite3.Connection) -> None:
+    from sqlite_utils import Database
+
+    database = Database(connection, execute_plugins=False)
+    for name, (columns, key) in _TABLES.items():
+        database.table(name).create(columns, pk=key, if_not_exists=True)
+    database.table("parts").create_index(["image"], if_not_exists=True)
+    database.table("images").create_index(["inode"], if_not_exists=True)
+    database.table("images").create_index(["tag"], if_not_exists=True)
+    connection.execute(f"PRAGMA user_version={SCHEMA}")
+
+
+def _images(connection: sqlite3.Connection, identity: Identity) -> list[ImageRow]:
+    rows = connection.execute(
+        "select number, tag, device, inode, path from images where inode = ? or tag = ? order by number",
+        (str(identity.inode), identity.tag),
+    )
+    return [
+        ImageRow(_int(row[0]), None if row[1] is None else _text(row[1]), *map(_text, row[2:])) for row in rows
+    ]
+
+
+@contextmanager
+def _reported(path: str) -> Iterator[None]:
+    """Turns SQLite's errors into one line."""
+    try:
+        yield
+    except sqlite3.OperationalError as error:
+        if "locked" in str(error) or "busy" in str(error):
+            raise JournalError(f"{path}: another process holds the history; try again") from None
+        raise JournalError(f"{path}: the history cannot be used: {_line(error)}") from None
+    except sqlite3.Error as error:
+        raise JournalError(
+            f"{path}: the history is damaged: {_line(error)}; move it away and safeimg begins a new one"
+        ) from None
+    except OSError as error:
+        raise JournalError(f"{path}: the history cannot be used: {error.strerror}") from None
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+# What a tampered database holds in a column is made harmless; audit finds that its hash does not fit.
+
+
+def _text(value: object) -> str:
+    return value if isinstance(value, str) else ""
+
+
+def _texts(value: object) -> tuple[str, ...]:
+    try:
+        items = json.loads(_text(value))
+    except (ValueError, RecursionError):
+        return ()
+    return tuple(map(str, items)) if isinstance(items, list) else ()
+
+
+def _int(value: object) -> int:
+    return value if isinstance(value, int) else -1
+
+
+def _float(value: object) -> float:
+    return float(value) if isinstance(value, int | float) else 0.0
+
+
+def _bytes(value: object) -> bytes:
+    return value if isinstance(value, bytes) else b""
