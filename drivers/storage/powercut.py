@@ -15,7 +15,7 @@
     data, names        data without lengths and names; lengths and names without data
     lose-file:N        all that is unsynced of inode N was lost
     only-file:N        of data, lengths and attributes, only those of inode N survived
-    head, tail, comb   the newest data torn: its first half, second half, every other sector; the rest survived
+    head, tail, comb   the newest data torn: its first or second half or every other sector; the rest survived
     head-alone, …      the same, and nothing else survived
     reverse            overlapping writes arrived newest first
     old-times          everything but times and attributes

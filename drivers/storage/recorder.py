@@ -67,10 +67,9 @@ class Recorder:
         self.capacity: dict[str, int] = {}  # directory → bytes
         self.opened: list[Opened] = []
         self.dead = False
-        self._mutations = self._reads = self._syncs = 0
+        self._mutations = self._syncs = 0
         self._kill_at: int | None = None
         self._fail_at: tuple[int, int] | None = None
-        self._fail_read_at: tuple[int, int] | None = None
         self._fail_syncs: set[int] = set()
         self._fail_sync_of: set[int] = set()
 
@@ -81,9 +80,6 @@ class Recorder:
 
     def fail_at(self, number: int, code: int) -> None:
         self._fail_at = (self._mutations + number, code)
-
-    def fail_read_at(self, number: int, code: int) -> None:
-        self._fail_read_at = (self._reads + number, code)
 
     def fail_sync_number(self, number: int) -> None:
         self._fail_syncs.add(self._syncs + number)
@@ -122,14 +118,6 @@ class Recorder:
                 self.record(Entry("sync_failed", node.number), path, "sync")
                 raise failure(path, "sync", errno.EIO)
             self.record(Entry(kind, node.number), path, "sync")
-
-    def read(self, node: Node, path: str, offset: int, length: int) -> bytes:
-        with self.lock:
-            self._reads += 1
-            if self._fail_read_at is not None and self._reads == self._fail_read_at[0]:
-                code, self._fail_read_at = self._fail_read_at[1], None
-                raise failure(path, "read", code)
-            return node.live.content.read(offset, min(length, node.live.length - offset))
 
     def stat(self, node: Node) -> FileStat:
         with self.lock:

@@ -28,7 +28,7 @@ import stat as stat_bits
 from dataclasses import replace
 from pathlib import Path
 
-from safeimg.drivers.errors import LockError, StorageError
+from safeimg.drivers.errors import LockError, StorageError, UsageError
 from safeimg.drivers.storage.api import CACHE_MODES, Buffer, FileStat
 from safeimg.drivers.storage.durability import Attributes, Entry, Model, Name, Node
 from safeimg.drivers.storage.locks import NOTHING, RAW_READER, READER, WRITER, Claim
@@ -108,12 +108,8 @@ class SimulatedFileSystem:
 
     def fail_at(self, number: int, code: int = errno.EIO) -> None:
         """The `number`-th mutating call from now fails once with that errno (a sync: as `fail_sync`
-        tells)."""
+        tells). For failing reads and opens, put `faults.FaultyFileSystem` over this."""
         self._recorder.fail_at(number, code)
-
-    def fail_read_at(self, number: int, code: int = errno.EIO) -> None:
-        """The `number`-th read of file data from now fails once with that errno."""
-        self._recorder.fail_read_at(number, code)
 
     def fail_sync(self, which: str | int = 1) -> None:
         """The next sync of file `which`, or the `which`-th sync of any file from now, raises `SyncFailed`
@@ -211,8 +207,10 @@ class SimulatedFileSystem:
         force_share: bool = False,
     ) -> SimulatedFile:
         with self._lock:
+            if not write and not locate(self.model, path, "open")[1]:
+                raise UsageError(f"'file' driver requires '{path}' to be a regular file")
             node = find(self.model, path, "open")
-            claim = WRITER if write else RAW_READER if force_share else READER
+            claim = RAW_READER if force_share else WRITER if write else READER
             return self._opened(node, path, write, cache, claim if locking else NOTHING)
 
     def create(
@@ -310,20 +308,20 @@ class SimulatedFileSystem:
             return sorted([*self.model.directories[directory], *inside])
 
     def resolve(self, path: str) -> str:
-        """Also of what is not there, as far as it goes."""
+        """Below a directory that is not there: the path as given, made absolute."""
         with self._lock:
             try:
                 return joined(locate(self.model, path, "resolve"))
             except StorageError as error:
                 if error.errno not in (errno.ENOENT, errno.ENOTDIR):
                     raise
-                return os.path.normpath(f"/{path}")
+                return os.path.normpath("/" + path.lstrip("/"))
 
     def give_to(self, path: str, uid: int, gid: int) -> None:
         with self._lock:
-            node = find(self.model, path, "chown")
-            attributes = replace(node.live.attributes, uid=uid, gid=gid)
             try:
+                node = named(self.model, path, "chown")[1]
+                attributes = replace(node.live.attributes, uid=uid, gid=gid)
                 self._recorder.record(Entry("attributes", node.number, attributes=attributes), path, "chown")
             except StorageError:
                 pass
@@ -349,7 +347,7 @@ class SimulatedFileSystem:
 
     def _opened(self, node: Node, path: str, write: bool, cache: str, claim: Claim) -> SimulatedFile:
         if cache not in CACHE_MODES:
-            raise ValueError(f"cache mode {cache!r} is none of {', '.join(CACHE_MODES)}")
+            raise UsageError(f"Invalid cache option: {cache}")
         file = SimulatedFile(self._recorder, node, path, write, cache)
         try:
             file.lock(claim)

@@ -17,7 +17,10 @@ _PERMISSIONS = ("consistent read", "write", "write unchanged", "resize")  # in t
 
 
 class SimulatedFile:
-    """An open file of a `SimulatedFileSystem`; made by its `open` and `create`."""
+    """An open file of a `SimulatedFileSystem`; made by its `open` and `create`.
+
+    Unlike a `LocalFile`, which refuses to write after a failed sync, it goes on, so that a test sees what a
+    program loses that does."""
 
     __slots__ = ("_cache", "_closed", "_node", "_opened", "_path", "_recorder", "_writable")
 
@@ -66,7 +69,9 @@ class SimulatedFile:
 
     def pread(self, offset: int, length: int) -> bytes:
         self._usable("read", offset=offset, length=length)
-        return self._recorder.read(self._node, self._path, offset, length)
+        with self._recorder.lock:
+            live = self._node.live
+            return live.content.read(offset, min(length, live.length - offset))
 
     def pread_into(self, offset: int, buffer: memoryview) -> int:
         data = self.pread(offset, buffer.nbytes)
@@ -102,7 +107,7 @@ class SimulatedFile:
 
     def preallocate(self, offset: int, length: int, *, keep_size: bool) -> None:
         self._usable("preallocate", offset=offset, length=length)
-        entry = Entry("preallocate", self._node.number, offset, length, flag=keep_size)
+        entry = Entry("preallocate", self._node.number, offset, length, flag=keep_size, through=self._through)
         self._take_space(entry, "preallocate", takes=True)
 
     def _take_space(self, entry: Entry, action: str, *, takes: bool) -> None:
@@ -115,7 +120,8 @@ class SimulatedFile:
 
     def truncate(self, length: int) -> None:
         self._usable("truncate", length=length)
-        self._mutate(Entry("truncate", self._node.number, length=length), "truncate")
+        entry = Entry("truncate", self._node.number, length=length, through=self._through)
+        self._mutate(entry, "truncate")
 
     def spans(self, offset: int, length: int) -> Iterator[Span]:
         """As at the time of the call. Space preallocated or zeroed but never written is a hole, as on ext4
