@@ -220,7 +220,7 @@ def _random_plan(model: Model, rng: random.Random) -> Plan:
 
 
 def _random_survival(node: Node, rng: random.Random) -> _Survival:
-    rate, tearing = rng.choice((0.1, 0.5, 0.9)), rng.choice((0.0, 0.1, 0.5))
+    rate, tearing = rng.choice((0.1, 0.5, 0.9)), rng.choice((0.0, 0.3, 0.9))
     survival = _nothing(node)
     for change in node.changes:
         if change.pieces and rng.random() < rate:
