@@ -51,12 +51,18 @@ class LiveStep:
     def in_flux(self) -> bool:
         return self.taking_back or not self.applied
 
+    @property
+    def settled(self) -> bool:
+        """A resumed operation can go on from here; steps behind the newest such step have to be taken back first."""
+        return not self.in_flux and self.prepared.cursor is not None
+
 
 @dataclass(slots=True)
 class OperationState:
     """What the log says of an operation so far."""
 
     declared: Declared
+    events: int = 1
     started: Started | None = None
     identities: dict[int, Identity] = field(default_factory=dict)  # by image index; as declared or observed later
     observed: frozenset[int] = frozenset()  # images whose identity was observed after `Started`
@@ -68,11 +74,18 @@ class OperationState:
     recovery: RecoveryStarted | None = None
     outcome: Completed | RolledBack | Abandoned | None = None
 
+    def apply(self, event: Event) -> None:
+        """One more event. Raises `UnlikelyEvents` if it cannot follow."""
+        self.events += 1
+        problem = _apply(self, event)
+        if problem:
+            raise UnlikelyEvents(self.events, problem)
+
     @property
     def cursor(self) -> Any:
-        """Where the next step starts, once the steps in flux are taken back."""
+        """Where a resumed operation starts: behind its newest step that is `settled`."""
         for step in reversed(self.steps):
-            if not step.in_flux:
+            if step.settled:
                 return step.prepared.cursor
         return None if self.started is None else self.started.settings.get("cursor")
 
@@ -96,12 +109,10 @@ def fold(events: Iterable[Event]) -> OperationState:
     iterator = iter(events)
     first = next(iterator, None)
     if not isinstance(first, Declared):
-        raise UnlikelyEvents(0, "the first event does not declare an operation")
+        raise UnlikelyEvents(1, "the first event does not declare an operation")
     state = OperationState(first, identities={index: image.identity for index, image in enumerate(first.images)})
-    for sequence, event in enumerate(iterator, start=1):
-        problem = _apply(state, event)
-        if problem:
-            raise UnlikelyEvents(sequence, problem)
+    for event in iterator:
+        state.apply(event)
     return state
 
 

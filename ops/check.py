@@ -21,7 +21,12 @@ class Checked(NamedTuple):
 
 
 def check(
-    fs: FileSystem, filename: str, *, fmt: str | None = None, cache: str = "writeback", force_share: bool = False
+    fs: FileSystem,
+    filename: str,
+    *,
+    fmt: str | None = None,
+    cache: str = "writeback",
+    force_share: bool = False,
 ) -> Checked:
     """Checks the top image of a chain; its backing images have to open, as in qemu-img. `DriverError`."""
     layers = open_chain(fs, filename, format=fmt, cache=cache, force_share=force_share)

@@ -3,8 +3,8 @@
 The home image is the base: it is written in place, and the overlay may be deleted by the user. Phases, in order:
 
     fence     nobody writes to the base or to the layers above it any more
-    bitmaps   enabled persistent bitmaps of the base get the bits of everything that will change (hazard 11)
     grow      a base smaller than the top: what its own backing image would expose is zeroed, then the size (hazard 12)
+    bitmaps   enabled persistent bitmaps of the base get the bits of everything that will change (hazard 11)
     data      per range: fresh clusters in the base, or in place where the base's cluster is its own
     release   what the fresh clusters replaced loses its reference
     empty     the top image forgets its clusters by one switch (not with `drop`); the last step that can be taken back
@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from safeimg.drivers.formats.api import Image, Kind, Patch, Placement, Planner
-from safeimg.drivers.formats.registry import driver_of
+from safeimg.drivers.formats.registry import lookup
 from safeimg.drivers.transfer.copy import copy_fresh
 from safeimg.drivers.transfer.core import Transfer
 from safeimg.drivers.transfer.view import View
@@ -26,7 +26,7 @@ from safeimg.ops.steps import Move, Step, Written
 
 STEP_BYTES = 256 << 20
 STEP_CLUSTERS = 1 << 16  # bounds the metadata of a step where clusters are tiny
-PHASES = ("fence", "bitmaps", "grow", "data", "release", "empty", "compact", "trim", "end")
+PHASES = ("fence", "grow", "bitmaps", "data", "release", "empty", "compact", "trim", "end")
 
 
 @dataclass
@@ -88,7 +88,7 @@ class Commit:
         self._top = layers[0]
         self._transfer = transfer
         self._drop = drop
-        self._planner: Planner = driver_of(self._base).planner(self._base)
+        self._planner: Planner = lookup(self._base.format).planner(self._base)
         self._planner.recall(unlinked)
         self._cluster = self._planner.cluster_size
         self._budget = max(min(step_bytes, STEP_CLUSTERS * self._cluster), self._cluster)
@@ -102,7 +102,7 @@ class Commit:
     def finish(self) -> Sequence[tuple[int, Patch]]:
         """Takes the fences down."""
         return tuple(
-            (index, patch) for index, image in enumerate(self.images) for patch in driver_of(image).unfence(image)
+            (index, patch) for index, image in enumerate(self.images) for patch in lookup(image.format).unfence(image)
         )
 
     def discards(self) -> Sequence[tuple[int, int, int]]:
@@ -117,34 +117,40 @@ class Commit:
                 yield step
 
     async def _fence(self, cursor: dict[str, Any]) -> AsyncIterator[Step]:
-        changes = [(index, driver_of(image).fence(image)) for index, image in enumerate(self.images)]
-        yield Step("fence", {"phase": "bitmaps"}, 0, changes=[pair for pair in changes if pair[1]])
-
-    async def _bitmaps(self, cursor: dict[str, Any]) -> AsyncIterator[Step]:
-        for changes in self._planner.mark_dirty([(start, length) for start, length, _ in self._above(0)]):
-            yield Step("bitmaps", {"phase": "bitmaps"}, 0, changes=[(0, changes)])
+        changes = [(index, lookup(image.format).fence(image)) for index, image in enumerate(self.images)]
+        yield Step("fence", {"phase": "grow"}, 0, changes=[pair for pair in changes if pair[1]])
 
     async def _grow(self, cursor: dict[str, Any]) -> AsyncIterator[Step]:
-        """Zeroes what the base's backing image would expose, in space the guest cannot see yet, then grows."""
+        """Zeroes what the base would expose, in space the guest cannot see yet, then grows."""
         old, new = self._base.size, self._top.size
         if new <= old:
             return
+        here = {"phase": "grow"}
+        for changes in self._planner.prepare_resize(new):
+            yield Step("grow", here, 0, changes=[(0, changes)])
         below = self._layers[self._base_index + 1 :]
-        exposed = min(new, below[0].size) if below else old
-        for changes in self._planner.enlarge(new):
-            yield Step("grow", {"phase": "grow"}, 0, changes=[(0, changes)])
         inside = View(self._layers[self._base_index :], size=old)
-        position = old
-        while position < exposed:
-            length = min(exposed - position, self._budget)
-            async for step in self._reserve({"phase": "grow"}, 0, length // self._cluster + 2):
-                yield step
-            batch = _Batch()
-            self._plan(batch, position, length, zero=True)
-            fresh = await self._copy(inside, batch)
-            yield Step("zero", {"phase": "grow"}, 0, fresh, batch.moves, [(0, self._planner.take())])
-            position += length
-        yield Step("size", {"phase": "data", "at": 0, "done": 0}, 0, changes=[(0, self._planner.resize(new))])
+        for start, length in self._planner.exposed(new, below[0].size if below else 0):
+            for position in range(start, start + length, self._budget):
+                size = min(start + length - position, self._budget)
+                async for step in self._reserve(here, 0, size // self._cluster + 2):
+                    yield step
+                batch = _Batch()
+                self._plan(batch, position, size, zero=True)
+                fresh = await self._copy(inside, batch)
+                yield Step("zero", here, 0, fresh, batch.moves, [(0, self._planner.take())])
+        *first, last = self._planner.resize(new)
+        for changes in first:
+            yield Step("size", None, 0, changes=[(0, changes)])
+        yield Step("size", {"phase": "bitmaps"}, 0, changes=[(0, last)])
+
+    async def _bitmaps(self, cursor: dict[str, Any]) -> AsyncIterator[Step]:
+        ranges = [(start, length) for start, length, _ in self._above(0)]
+        async for step in self._reserve({"phase": "bitmaps"}, 0, self._planner.marking_clusters(ranges)):
+            yield step
+        changes = self._planner.mark_dirty(ranges)
+        if changes:
+            yield Step("bitmaps", {"phase": "data"}, 0, changes=[(0, changes)])
 
     async def _data(self, cursor: dict[str, Any]) -> AsyncIterator[Step]:
         at, done = cursor.get("at", 0), cursor.get("done", 0)
@@ -166,16 +172,15 @@ class Commit:
             yield Step("data", here, done, fresh, batch.moves, [(0, self._planner.take())])
 
     async def _reserve(self, cursor: Any, done: int, clusters: int) -> AsyncIterator[Step]:
-        """A step that makes room in the metadata, where needed: each cluster may want an L2 table of its own."""
-        changes = self._planner.reserve(2 * clusters + 2)
+        """A step that makes room in the metadata, where needed."""
+        changes = self._planner.reserve(clusters)
         if changes:
             yield Step("reserve", cursor, done, changes=[(0, changes)])
 
     async def _copy(self, view: View, batch: _Batch) -> list[Written]:
-        copied = await copy_fresh(
-            self._transfer, view, self._base.file, batch.fresh, cluster_size=self._cluster
+        return await copy_fresh(
+            self._transfer, view, 0, self._base.file, batch.fresh, cluster_size=self._cluster
         )
-        return [Written(0, *piece) for piece in copied]
 
     def _plan(self, batch: _Batch, start: int, length: int, *, zero: bool) -> int:
         """Places one range. The end of what is covered: fresh clusters are filled wholly, from the view."""
@@ -202,12 +207,12 @@ class Commit:
 
     async def _empty(self, cursor: dict[str, Any]) -> AsyncIterator[Step]:
         if not self._drop:
-            changes = driver_of(self._top).planner(self._top).empty()
+            changes = lookup(self._top.format).planner(self._top).empty()
             yield Step("empty", {"phase": "compact"}, self.total(), changes=[(1, changes)])
 
     async def _compact(self, cursor: dict[str, Any]) -> AsyncIterator[Step]:
         if not self._drop:
-            changes, length = driver_of(self._top).planner(self._top).compact()
+            changes, length = lookup(self._top.format).planner(self._top).compact()
             yield Step("compact", {"phase": "trim", "length": length}, 0, changes=[(1, changes)], no_return=True)
             yield Step("trim", {"phase": "end"}, 0, truncate=[(1, length)], no_return=True)
 

@@ -1,8 +1,8 @@
 """compare: whether two chains hold the same guest content.
 
-No trio: starting it takes longer than comparing a gigabyte, and nothing here has to be cancelled at a boundary. Two
-threads take pieces in order from one iterator, read both sides into page-aligned buffers and compare them outside the
-interpreter lock.
+No trio: starting it takes longer than comparing a gigabyte, and nothing here has to be cancelled at a
+boundary. Two threads take pieces in order from one iterator, read both sides into page-aligned buffers and
+compare them outside the interpreter lock.
 """
 
 from __future__ import annotations
@@ -62,7 +62,8 @@ class UnmappedError(DriverError):
 
 
 class _Piece(NamedTuple):
-    """A guest range to look at. `parts`: the extents of each image there; None where it is known to be zero."""
+    """A guest range to look at. `parts`: the extents of each image there; None where it is known to be
+    zero."""
 
     start: int
     length: int
@@ -79,8 +80,9 @@ def compare(
 ) -> Comparison:
     """Compares two chains (top first). A longer image is the same if the rest of it is zero.
 
-    `report(done, total)` is called with guest bytes as they are taken up, in order; `larger()` when the common part
-    is the same and the rest of the longer image is next. Raises `UnreadableError`, `UnmappedError`."""
+    `report(done, total)` is called with guest bytes as they are taken up, in order; `larger()` when the
+    common part is the same and the rest of the longer image is next. Raises `UnreadableError`,
+    `UnmappedError`."""
     sizes = first[0].size, second[0].size
     shared, total = min(sizes), max(sizes)
     report(0, total)
@@ -143,7 +145,7 @@ def _pieces(views: tuple[View, View], start: int, end: int) -> Iterator[_Piece]:
 def _runs(
     which: int, view: View, start: int, end: int
 ) -> Iterator[tuple[int, int, Sequence[LayerExtent] | None]]:
-    """Start, end and extents of each run; no extents for zeroes. At most 64 compressed clusters make a run."""
+    """Start, end and extents of each run; no extents for zeroes. 64 compressed clusters make one run."""
     held: list[LayerExtent] = []
     for piece in _guarded(which, view.extents(start, end - start)):
         low, high = piece.extent.start, piece.extent.start + piece.extent.length
@@ -178,7 +180,9 @@ def _rest(view: View, which: int, start: int, end: int) -> Iterator[_Piece]:
 class _Search:
     """Looks for the first difference with a few threads."""
 
-    def __init__(self, views: tuple[View, View], pieces: Iterator[_Piece], report: Report, total: int) -> None:
+    def __init__(
+        self, views: tuple[View, View], pieces: Iterator[_Piece], report: Report, total: int
+    ) -> None:
         self._views = views
         self._pieces = pieces
         self._report = report
@@ -218,7 +222,7 @@ class _Search:
                 self._show()
 
     def _take(self) -> _Piece | None:
-        """The next piece with something to read. Pieces are taken in order, so the first difference is found."""
+        """The next piece with something to read: in order, so that the first difference is found."""
         with self._lock:
             try:
                 while self._found is None and self._failure is None:

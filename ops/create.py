@@ -34,8 +34,8 @@ def create(
 ) -> None:
     """Writes the image. `say` gets the line that qemu-img prints before it does.
 
-    The image is durable when this returns (unless the cache mode is `unsafe`). Raises `DriverError` whose message is
-    qemu-img's, the file's name in front."""
+    The image is durable when this returns (unless the cache mode is `unsafe`). Raises `DriverError` whose
+    message is qemu-img's, the file's name in front."""
     try:
         _create(fs, request, say, warn)
     except DriverError as error:
@@ -115,7 +115,9 @@ def _look_at_backing(
         for layer in layers:
             status = layer.file.stat()
             if target is not None and (status.device, status.inode) == (target.device, target.inode):
-                raise UsageError("Error: Trying to create an image with the same filename as the backing file")
+                raise UsageError(
+                    "Error: Trying to create an image with the same filename as the backing file"
+                )
         if backing_format is None:
             raise UsageError(
                 f"Backing file specified without backing format\nDetected format of {layers[0].format}."
@@ -149,5 +151,3 @@ def _reason(error: DriverError, request: Request) -> str:
     if isinstance(error, FormatError):
         return error.problem
     return str(error)
-
-

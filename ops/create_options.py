@@ -1,4 +1,5 @@
-"""`-o` of create and convert: parsing, checking, help, and the line that create prints, all in QEMU's words."""
+"""`-o` of create and convert: parsing, checking, help, and the line that create prints, all in QEMU's
+words."""
 
 from __future__ import annotations
 
@@ -67,8 +68,10 @@ def available(driver_options: Sequence[CreateOption], *, with_file: bool) -> lis
     found = {
         option.name: option
         for option in driver_options
-        if with_file or option.name not in file_names or "cluster_size" in {o.name for o in driver_options}
-        and option.name == "preallocation"
+        if with_file
+        or option.name not in file_names
+        or ("cluster_size" in {o.name for o in driver_options}
+        and option.name == "preallocation")
     }
     if with_file:
         for option in FILE_OPTIONS:
@@ -110,8 +113,9 @@ def _checked(option: CreateOption, value: str, warn: Callable[[str], None] | Non
         size = parse_size(value, warn)
         if size is None:
             raise UsageError(
-                f"Parameter '{name}' expects a non-negative number below 2^64\nOptional suffix k, M, G, T, P or E "
-                "means kilo-, mega-, giga-, tera-, peta-\nand exabytes, respectively."
+                f"Parameter '{name}' expects a non-negative number below 2^64\n"
+                "Optional suffix k, M, G, T, P or E means kilo-, mega-, giga-, tera-, peta-\n"
+                "and exabytes, respectively."
             )
         if size >= 1 << 64:
             raise UsageError(f"Value '{value}' is out of range for parameter '{name}'")
@@ -142,7 +146,7 @@ def is_on(value: str | None) -> bool:
 
 
 def for_driver(driver_options: Sequence[CreateOption], values: Mapping[str, str]) -> dict[str, str]:
-    """The options as a driver takes them: all of its own that have a value, booleans as on and off, no size."""
+    """The options as a driver takes them: its own that have a value, booleans as on and off, no size."""
     options: dict[str, str] = {}
     for option in driver_options:
         value = values.get(option.name, option.default)
@@ -151,11 +155,14 @@ def for_driver(driver_options: Sequence[CreateOption], values: Mapping[str, str]
     return options
 
 
-def formatting(filename: str, format_name: str, driver_options: Sequence[CreateOption],
-               values: Mapping[str, str]) -> str:
+def formatting(
+    filename: str, format_name: str, driver_options: Sequence[CreateOption], values: Mapping[str, str]
+) -> str:
     """The line that create prints."""
     known = {option.name: option for option in available(driver_options, with_file=True)}
-    shown = {name: option.default for name, option in known.items() if option.default is not None} | dict(values)
+    shown = {name: option.default for name, option in known.items() if option.default is not None} | dict(
+        values
+    )
     words = [f"Formatting '{filename}', fmt={format_name}"]
     for name in _RAW_ORDER if format_name == "raw" else _ORDER:
         value = shown.get(name)

@@ -12,8 +12,17 @@ from safeimg.drivers.storage.api import FileSystem
 
 # The order of members in QEMU's output (that of its hash table, hence no order that makes sense)
 _ORDER = (
-    "backing-filename-format", "snapshots", "virtual-size", "filename", "cluster-size", "format", "actual-size",
-    "format-specific", "full-backing-filename", "backing-filename", "dirty-flag",
+    "backing-filename-format",
+    "snapshots",
+    "virtual-size",
+    "filename",
+    "cluster-size",
+    "format",
+    "actual-size",
+    "format-specific",
+    "full-backing-filename",
+    "backing-filename",
+    "dirty-flag",
 )
 
 

@@ -29,7 +29,8 @@ class Entry(NamedTuple):
 
 
 def block_map(layers: Sequence[Image], start: int, length: int) -> Iterator[Entry]:
-    """The range clipped to the top image, in order, merged as far as possible. `FormatError`, `StorageError`."""
+    """The range clipped to the top image, in order, merged as far as possible. `FormatError`,
+    `StorageError`."""
     held: Entry | None = None
     for entry in blocks(layers, start, length):
         if held is not None and entry.continues(held):
@@ -43,7 +44,7 @@ def block_map(layers: Sequence[Image], start: int, length: int) -> Iterator[Entr
 
 
 def blocks(layers: Sequence[Image], start: int, length: int) -> Iterator[Entry]:
-    """Like `block_map`, in the pieces in which qemu-img looks an image up: at most an L2 table's range each."""
+    """Like `block_map`, in the pieces in which qemu-img looks things up: at most an L2 table's range each."""
     resolver = _Resolver(layers)
     return resolver.resolve(0, start, min(start + length, layers[0].size))
 

@@ -14,8 +14,8 @@ _UNITS = ("", "Ki", "Mi", "Gi", "Ti", "Pi", "Ei")
 def parse_size(text: str, warn: Callable[[str], None] | None = None) -> int | None:
     """Bytes from a number with one of the suffixes b, k, M, G, T, P, E (powers of 1024); None if it is none.
 
-    Fractions need a suffix that makes them worth something; hexadecimal numbers are whole (and `warn` is told when
-    they have a suffix). Not limited: the caller knows what is too much."""
+    Fractions need a suffix that makes them worth something; hexadecimal numbers are whole (and `warn` is told
+    when they have a suffix). Not limited: the caller knows what is too much."""
     if (match := _HEXADECIMAL.fullmatch(text)) is not None:
         digits, suffix = match.groups()
         if suffix and warn is not None:

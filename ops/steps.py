@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
-from safeimg.drivers.formats.api import Changes
+from safeimg.drivers.formats.api import Changes, Patch
 from safeimg.drivers.transfer.digest import Written as Written
 
 
@@ -24,14 +24,13 @@ class Step:
     """The unit of durability. Images by index: 0 is the home image."""
 
     name: str
-    cursor: Any  # where the next step starts, JSON-like
+    cursor: Any  # where the next step starts, JSON-like; None: not a place to resume from, see `OperationState.cursor`
     done: int  # guest bytes processed once this step is applied
     fresh: Sequence[Written] = ()  # guest data that the generator has already written into fresh space
     moves: Sequence[Move] = ()
     changes: Sequence[tuple[int, Changes]] = ()
     no_return: bool = False  # this step and those after it cannot be taken back
     truncate: Sequence[tuple[int, int]] = ()  # (image, length), once the step is durable; only with `no_return`
-    discard: Sequence[tuple[int, int, int]] = ()  # (image, offset, length), best effort, once all is completed
 
 
 class Operation(Protocol):
@@ -40,4 +39,12 @@ class Operation(Protocol):
     def steps(self, cursor: Any | None) -> AsyncIterator[Step]:
         """Yields steps from `cursor` (None: the beginning). When resumed the images on disk hold exactly the steps
         before the cursor. The engine applies each step before it asks for the next."""
+        ...
+
+    def finish(self) -> Sequence[tuple[int, Patch]]:
+        """Patches made once the outcome is decided: fences come down. From what is on disk now."""
+        ...
+
+    def discards(self) -> Sequence[tuple[int, int, int]]:
+        """Space that nobody uses any more once the operation is completed: (image, offset, length)."""
         ...

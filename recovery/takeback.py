@@ -11,7 +11,7 @@ Everything is rewritten whether or not it looks right already: what reads back w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from safeimg.drivers.storage.api import File
 from safeimg.journal.events import BeforeRecord, PatchRecord, StepPrepared, TakenBack, TakingBack
@@ -20,7 +20,7 @@ from safeimg.journal.undo import UndoFile
 from safeimg.ops.session import Session
 
 
-def take_back(session: Session, files: Sequence[File], wanted: Callable[[LiveStep], bool]) -> None:
+def take_back(session: Session, files: Mapping[int, File], wanted: Callable[[LiveStep], bool]) -> None:
     """Takes back the newest steps for as long as `wanted` says so. Check with `verify` first."""
     while session.state.steps and wanted(session.state.steps[-1]):
         step = session.state.steps[-1].prepared
@@ -35,13 +35,13 @@ def take_back(session: Session, files: Sequence[File], wanted: Callable[[LiveSte
     session.sync()
 
 
-def _restore_patches(files: Sequence[File], patches: Sequence[PatchRecord]) -> None:
+def _restore_patches(files: Mapping[int, File], patches: Sequence[PatchRecord]) -> None:
     for patch in reversed(patches):
         if patch.before is not None:  # else nobody refers to that space any more
             files[patch.image].pwrite(patch.offset, patch.before)
 
 
-def _restore_data(files: Sequence[File], records: Sequence[BeforeRecord], undo: UndoFile | None) -> None:
+def _restore_data(files: Mapping[int, File], records: Sequence[BeforeRecord], undo: UndoFile | None) -> None:
     for record in records:
         file = files[record.image]
         if record.hole:
@@ -52,13 +52,13 @@ def _restore_data(files: Sequence[File], records: Sequence[BeforeRecord], undo: 
             file.pwrite(record.offset, undo.read(record.undo, record.length, record.digest))
 
 
-def _sync(files: Sequence[File], step: StepPrepared) -> None:
+def _sync(files: Mapping[int, File], step: StepPrepared) -> None:
     touched = {patch.image for patch in (*step.allocate, *step.link)} | {move.image for move in step.moves}
     for image in sorted(touched):
         files[image].sync()
 
 
-def shorten(session: Session, files: Sequence[File], used: Callable[[int], int | None]) -> list[str]:
+def shorten(session: Session, files: Mapping[int, File], used: Callable[[int], int | None]) -> list[str]:
     """Rollback's last change: files get back the length they had when the operation started.
 
     Only what is ours is cut (hazard 9). `used(image)`: where the last byte ends that anything in the image refers

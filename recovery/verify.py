@@ -11,12 +11,13 @@ Everything else means that somebody wrote to an image meanwhile: `Conflict` name
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from safeimg.drivers.storage.api import File
 from safeimg.drivers.transfer.digest import BLOCK, SIZE, digests
 from safeimg.drivers.transfer.view import Source
 from safeimg.journal.events import BeforeRecord, MoveRecord
+from safeimg.journal.identity import identify, unchanged
 from safeimg.journal.state import LiveStep, OperationState
 from safeimg.journal.undo import UndoFile
 from safeimg.ops.errors import Conflict
@@ -25,17 +26,45 @@ from safeimg.recovery.composite import SECTOR, Sector, composite, runs
 CHUNK = 1 << 20  # bytes of data looked at in one go; a multiple of BLOCK
 
 
-def verify(state: OperationState, files: Sequence[File], undo: UndoFile | None, view: Source | None) -> None:
+def verify(state: OperationState, files: Mapping[int, File], undo: UndoFile | None, view: Source | None) -> None:
     """Raises `Conflict` unless every image is as the log says. Writes nothing.
 
     `files`: the images by index. `view`: where moves copy from (None if there are none in flux)."""
-    for image, file in enumerate(files):
+    for image, file in files.items():
         _verify_metadata(file, composite(state.steps, image), _limit(state, image))
     for step in state.steps:
         if step.in_flux:
             _verify_flux(step, files, undo, view)
         else:
             _verify_solid(step, files)
+
+
+def verify_sources(state: OperationState, files: Mapping[int, File]) -> None:
+    """Raises `Conflict` if an image that the operation has only read, or only fenced, was changed by somebody else.
+
+    A fenced image is recorded as it looked behind its fence; while the fence goes up or comes down, and once the
+    operation itself has changed it, its ranges are what counts."""
+    fenced = any(step.prepared.name == "fence" and not step.in_flux for step in state.steps)
+    for index, file in files.items():
+        record = state.declared.images[index]
+        if record.writes and not (fenced and index in state.observed and not _changed_by_us(state, index)):
+            continue
+        if not unchanged(state.identities[index], identify(file)):
+            raise Conflict(
+                f"{file.path}: somebody else wrote to it while the {state.declared.command} was pending; nothing was "
+                f"written. Give the operation up with 'safeimg abandon'"
+            )
+
+
+def _changed_by_us(state: OperationState, image: int) -> bool:
+    """Whether a step other than the fence wrote to the image."""
+    return any(
+        record.image == image
+        for step in state.steps
+        if step.prepared.name != "fence"
+        for group in (step.prepared.allocate, step.prepared.link, step.prepared.moves, step.prepared.fresh)
+        for record in group
+    )
 
 
 def _limit(state: OperationState, image: int) -> int | None:
@@ -62,7 +91,7 @@ def _verify_metadata(file: File, sectors: dict[int, Sector], limit: int | None) 
                 raise _changed(file, number * SECTOR, SECTOR, "metadata")
 
 
-def _verify_solid(step: LiveStep, files: Sequence[File]) -> None:
+def _verify_solid(step: LiveStep, files: Mapping[int, File]) -> None:
     for fresh in step.prepared.fresh:
         _verify_digests(files[fresh.image], fresh.offset, fresh.length, fresh.digests)
     recorded = iter(step.digests)
@@ -84,7 +113,7 @@ def _verify_digests(file: File, offset: int, length: int, expected: bytes) -> No
             raise _changed(file, at, len(content), "data")
 
 
-def _verify_flux(step: LiveStep, files: Sequence[File], undo: UndoFile | None, view: Source | None) -> None:
+def _verify_flux(step: LiveStep, files: Mapping[int, File], undo: UndoFile | None, view: Source | None) -> None:
     """Data in place, in flux: each sector is old or new. Without before-images nothing is known of the old."""
     if undo is None:
         return

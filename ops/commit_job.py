@@ -1,0 +1,145 @@
+"""Opening the images of a commit: from the command's arguments, or again from the log."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from safeimg.drivers.errors import DriverError, UsageError
+from safeimg.drivers.formats.api import Image
+from safeimg.drivers.formats.chain import close_chain, local_path, open_chain
+from safeimg.drivers.storage.api import FileSystem
+from safeimg.drivers.transfer.core import Transfer
+from safeimg.journal.state import OperationState
+from safeimg.ops.commit import STEP_BYTES, Commit
+from safeimg.ops.errors import Conflict
+from safeimg.ops.launch import Environment, Job, launch
+from safeimg.ops.session import Touched
+
+
+async def commit(
+    environment: Environment,
+    filename: str,
+    *,
+    base: str | None = None,
+    fmt: str | None = None,
+    drop: bool = False,
+    cache: str = "writeback",
+    undo: bool = True,
+    step_bytes: int = STEP_BYTES,
+) -> None:
+    """Commits `filename` into its backing image, or into `base` further down (which implies `drop`).
+
+    `drop`: the committed image keeps its content. Raises what opening raises, `SomethingPending`, `OperationPaused`."""
+    job = open_job(
+        environment.fs, filename, environment.transfer, base=base, fmt=fmt, drop=drop or base is not None,
+        cache=cache, undo=undo, step_bytes=step_bytes,
+    )
+    try:
+        await launch(job, environment)
+    finally:
+        job.close()
+
+
+def open_job(
+    fs: FileSystem,
+    filename: str,
+    transfer: Transfer,
+    *,
+    base: str | None,
+    fmt: str | None,
+    drop: bool,
+    cache: str,
+    undo: bool,
+    step_bytes: int,
+) -> Job:
+    """The chain is opened twice: read-only to find the base, then with the base and the top for writing."""
+    depth = 1 if base is None else _depth(fs, filename, base, fmt)
+    layers = open_chain(fs, filename, format=fmt, write=lambda level, _: level in (0, depth), cache=cache)
+    try:
+        if depth >= len(layers):
+            raise UsageError("Image does not have a backing file")
+        settings = {"base": depth, "drop": drop, "cache": cache, "format": layers[0].format, "step": step_bytes}
+        return _job(layers, settings, transfer, undo=undo, unlinked=())
+    except BaseException:
+        close_chain(layers)
+        raise
+
+
+def open_layers(fs: FileSystem, home: str, state: OperationState) -> list[Image]:
+    """See `registry.Reopener`."""
+    settings = _settings(home, state)
+    top = os.path.join(os.path.dirname(home), state.declared.images[1].path)
+    layers = open_chain(
+        fs, top, format=settings["format"], write=lambda level, _: level in (0, settings["base"]),
+        cache=settings["cache"], repair=True,
+    )
+    if len(layers) <= settings["base"]:
+        close_chain(layers)
+        raise Conflict(f"{top}: its backing chain is shorter than when the commit began")
+    return layers
+
+
+def make_job(layers: list[Image], state: OperationState, transfer: Transfer) -> Job:
+    """See `registry.Reopener`."""
+    settings = _settings(layers[-1].file.path, state)
+    unlinked = [(piece.offset, piece.length) for step in state.steps for piece in step.prepared.unlinked]
+    undo = state.started is not None and state.started.undo
+    return _job(layers, settings, transfer, undo=undo, unlinked=unlinked)
+
+
+def _settings(home: str, state: OperationState) -> dict[str, Any]:
+    """What the operation was started with, checked: it comes from a file."""
+    settings = {} if state.started is None else state.started.settings
+    kinds = {"base": int, "drop": bool, "cache": str, "format": str, "step": int}
+    for name, kind in kinds.items():
+        if not isinstance(settings.get(name), kind):
+            raise Conflict(f"{home}: the log does not say with which '{name}' the commit was started")
+    if len(state.declared.images) != settings["base"] + 1 or settings["base"] < 1 or settings["step"] < 1:
+        raise Conflict(f"{home}: the log's images do not fit a commit")
+    return settings
+
+
+def _job(
+    layers: list[Image],
+    settings: dict[str, Any],
+    transfer: Transfer,
+    *,
+    undo: bool,
+    unlinked: Sequence[tuple[int, int]],
+) -> Job:
+    depth = settings["base"]
+    operation = Commit(
+        layers, depth, transfer, drop=settings["drop"], unlinked=unlinked, step_bytes=settings["step"]
+    )
+    roles = ["base", "overlay"] + ["between"] * (depth - 1)
+    images = [
+        Touched(role, image.file.path, image.format, image.file, writes=role != "between")
+        for role, image in zip(roles, operation.images, strict=True)
+    ]
+    return Job(
+        "commit", operation, images, layers, operation.view, settings, undo=undo, total=operation.total()
+    )
+
+
+def _depth(fs: FileSystem, filename: str, base: str, fmt: str | None) -> int:
+    """How far down the chain the image called `base` is."""
+    layers = open_chain(fs, filename, format=fmt)
+    try:
+        wanted = _resolved(fs, base)
+        for depth, image in enumerate(layers[1:], start=1):
+            if image.file.path == base or layers[depth - 1].backing_file == base or (
+                _resolved(fs, image.file.path) == wanted
+            ):
+                return depth
+    finally:
+        close_chain(layers)
+    raise UsageError(f"Did not find '{base}' in the backing chain of '{filename}'")
+
+
+def _resolved(fs: FileSystem, name: str) -> str:
+    try:
+        return fs.resolve(local_path(name))
+    except DriverError:
+        return name

@@ -1,0 +1,85 @@
+"""Starting an operation, and ending one: what every command that changes images goes through.
+
+A `Job` is an operation with its images open; commands make one from their arguments, recovery makes the same one
+from the log (`registry.py`). From there on nothing depends on the command any more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import trio
+
+from safeimg.drivers.formats.api import Image
+from safeimg.drivers.storage.api import File, FileSystem
+from safeimg.drivers.transfer.core import Transfer
+from safeimg.drivers.transfer.view import View
+from safeimg.journal.history import History
+from safeimg.ops.engine import Engine
+from safeimg.ops.session import Session, Touched, refuse_pending
+from safeimg.ops.steps import Operation
+from safeimg.ops.tidy import complete
+
+
+@dataclass(frozen=True, slots=True)
+class Environment:
+    """What the caller decides for any operation."""
+
+    fs: FileSystem
+    history: History
+    transfer: Transfer
+    arguments: tuple[str, ...] = ()  # the command line, without secrets: the identical one resumes
+    journal: str = "auto"  # "auto", "require", "off", or the path of the log
+    stop: Callable[[], str | None] = field(default=lambda: None)  # why to pause, if at all
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """An operation ready to run on open images."""
+
+    command: str
+    operation: Operation
+    images: Sequence[Touched]  # by index; the home image first
+    layers: Sequence[Image]  # everything that is open, to be closed
+    view: View | None  # what in-place moves copy from
+    settings: Mapping[str, Any]  # what it takes to make this job again, JSON-like
+    undo: bool = True
+    created: tuple[int, ...] = ()
+    total: int = 0
+
+    @property
+    def files(self) -> list[File]:
+        return [image.file for image in self.images]
+
+    def close(self) -> None:
+        for layer in self.layers:
+            layer.close()
+
+
+async def launch(job: Job, environment: Environment) -> None:
+    """Runs a new operation to its end. Refused while anything is pending on an image that it changes."""
+    refuse_pending(environment.fs, job.images)
+    session: Session | None = None
+    if environment.journal != "off":
+        session = await trio.to_thread.run_sync(lambda: Session.begin(
+            environment.fs, environment.history, command=job.command, arguments=environment.arguments,
+            images=job.images, settings=job.settings, undo=job.undo, created=job.created, total=job.total,
+            journal=environment.journal,
+        ))
+    try:
+        await run(job, environment, session, None)
+    finally:
+        if session is not None:
+            session.close()
+
+
+async def run(job: Job, environment: Environment, session: Session | None, cursor: Any | None) -> None:
+    """Applies the operation's steps from `cursor` on, and completes it."""
+    environment.transfer.progress.set_total(job.total)
+    engine = Engine(job.files, job.view, environment.transfer, session, stop=environment.stop)
+    await engine.run(job.operation, cursor)
+    await trio.to_thread.run_sync(
+        complete, session, dict(enumerate(job.files)), job.operation.finish(), job.operation.discards()
+    )

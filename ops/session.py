@@ -1,0 +1,222 @@
+"""A pending operation's journal while somebody works on it: its log, its undo file, the participants' pointers.
+
+Begin: log with `Declared` | pointers | undo file | `Started`. End: outcome | history | pointers removed | undo file
+removed | log removed. Each `|` is a sync; a crash anywhere leaves either nothing, or a log that says what to do.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import time
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any, NamedTuple
+
+from safeimg.drivers.storage.api import File, FileSystem
+from safeimg.journal import find, place
+from safeimg.journal.errors import LogForeign
+from safeimg.journal.events import Declared, Event, Identity, ImageRecord, Started
+from safeimg.journal.history import History, PendingRow
+from safeimg.journal.identity import identify
+from safeimg.journal.log import Log
+from safeimg.journal.owner import current_owner
+from safeimg.journal.pointer import Pointer, remove_pointer, write_pointer
+from safeimg.journal.state import OperationState, fold
+from safeimg.journal.undo import SUFFIX, UndoFile, remove_undo
+from safeimg.ops.errors import SomethingPending
+
+
+class Touched(NamedTuple):
+    """An image of an operation, open."""
+
+    role: str
+    path: str
+    format: str
+    file: File
+    writes: bool
+
+
+def refuse_pending(fs: FileSystem, images: Sequence[Touched]) -> None:
+    """Raises `SomethingPending` if an operation is pending on an image that is to be written."""
+    for image in images:
+        if image.writes:
+            refuse_pending_on(fs, image.path)
+
+
+def refuse_pending_on(fs: FileSystem, path: str) -> None:
+    """Raises `SomethingPending`, `LogForeign` or `LogDamaged` if the image at `path` must not be changed now.
+
+    What is void is cleared away."""
+    found = find.find(fs, path)
+    if found is None:
+        return
+    if isinstance(found, find.VoidFound):
+        find.clear_void(fs, found)
+        return
+    if isinstance(found, find.PointerFound):
+        resolved = find.resolve_pointer(fs, found)
+        if resolved.kind == "settled":
+            remove_pointer(fs, found.path)
+            return
+        if resolved.log is None:
+            raise LogForeign(f"{found.path}: takes part in an operation of {resolved.home} that cannot be found")
+        raise SomethingPending(path, resolved.log.declared.command, found.operation, resolved.home)
+    raise SomethingPending(path, found.declared.command, found.operation, path)
+
+
+class Session:
+    """Events go through `record`, which keeps `state` in step with the log."""
+
+    def __init__(
+        self, fs: FileSystem, history: History, home: str, log: Log, state: OperationState, undo: UndoFile | None
+    ) -> None:
+        """Private: see `begin` and `reopen`."""
+        self.fs = fs
+        self.history = history
+        self.home = home
+        self.log = log
+        self.state = state
+        self.undo = undo
+
+    @classmethod
+    def begin(
+        cls,
+        fs: FileSystem,
+        history: History,
+        *,
+        command: str,
+        arguments: Sequence[str],
+        images: Sequence[Touched],
+        settings: Mapping[str, Any],
+        undo: bool,
+        created: Sequence[int],
+        total: int,
+        journal: str = "auto",
+    ) -> Session:
+        """Everything durable that has to be before an image is touched. Raises `JournalUnavailable`, `LogBusy`."""
+        home = images[0].path
+        for image in images:
+            if not image.writes:  # its times must outlive a power cut: they tell whether somebody changed it
+                image.file.sync_all()
+        operation = secrets.token_hex(16)
+        folder = os.path.dirname(fs.resolve(home))
+        records = tuple(
+            ImageRecord(
+                image.role, os.path.relpath(fs.resolve(image.path), folder), image.format,
+                identify(image.file, tag=image.writes), image.writes,
+            )
+            for image in images
+        )
+        explicit = None if journal in ("auto", "require") else journal
+        log = place.create_log(fs, home, operation, explicit=explicit)
+        try:
+            declared = Declared(
+                operation, command, tuple(arguments), package_version(), current_owner(), records, time.time()
+            )
+            log.append(declared)
+            log.sync()
+            session = cls(fs, history, home, log, fold([declared]), None)
+            session._point(images)
+            if undo:
+                session.undo = UndoFile.create(fs, log.path + SUFFIX, operation, images[0].file.stat())
+            lengths = tuple(image.file.length() for image in images)
+            session.record(Started(dict(settings), lengths, undo, tuple(created), total, time.time()))
+            session.sync()
+            history.add_pending(PendingRow(
+                operation, command, log.path, fs.resolve(home), declared.owner.machine, declared.time
+            ))
+            return session
+        except BaseException:
+            log.close()
+            raise
+
+    @classmethod
+    def reopen(cls, fs: FileSystem, history: History, home: str, log_path: str) -> Session:
+        """The session of a pending operation, locked against others (`LogBusy`), its torn tail dropped."""
+        there = fs.stat(home)
+        owner = None if there is None else there.uid
+        log = Log.open(fs, log_path, write=True, image_owner=owner)
+        try:
+            state = fold(log.replay())
+            undo = None
+            if state.started is not None and state.started.undo and state.outcome is None:
+                undo = UndoFile.open(
+                    fs, log_path + SUFFIX, state.declared.operation, write=True, image_owner=owner
+                )
+            return cls(fs, history, home, log, state, undo)
+        except BaseException:
+            log.close()
+            raise
+
+    def record(self, event: Event) -> None:
+        """Appends an event; durable after `sync`."""
+        self.log.append(event)
+        self.state.apply(event)
+
+    def sync(self) -> None:
+        """All events, and the before-images that they name, are durable when this returns."""
+        if self.undo is not None:
+            self.undo.sync()
+        self.log.sync()
+
+    def observe(self, files: Sequence[File]) -> tuple[tuple[int, Identity], ...]:
+        """How all images but the home look now, in a way that survives a power cut: times are synced first."""
+        seen = []
+        for index, file in enumerate(files[1:], start=1):
+            file.sync_all()
+            seen.append((index, identify(file)))
+        return tuple(seen)
+
+    def settle(self) -> None:
+        """The outcome is durable: history, then everything that lies beside the images goes."""
+        self.history.record_settled(self.log.replay(), home=self.fs.resolve(self.home))
+        for path in self.pointers():
+            remove_pointer(self.fs, path)
+        if self.undo is not None:
+            self.undo.close()
+        remove_undo(self.fs, self.log.path + SUFFIX)
+        self.log.remove()
+
+    def close(self) -> None:
+        """Gives the log's lock back. What is pending stays pending."""
+        if self.undo is not None:
+            self.undo.close()
+        self.log.close()
+
+    def pointers(self) -> list[str]:
+        """Paths of the pointer files that name this operation."""
+        paths = []
+        for image in self.state.declared.images[1:]:
+            if image.writes:
+                found = find.find(self.fs, self.path_of(image))
+                if isinstance(found, find.PointerFound) and found.operation == self.state.declared.operation:
+                    paths.append(found.path)
+        return paths
+
+    def path_of(self, image: ImageRecord) -> str:
+        """Where an image of the operation is looked for: relative to where the home image lies now."""
+        return os.path.join(os.path.dirname(self.fs.resolve(self.home)), image.path)
+
+    def _point(self, images: Sequence[Touched]) -> None:
+        """Writes the participants' pointers, each durable."""
+        declared = self.state.declared
+        for image, record in list(zip(images, declared.images, strict=True))[1:]:
+            if not image.writes:
+                continue
+            path = place.beside(self.fs, image.path)
+            folder = os.path.dirname(path)
+            beside_home = self.log.path == place.beside(self.fs, self.home)
+            pointer = Pointer(
+                declared.operation, declared.images[0].identity,
+                os.path.relpath(self.fs.resolve(self.home), folder), record.identity, declared.owner.machine,
+                None if beside_home else os.path.relpath(self.log.path, folder),
+            )
+            write_pointer(self.fs, path, pointer, image.file.stat())
+
+
+def package_version() -> str:
+    try:
+        return version("safeimg")
+    except PackageNotFoundError:  # run from a checkout
+        return "0"

@@ -1,0 +1,136 @@
+"""Settling a pending operation: on to the end, back to the beginning, or given up. Each is recorded before it acts.
+
+    resume      check everything | RecoveryStarted | steps in flux taken back | the operation goes on | Completed
+    rollback    check everything | RecoveryStarted | all steps taken back | lengths | RolledBack
+    abandon     Abandoned: the images stay as they are, their fences come down
+
+Each may be killed and repeated. Once a rollback has begun, only a rollback settles.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+
+import trio
+
+from safeimg.journal.events import Abandoned, Completed, Observed, RecoveryStarted, RolledBack
+from safeimg.journal.owner import current_owner
+from safeimg.journal.state import OperationState
+from safeimg.ops.errors import Impossible
+from safeimg.ops.launch import Environment, run
+from safeimg.ops.tidy import finish_images
+from safeimg.recovery.pending import Pending, open_pending
+from safeimg.recovery.references import verify_unreferenced
+from safeimg.recovery.takeback import shorten, take_back
+from safeimg.recovery.verify import verify, verify_sources
+
+
+async def resume(path: str, environment: Environment, *, fenced: bool = False, adopt: bool = False) -> str:
+    """Finishes the operation pending on the image at `path`. What was done, in one line.
+
+    Raises `Conflict`, `OwnerAlive`, `Impossible`; `OperationPaused` if it is stopped again."""
+    pending = await trio.to_thread.run_sync(lambda: open_pending(path, environment, fenced=fenced, adopt=adopt))
+    with pending:
+        done = pending.finish_outcome()
+        if done is not None:
+            return done
+        state = pending.session.state
+        if state.rolling_back:
+            raise Impossible(
+                f"{path}: the {state.declared.command} is being rolled back, which cannot be turned around: "
+                f"finish that with 'safeimg rollback {path}'"
+            )
+        await trio.to_thread.run_sync(_begin, pending, "resume")
+        await trio.to_thread.run_sync(
+            lambda: take_back(pending.session, pending.files, lambda step: not step.settled)
+        )
+        job = pending.fresh_job()
+        if state.steps and not state.observed:  # the power went before that was durable
+            pending.session.record(Observed(pending.session.observe(job.files)))
+        environment.transfer.progress.set_done(state.done)
+        await run(job, environment, pending.session, state.cursor)
+        return f"{state.declared.command} finished"
+
+
+async def rollback(path: str, environment: Environment, *, fenced: bool = False, adopt: bool = False) -> str:
+    """Takes the operation pending on the image at `path` back. What was done, in one line.
+
+    Raises `Conflict`, `OwnerAlive`, `Impossible`."""
+    return await trio.to_thread.run_sync(lambda: _rollback(path, environment, fenced, adopt))
+
+
+def _rollback(path: str, environment: Environment, fenced: bool, adopt: bool) -> str:
+    with open_pending(path, environment, fenced=fenced, adopt=adopt, bare=_removes) as pending:
+        session = pending.session
+        state = session.state
+        command = state.declared.command
+        completed = isinstance(state.outcome, Completed)
+        done = pending.finish_outcome()
+        if completed:
+            raise Impossible(f"{path}: the {command} had been completed before; nothing is pending any more")
+        if done is not None:
+            return done
+        if state.past_return:
+            raise Impossible(
+                f"{path}: the {command} is past its point of no return: finish it with 'safeimg resume {path}'"
+            )
+        if _removes(state):
+            lost = _remove_created(pending)
+        elif state.started is not None and not state.started.undo and any(step.prepared.moves for step in state.steps):
+            raise Impossible(
+                f"{path}: the {command} ran without keeping what it overwrote: finish it with 'safeimg resume {path}'"
+            )
+        else:
+            _begin(pending, "rollback")
+            take_back(session, pending.files, lambda step: True)
+            lost = shorten(session, pending.files, pending.used_end)
+        session.record(RolledBack(tuple(lost), time.time()))
+        session.sync()
+        session.settle()
+        return "; ".join([f"{command} rolled back", *lost])
+
+
+def _removes(state: OperationState) -> bool:
+    """Rolling back means to remove what was made."""
+    return state.started is not None and bool(state.started.created)
+
+
+def _remove_created(pending: Pending) -> list[str]:
+    session = pending.session
+    session.record(RecoveryStarted("rollback", current_owner(), time.time()))
+    session.sync()
+    started = session.state.started
+    lost = []
+    for index in started.created if started is not None else ():
+        if index in pending.files:
+            path = pending.files[index].path
+            session.fs.unlink(path)
+            session.fs.sync_directory(os.path.dirname(path) or ".")
+            lost.append(f"{path} was removed")
+    return lost
+
+
+def _begin(pending: Pending, action: str) -> None:
+    """Checks before touching; then records that recovery begins, durably."""
+    session, job = pending.session, pending.job
+    verify_sources(session.state, pending.files)
+    verify(session.state, pending.files, session.undo, job.view)
+    verify_unreferenced(session.state, pending.files)
+    session.record(RecoveryStarted(action, current_owner(), time.time()))
+    session.sync()
+
+
+def abandon(path: str, environment: Environment, *, reason: str = "") -> str:
+    """Gives the operation up, on record: the images stay as the crash left them, without fences."""
+    with open_pending(path, environment, fenced=True, adopt=True, bare=lambda state: True) as pending:
+        done = pending.finish_outcome()
+        if done is not None:
+            return done
+        session = pending.session
+        records = pending.fences()
+        session.record(Abandoned(reason, time.time(), records))
+        session.sync()
+        finish_images(pending.files, records)
+        session.settle()
+        return f"{session.state.declared.command} given up; the images stay as they are"

@@ -1,0 +1,78 @@
+"""A guest for the simulation: writes to an image as a running machine would, straight and without any journal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from safeimg.drivers.formats.api import Changes, Image
+from safeimg.drivers.formats.chain import close_chain, open_chain
+from safeimg.drivers.formats.registry import lookup
+from safeimg.drivers.storage.api import FileSystem
+from safeimg.drivers.transfer.view import View
+
+
+def create(fs: FileSystem, path: str, fmt: str, size: int, **options: str) -> None:
+    lookup(fmt).create(fs, path, size, options)
+
+
+def write(fs: FileSystem, path: str, pieces: Iterable[tuple[int, bytes | None]], fmt: str = "qcow2") -> None:
+    """Writes (guest offset, data) pieces to the top of the chain at `path`; data None zeroes one cluster."""
+    chain = open_chain(fs, path, format=fmt, write=True)
+    image = chain[0]
+    planner = lookup(fmt).planner(image)
+    for offset, data in pieces:
+        _apply(image, planner.reserve(16))
+        length = planner.cluster_size if data is None else len(data)
+        whole = data is None
+        places = planner.zero(offset, length) if whole else planner.place(offset, length)
+        view = View(chain)
+        for place in places:
+            content = bytearray(place.length)
+            view.read_into(place.start, memoryview(content))
+            low, high = max(place.start, offset), min(place.start + place.length, offset + length)
+            content[low - place.start : high - place.start] = (
+                bytes(high - low) if data is None else data[low - offset : high - offset]
+            )
+            image.file.pwrite(place.offset, content)
+        _apply(image, planner.take())
+        image = chain[0] = lookup(fmt).open(image.file, write=True)
+    _apply(image, planner.release())
+    image.file.sync_all()
+    close_chain(chain)
+
+
+def write_compressed(fs: FileSystem, path: str, pieces: Iterable[tuple[int, bytes]]) -> None:
+    """Writes whole clusters of data, compressed."""
+    from safeimg.drivers.formats.qcow2.compression import compress
+
+    chain = open_chain(fs, path, format="qcow2", write=True, backing=False)
+    image = chain[0]
+    planner = lookup("qcow2").planner(image)
+    for offset, data in pieces:
+        _apply(image, planner.reserve(16))
+        stored = compress(0, data)
+        assert stored is not None
+        place = planner.place_compressed(offset, len(stored))
+        image.file.pwrite(place.offset, stored)
+        _apply(image, planner.take())
+    image.file.sync_all()
+    close_chain(chain)
+
+
+def _apply(image: Image, changes: Changes) -> None:
+    if changes.length is not None and image.file.length() < changes.length:
+        image.file.truncate(changes.length)
+    for patch in (*changes.allocate, *changes.link):
+        image.file.pwrite(patch.offset, patch.after)
+
+
+def content(fs: FileSystem, path: str, fmt: str | None = None) -> bytes:
+    """What a guest sees."""
+    chain = open_chain(fs, path, format=fmt)
+    try:
+        view = View(chain)
+        data = bytearray(view.size)
+        view.read_into(0, memoryview(data))
+        return bytes(data)
+    finally:
+        close_chain(chain)

@@ -1,0 +1,233 @@
+"""Judges crash states of commit and convert against the promises G1 to G4 of the design.
+
+For each state: as it is (G1), after `resume` (G2), after `rollback` (G3); recovery itself can be crashed again, from a
+state that only a killed process left (its writes not synced) as well as after a power cut.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import trio
+
+from safeimg.drivers.errors import DriverError
+from safeimg.drivers.formats.chain import close_chain, open_chain
+from safeimg.drivers.formats.registry import lookup
+from safeimg.drivers.storage.powercut import CrashState, crash_states
+from safeimg.drivers.storage.simulated import SimulatedFileSystem
+from safeimg.drivers.transfer.core import Settings, Transfer
+from safeimg.drivers.transfer.view import View
+from safeimg.journal.errors import JournalError
+from safeimg.journal.history import MemoryHistory
+from safeimg.ops.errors import Impossible, OperationError
+from safeimg.ops.launch import Environment
+from safeimg.recovery.pending import NothingPending
+from safeimg.recovery.settle import resume, rollback
+
+STEP_BYTES = 16384  # of guest data: several steps even where images are small
+
+
+class Violation(AssertionError):
+    """A promise that a crash state breaks; the message replays it."""
+
+
+def environment(fs: SimulatedFileSystem) -> Environment:
+    return Environment(fs, MemoryHistory(), Transfer(Settings(workers=1)), arguments=("test",))
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """An operation on images in a simulated file system."""
+
+    name: str
+    build: Callable[[SimulatedFileSystem], None]
+    run: Callable[[Environment], Awaitable[None]]
+    home: str  # the image that recovery is called for
+    top: str | None  # the image whose guest content never changes (G1), if there is one
+    images: tuple[tuple[str, str], ...]  # path and format of all images written
+    created: bool = False  # the home image is made by the operation
+
+    def prepare(self) -> SimulatedFileSystem:
+        fs = SimulatedFileSystem()
+        self.build(fs)
+        return fs
+
+    def execute(self, fs: SimulatedFileSystem) -> None:
+        async def main() -> None:
+            await self.run(environment(fs))
+
+        trio.run(main)
+
+
+@dataclass(frozen=True)
+class Look:
+    """What a user can tell of an image: all that a rollback restores and a resume reaches."""
+
+    content: bytes
+    size: int
+    backing: str | None
+    leaks: int
+    details: object
+
+    @classmethod
+    def at(cls, fs: SimulatedFileSystem, path: str, fmt: str) -> Look:
+        chain = open_chain(fs, path, format=fmt)
+        try:
+            view = View(chain)
+            data = bytearray(view.size)
+            view.read_into(0, memoryview(data))
+            driver = lookup(fmt)
+            found = driver.check(chain[0])
+            if found.corruptions or found.check_errors:
+                raise Violation(f"{path}: {found.messages}")
+            return cls(
+                bytes(data), chain[0].size, chain[0].backing_file, found.leaks, driver.specific_info(chain[0])
+            )
+        finally:
+            close_chain(chain)
+
+
+@dataclass
+class Counter:
+    """How much was judged."""
+
+    states: int = 0
+    resumed: int = 0
+    rolled_back: int = 0
+    refused: int = 0
+    nothing: int = 0
+    second: int = 0
+    qemu: int = 0
+
+
+@dataclass
+class Judge:
+    """Holds what is expected: `before` and `after` by path, from an uninterrupted run."""
+
+    scenario: Scenario
+    initial: SimulatedFileSystem = field(init=False)
+    before: dict[str, Look | None] = field(init=False)
+    after: dict[str, Look] = field(init=False)
+    trace_of: SimulatedFileSystem = field(init=False)
+    counter: Counter = field(default_factory=Counter)
+
+    def __post_init__(self) -> None:
+        fs = self.scenario.prepare()
+        self.before = {
+            path: Look.at(fs, path, fmt) if fs.stat(path) is not None and not self.scenario.created else None
+            for path, fmt in self.scenario.images
+        }
+        self.initial = fs.begin_trace()
+        self.scenario.execute(fs)
+        self.trace_of = fs
+        self.after = {path: Look.at(fs, path, fmt) for path, fmt in self.scenario.images}
+        leftovers = sidecars(fs)
+        if leftovers:
+            raise Violation(f"an uninterrupted run left {leftovers}")
+
+    def states(self, **options: object) -> Iterator[CrashState]:
+        return crash_states(self.initial, self.trace_of.trace, **options)  # type: ignore[arg-type]
+
+    def judge(self, state: CrashState, *, qemu: Path | None = None) -> None:
+        """Raises `Violation`."""
+        self.counter.states += 1
+        try:
+            self._as_it_is(state.fs.clone())
+            self.settles(state.fs, "resume")
+            self.settles(state.fs, "rollback")
+            if qemu is not None:
+                self._qemu(state.fs, qemu)
+        except (Violation, DriverError, JournalError, OperationError) as error:
+            raise Violation(f"{self.scenario.name}: {state.description}\n  {type(error).__name__}: {error}") from error
+
+    def _as_it_is(self, fs: SimulatedFileSystem) -> None:
+        """G1: everything opens, nothing is wrong but leaks, and the top shows what it showed."""
+        for path, fmt in self.scenario.images:
+            if self.scenario.created:
+                continue  # fenced, or refused, until it is finished
+            look = Look.at(fs, path, fmt)
+            if path == self.scenario.top:
+                expected = self.before[path]
+                if expected is not None and look.content != expected.content:
+                    raise Violation(f"G1: {path} shows other content")
+
+    def settles(self, fs: SimulatedFileSystem, action: str) -> SimulatedFileSystem:
+        """G2 or G3 on a copy of `fs`, which is returned with the trace of the recovery."""
+        fs = fs.clone()
+        act = resume if action == "resume" else rollback
+
+        async def main() -> str:
+            return await act(self.scenario.home, environment(fs))
+
+        try:
+            trio.run(main)
+        except NothingPending:
+            self.counter.nothing += 1
+            self._is_either(fs)
+            return fs
+        except Impossible:
+            if action == "resume":
+                raise
+            self.counter.refused += 1
+            return fs
+        except DriverError:
+            # Nothing was begun, so that not even the image need be there.
+            if self.scenario.created and fs.stat(self.scenario.home) is None and not sidecars(fs):
+                return fs
+            raise
+        if action == "resume":
+            self.counter.resumed += 1
+        else:
+            self.counter.rolled_back += 1
+        self._is_either(fs, expected=action)
+        return fs
+
+    def _is_either(self, fs: SimulatedFileSystem, expected: str | None = None) -> None:
+        """Every image is as before, or every image is as after; nothing is left beside them."""
+        leftovers = sidecars(fs)
+        if leftovers:
+            raise Violation(f"after {expected}: {leftovers} left")
+        for path, fmt in self.scenario.images:
+            fits = self._fits_before(fs, path, fmt), self._fits_after(fs, path, fmt)
+            if expected is None and not any(fits):
+                raise Violation(f"{path} is neither as before nor as after")
+            # An operation that had not begun is taken away by resume too; one that was decided stays decided.
+            if expected is not None and not any(fits):
+                raise Violation(f"after {expected}: {path} is neither as before nor as after")
+
+    def _fits_before(self, fs: SimulatedFileSystem, path: str, fmt: str) -> bool:
+        if self.scenario.created:
+            return fs.stat(path) is None
+        return _same(Look.at(fs, path, fmt), self.before[path])
+
+    def _fits_after(self, fs: SimulatedFileSystem, path: str, fmt: str) -> bool:
+        return fs.stat(path) is not None and _same(Look.at(fs, path, fmt), self.after[path])
+
+    def _qemu(self, fs: SimulatedFileSystem, folder: Path) -> None:
+        """The second opinion on the state as it is."""
+        if self.scenario.created or shutil.which("qemu-img") is None:
+            return
+        self.counter.qemu += 1
+        for name in fs.list_directory("/"):
+            if "." in name and not name.endswith((".safeimg", "-undo", "-new")):
+                fs.export_file("/" + name, str(folder / name))
+        for path, fmt in self.scenario.images:
+            if fmt == "raw":
+                continue
+            result = subprocess.run(
+                ["qemu-img", "check", "-U", "-f", fmt, folder / path[1:]], capture_output=True, text=True, check=False
+            )
+            if result.returncode not in (0, 3):
+                raise Violation(f"G1: qemu-img check {path}: {result.stdout}{result.stderr}")
+
+
+def _same(look: Look, expected: Look | None) -> bool:
+    return expected is not None and look == expected
+
+
+def sidecars(fs: SimulatedFileSystem) -> Sequence[str]:
+    return [name for name in fs.list_directory("/") if ".safeimg" in name]

@@ -1,0 +1,144 @@
+"""Commits and conversions whose crash states are judged: small images, several steps, every way a cluster can be."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Awaitable, Callable
+
+from powercut import guest
+from powercut.judge import STEP_BYTES, Scenario
+
+from safeimg.drivers.storage.simulated import SimulatedFileSystem
+from safeimg.ops.commit_job import commit
+from safeimg.ops.launch import Environment
+
+KIB = 1024
+
+
+def _data(seed: int, length: int) -> bytes:
+    return random.Random(seed).randbytes(length)
+
+
+def _text(seed: int, length: int) -> bytes:
+    """Data that can be compressed."""
+    return (f"line {seed} of a log file\n" * (length // 16)).encode()[:length]
+
+
+def _commit(top: str, **options: object) -> Callable[[Environment], Awaitable[None]]:
+    async def run(env: Environment) -> None:
+        await commit(env, top, step_bytes=STEP_BYTES, **options)  # type: ignore[arg-type]
+
+    return run
+
+
+def _overlay_pieces(cluster: int) -> list[tuple[int, bytes | None]]:
+    """Aligned and unaligned writes, zeroes over data, over nothing, and data over zeroes."""
+    return [
+        (0, _data(11, 3 * cluster)),
+        (5 * cluster + 100, _data(12, cluster)),
+        (9 * cluster, None),
+        (20 * cluster, None),
+        (30 * cluster + 7, _data(13, 2 * cluster + 300)),
+        (40 * cluster, _data(14, cluster)),
+    ]
+
+
+def _base_pieces(cluster: int) -> list[tuple[int, bytes | None]]:
+    return [
+        (0, _data(1, 2 * cluster)),
+        (4 * cluster, _data(2, 3 * cluster)),
+        (9 * cluster, _data(3, cluster)),
+        (40 * cluster, None),
+        (60 * cluster + 5, _data(4, 900)),
+    ]
+
+
+def qcow2_chain(cluster: int = 4 * KIB, *, base_size: int = 256 * KIB, top_size: int = 256 * KIB, **base_options: str):
+    def build(fs: SimulatedFileSystem) -> None:
+        guest.create(fs, "/base.qcow2", "qcow2", base_size, cluster_size=str(cluster), **base_options)
+        pieces = [piece for piece in _base_pieces(cluster) if piece[0] + cluster <= base_size]
+        guest.write(fs, "/base.qcow2", pieces)
+        guest.create(
+            fs, "/top.qcow2", "qcow2", top_size, cluster_size=str(cluster), backing_file="base.qcow2",
+            backing_fmt="qcow2",
+        )
+        guest.write(fs, "/top.qcow2", _overlay_pieces(cluster))
+
+    return build
+
+
+def raw_chain(fs: SimulatedFileSystem) -> None:
+    fs.write_file("/base.raw", _data(5, 128 * KIB) + bytes(64 * KIB))
+    guest.create(
+        fs, "/top.qcow2", "qcow2", 256 * KIB, cluster_size="4096", backing_file="base.raw", backing_fmt="raw"
+    )
+    guest.write(fs, "/top.qcow2", _overlay_pieces(4 * KIB))
+
+
+def growing_on_larger(fs: SimulatedFileSystem) -> None:
+    """Hazard 12: the base is smaller than its own backing image, whose data growing must not expose."""
+    guest.create(fs, "/root.qcow2", "qcow2", 256 * KIB, cluster_size="4096")
+    guest.write(fs, "/root.qcow2", [(0, _data(6, 250 * KIB))])
+    guest.create(
+        fs, "/base.qcow2", "qcow2", 90 * KIB, cluster_size="4096", backing_file="root.qcow2", backing_fmt="qcow2"
+    )
+    guest.write(fs, "/base.qcow2", [(8 * KIB, _data(7, 9 * KIB))])
+    guest.create(
+        fs, "/top.qcow2", "qcow2", 256 * KIB, cluster_size="4096", backing_file="base.qcow2", backing_fmt="qcow2"
+    )
+    guest.write(fs, "/top.qcow2", _overlay_pieces(4 * KIB))
+
+
+def three_layers(fs: SimulatedFileSystem) -> None:
+    qcow2_chain()(fs)
+    guest.create(
+        fs, "/mid.qcow2", "qcow2", 200 * KIB, cluster_size="4096", backing_file="base.qcow2", backing_fmt="qcow2"
+    )
+    guest.write(fs, "/mid.qcow2", [(4 * KIB, _data(21, 30 * KIB)), (100 * KIB, None)])
+    fs.unlink("/top.qcow2")
+    guest.create(
+        fs, "/top.qcow2", "qcow2", 256 * KIB, cluster_size="8192", backing_file="mid.qcow2", backing_fmt="qcow2"
+    )
+    guest.write(fs, "/top.qcow2", [(0, _data(22, 5 * KIB)), (24 * KIB, None), (220 * KIB, _data(23, 9 * KIB))])
+
+
+def compressed(fs: SimulatedFileSystem) -> None:
+    guest.create(fs, "/base.qcow2", "qcow2", 256 * KIB, cluster_size="4096")
+    guest.write_compressed(fs, "/base.qcow2", [(number * 4096, _text(number, 4096)) for number in range(12)])
+    guest.create(
+        fs, "/top.qcow2", "qcow2", 256 * KIB, cluster_size="4096", backing_file="base.qcow2", backing_fmt="qcow2"
+    )
+    guest.write(fs, "/top.qcow2", [(6 * KIB, _data(31, 20 * KIB)), (40 * KIB, None), (100 * KIB, _data(32, 3 * KIB))])
+    guest.write_compressed(fs, "/top.qcow2", [(200 * KIB + number * 4096, _text(50 + number, 4096)) for number in range(4)])
+
+
+BASE_AND_TOP = (("/base.qcow2", "qcow2"), ("/top.qcow2", "qcow2"))
+
+COMMITS = [
+    Scenario("commit", qcow2_chain(), _commit("/top.qcow2"), "/base.qcow2", "/top.qcow2", BASE_AND_TOP),
+    Scenario("commit -d", qcow2_chain(), _commit("/top.qcow2", drop=True), "/base.qcow2", "/top.qcow2", BASE_AND_TOP),
+    Scenario(
+        "commit, version 2", qcow2_chain(compat="0.10"), _commit("/top.qcow2"), "/base.qcow2", "/top.qcow2", BASE_AND_TOP
+    ),
+    Scenario(
+        "commit, 512-byte clusters", qcow2_chain(512, refcount_bits="1"), _commit("/top.qcow2"), "/base.qcow2",
+        "/top.qcow2", BASE_AND_TOP,
+    ),
+    Scenario(
+        "commit, growing base", qcow2_chain(base_size=100 * KIB), _commit("/top.qcow2"), "/base.qcow2", "/top.qcow2",
+        BASE_AND_TOP,
+    ),
+    Scenario(
+        "commit, base growing on a larger one", growing_on_larger, _commit("/top.qcow2"), "/base.qcow2", "/top.qcow2",
+        BASE_AND_TOP,
+    ),
+    Scenario(
+        "commit into raw", raw_chain, _commit("/top.qcow2"), "/base.raw", "/top.qcow2",
+        (("/base.raw", "raw"), ("/top.qcow2", "qcow2")),
+    ),
+    Scenario(
+        "commit -b through three layers", three_layers, _commit("/top.qcow2", base="/base.qcow2"), "/base.qcow2",
+        "/top.qcow2", BASE_AND_TOP,
+    ),
+    Scenario("commit, compressed", compressed, _commit("/top.qcow2"), "/base.qcow2", "/top.qcow2", BASE_AND_TOP),
+]
