@@ -12,8 +12,8 @@ at the n-th call? Count first, then let every call fail in turn:
         except StorageError:
             ...  # judge what is left; faults.calls[n - 1] says what failed
 
-A call that fails has not happened (but see `partial`). A sync that fails raises `SyncFailed`, and from then on
-that file refuses to be written or synced, as a real one does. For power cuts take
+A call that fails has not happened (but see `partial`). A sync that fails raises `SyncFailed`, and from then
+on that file refuses to be written or synced, as a real one does. For power cuts take
 `simulated.SimulatedFileSystem`.
 """
 
@@ -44,10 +44,18 @@ class Call(NamedTuple):
 class Faults:
     """Which calls fail, and a count of the calls; shared by a file system and all files opened through it."""
 
-    def __init__(self, kinds: Collection[str] = CHANGES, *, at: int | None = None, code: int = errno.ENOSPC,
-                 forever: bool = False, partial: bool = False, paths: Callable[[str], bool] | None = None) -> None:
-        """`at`: the call that fails, counted from 1 among those of `kinds` whose path satisfies `paths`; None:
-        none. `forever`: all later ones too. `partial`: a write that fails has written its first half."""
+    def __init__(
+        self,
+        kinds: Collection[str] = CHANGES,
+        *,
+        at: int | None = None,
+        code: int = errno.ENOSPC,
+        forever: bool = False,
+        partial: bool = False,
+        paths: Callable[[str], bool] | None = None,
+    ) -> None:
+        """`at`: the call that fails, counted from 1 among those of `kinds` whose path satisfies `paths`.
+        `forever`: all later ones too. `partial`: a write that fails has written its first half."""
         unknown = set(kinds) - CHANGES - READS
         if unknown:
             raise ValueError(f"no such kind of call: {', '.join(sorted(unknown))}")

@@ -31,8 +31,12 @@ def _reported(path: str, action: str) -> Iterator[None]:
         yield
     except OSError as error:
         raise StorageError(path, action, error) from None
-    except (ValueError, OverflowError) as error:  # NUL in a name; an offset of 2^63
-        raise StorageError(path, action, OSError(errno.EINVAL, str(error))) from None
+    except (ValueError, OverflowError):  # NUL in a name; an offset of 2^63
+        raise StorageError(path, action, _error(errno.EINVAL)) from None
+
+
+def _error(number: int) -> OSError:
+    return OSError(number, os.strerror(number))
 
 
 def _file_stat(status: os.stat_result) -> FileStat:
@@ -120,6 +124,8 @@ class LocalFile:
 
     def pread_into(self, offset: int, buffer: memoryview) -> int:
         with _reported(self._path, "read"):
+            if offset < 0:  # to preadv2 (which Python calls) -1 is the current position
+                raise _error(errno.EINVAL)
             return self._io.read_into(offset, buffer)
 
     @contextmanager
@@ -176,7 +182,7 @@ class LocalFile:
         end = offset + length
         if end > self.length():
             # What a write there would say; fallocate does what it can and says nothing
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            raise _error(errno.ENOSPC)
         sector = space.sector_size(self._fd)
         first = min(end, -(-offset // sector) * sector)
         last = max(first, end // sector * sector)
@@ -237,6 +243,8 @@ class LocalFile:
         self._sync_if_through()
 
     def spans(self, offset: int, length: int) -> Iterator[Span]:
+        if offset < 0:
+            raise StorageError(self._path, "find data", _error(errno.EINVAL))
         end = min(offset + length, self.length())
         while offset < end:
             data = self._seek(offset, os.SEEK_DATA, end)
