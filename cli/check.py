@@ -77,8 +77,9 @@ def _lines(result: CheckResult) -> Iterator[str]:
         yield f"\n{result.check_errors} internal errors have occurred during the check."
     if result.total_clusters and result.allocated_clusters:
         allocated = result.allocated_clusters
+        total = result.total_clusters
         yield (
-            f"{allocated}/{result.total_clusters} = {allocated * 100 / result.total_clusters:.2f}% allocated, "
+            f"{allocated}/{total} = {allocated * 100 / total:.2f}% allocated, "
             f"{result.fragmented_clusters * 100 / allocated:.2f}% fragmented, "
             f"{result.compressed_clusters * 100 / allocated:.2f}% compressed clusters"
         )

@@ -39,7 +39,9 @@ def image_options(text: str, *, code: int = 1) -> tuple[str, str | None]:
     protocol = given.pop("file.driver", "file")
     if given or protocol != "file":
         what = next(iter(given), f"file.driver={protocol}")
-        raise CommandError(f"Could not open '{text}': --image-opts with '{what}' is not supported yet", code=code)
+        raise CommandError(
+            f"Could not open '{text}': --image-opts with '{what}' is not supported yet", code=code
+        )
     if name is None:
         raise CommandError(f"Could not open '{text}': --image-opts needs file.filename", code=code)
     return name, None if fmt == "file" else fmt

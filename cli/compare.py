@@ -56,7 +56,10 @@ def _compare(arguments: Arguments, chains: list[list[Image]]) -> int:
     with display(arguments) as progress:
         try:
             result = compare(
-                chains[0], chains[1], strict=arguments.flag("strict"), report=progress.report,
+                chains[0],
+                chains[1],
+                strict=arguments.flag("strict"),
+                report=progress.report,
                 larger=lambda: say("Warning: Image size mismatch!"),
             )
         except UnmappedError as error:

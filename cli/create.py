@@ -23,10 +23,20 @@ def run(command: Command, arguments: Arguments) -> int:
     from safeimg.ops.create import Request, create
 
     request = Request(
-        filename, fmt, length, tuple(options), arguments.last("backing"), arguments.last("backing-format"),
+        filename,
+        fmt,
+        length,
+        tuple(options),
+        arguments.last("backing"),
+        arguments.last("backing-format"),
         arguments.flag("unsafe"),
     )
-    create(filesystem(), request, say=lambda line: None if arguments.flag("quiet") else print_text(line), warn=warn)
+    create(
+        filesystem(),
+        request,
+        say=lambda line: None if arguments.flag("quiet") else print_text(line),
+        warn=warn,
+    )
     return 0
 
 

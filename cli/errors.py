@@ -4,8 +4,8 @@ from __future__ import annotations
 
 
 class CommandError(Exception):
-    """Ends a command. Each of `messages` is printed behind the program's name; `hint` adds qemu-img's pointer to
-    the help, as it does for mistakes in the syntax."""
+    """Ends a command. Each of `messages` is printed behind the program's name; `hint` adds qemu-img's pointer
+    to the help, as it does for mistakes in the syntax."""
 
     def __init__(self, *messages: str, code: int = 1, hint: bool = False) -> None:
         self.messages = messages

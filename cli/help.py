@@ -1,4 +1,5 @@
-"""Help and shell completion: the table of options, handed to typer. Imported for these alone (typer is slow to load)."""
+"""Help and shell completion: the table of options, handed to typer. Imported for these alone (typer is slow
+to load)."""
 
 from __future__ import annotations
 
@@ -10,15 +11,16 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-
+from safeimg.cli.commands import COMMANDS
 from safeimg.cli.main import program_name
-from safeimg.cli.options import COMMANDS, Argument, Command, Option
+from safeimg.cli.options import Argument, Command, Option
 
 FILES = ("image", "filename", "first", "second", "source", "target", "path")
 
 OVERVIEW = (
-    "qemu-img, made crash-safe.\n\nThe commands of qemu-img, with its options, output and exit codes. Kill one, fill the "
-    "disk, cut the power: the image stays readable, and `resume` finishes the work or `rollback` takes it back."
+    "qemu-img, made crash-safe.\n\nThe commands of qemu-img, with its options, output and exit codes. Kill "
+    "one, fill the disk, cut the power: the image stays readable, and `resume` finishes the work or "
+    "`rollback` takes it back."
 )
 
 
@@ -40,10 +42,17 @@ def run_typer(words: list[str]) -> int:
 
 
 def build() -> typer.Typer:
-    """A typer application with every command of the table. Its commands do nothing: the real parser runs them."""
-    os.environ.setdefault("COLUMNS", "100") if not sys.stdout.isatty() else None
-    app = typer.Typer(name="safeimg", help=OVERVIEW, rich_markup_mode="markdown", no_args_is_help=True,
-                      add_completion=True, context_settings={"help_option_names": ["-h", "--help"]})
+    """A typer application with every command of the table. They do nothing: the real parser runs them."""
+    if not sys.stdout.isatty():
+        os.environ.setdefault("COLUMNS", "100")
+    app = typer.Typer(
+        name="safeimg",
+        help=OVERVIEW,
+        rich_markup_mode="markdown",
+        no_args_is_help=True,
+        add_completion=True,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
 
     @app.callback()
     def program(  # the function is only looked at
@@ -53,7 +62,9 @@ def build() -> typer.Typer:
 
     for command in COMMANDS:
         app.command(
-            command.name, help=_description(command), short_help=command.summary,
+            command.name,
+            help=_description(command),
+            short_help=command.summary,
             rich_help_panel="safeimg's own" if command.new else "qemu-img's",
             context_settings={"help_option_names": ["-h", "--help"]},
         )(_function(command))
@@ -93,18 +104,27 @@ def _argument(argument: Argument) -> inspect.Parameter:
         kind = list[kind]
     default = inspect.Parameter.empty if argument.required else None
     return inspect.Parameter(
-        argument.name, inspect.Parameter.KEYWORD_ONLY, default=default,
-        annotation=Annotated[kind if argument.required else kind | None,
-                             typer.Argument(help=argument.help, metavar=argument.name.upper())],
+        argument.name,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=default,
+        annotation=Annotated[
+            kind if argument.required else kind | None,
+            typer.Argument(help=argument.help, metavar=argument.name.upper()),
+        ],
     )
 
 
 def _option(option: Option) -> inspect.Parameter:
-    spellings = [text for text in (option.long and f"--{option.long}", option.short and f"-{option.short}") if text]
+    spellings = [
+        text for text in (option.long and f"--{option.long}", option.short and f"-{option.short}") if text
+    ]
     name = option.name.replace("-", "_")
     if option.argument is None:
         info = typer.Option(*spellings, help=option.help)
-        return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Annotated[bool, info])
+        return inspect.Parameter(
+            name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Annotated[bool, info]
+        )
     info = typer.Option(*spellings, help=option.help, metavar=option.argument)
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None,
-                             annotation=Annotated[str | None, info])
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[str | None, info]
+    )

@@ -61,10 +61,11 @@ def _snapshot(snapshot: Mapping[str, Any]) -> str:
 
     date = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(snapshot["date-sec"]))
     seconds = snapshot["vm-clock-sec"]
-    clock = f"{seconds // 3600:02}:{seconds // 60 % 60:02}:{seconds % 60:02}.{snapshot['vm-clock-nsec'] // 10**6:03}"
+    milliseconds = snapshot["vm-clock-nsec"] // 10**6
+    clock = f"{seconds // 3600:02}:{seconds // 60 % 60:02}:{seconds % 60:02}.{milliseconds:03}"
     return (
-        f"{snapshot['id']:<9} {snapshot['name']:<16} {human_size(snapshot['vm-state-size']):>8}{date:>20}{clock:>13}"
-        f"{snapshot.get('icount', ''):>11}"
+        f"{snapshot['id']:<9} {snapshot['name']:<16} {human_size(snapshot['vm-state-size']):>8}"
+        f"{date:>20}{clock:>13}{snapshot.get('icount', ''):>11}"
     )
 
 

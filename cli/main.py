@@ -6,8 +6,9 @@ import os
 import sys
 from importlib import import_module
 
+from safeimg.cli.commands import PROGRAM, find
 from safeimg.cli.errors import CommandError, usage
-from safeimg.cli.options import PROGRAM, Command, find
+from safeimg.cli.options import Command
 from safeimg.cli.parser import parse
 
 HELPED = ("--install-completion", "--show-completion")
@@ -15,11 +16,11 @@ HELPED = ("--install-completion", "--show-completion")
 
 def program_name() -> str:
     """How the program calls itself in messages: "qemu-img" when called through a link of that name."""
-    return "qemu-img" if os.path.basename(sys.argv[0]) == "qemu-img" else "safeimg"  # noqa: PTH119
+    return "qemu-img" if os.path.basename(sys.argv[0]) == "qemu-img" else "safeimg"
 
 
 def main() -> None:
-    """Runs the command line and exits with the command's code. Never shows a traceback (but see SAFEIMG_DEBUG)."""
+    """Runs the command line and exits with its code. Never shows a traceback (but see SAFEIMG_DEBUG)."""
     code = guarded(sys.argv)
     try:
         sys.stdout.flush()
@@ -110,8 +111,11 @@ def _explain(error: BaseException) -> CommandError:
         return CommandError("the images are nested too deeply")
     if isinstance(error, UnicodeEncodeError):
         return CommandError(f"cannot print {error.object[error.start : error.end]!r}: set a UTF-8 locale")
-    known = sys.modules.get("safeimg.drivers.errors"), sys.modules.get("safeimg.journal.errors"), sys.modules.get(
-        "safeimg.ops.errors")
+    known = (
+        sys.modules.get("safeimg.drivers.errors"),
+        sys.modules.get("safeimg.journal.errors"),
+        sys.modules.get("safeimg.ops.errors"),
+    )
     for module, kind in zip(known, ("DriverError", "JournalError", "OperationError"), strict=True):
         if module is not None and isinstance(error, getattr(module, kind)):
             return CommandError(str(error), code=getattr(error, "exit_code", 1))

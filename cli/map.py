@@ -61,19 +61,19 @@ def _hex(number: int) -> str:
 
 
 def _print_json(entries: Iterator[Entry], start: int) -> None:
+    from safeimg.ops.map import Entry
+
     separator = "["
     for entry in entries:
-        offset = "" if entry.offset is None else f', "offset": {entry.offset}'
-        print(
-            f'{separator}{{ "start": {entry.start}, "length": {entry.length}, "depth": {entry.depth}, '
-            f'"present": {_truth(entry.present)}, "zero": {_truth(entry.zero)}, "data": {_truth(entry.data)}{offset}}}',
-            end="",
-        )
+        print(separator + _object(entry), end="")
         separator = ",\n"
     if separator == "[":  # an empty range is printed too
-        print(f'[{{ "start": {start}, "length": 0, "depth": 0, "present": false, "zero": false, "data": false}}', end="")
+        print(separator + _object(Entry(start, 0, 0, False, False, False, None)), end="")
     print("]")
 
 
-def _truth(value: bool) -> str:
-    return "true" if value else "false"
+def _object(entry: Entry) -> str:
+    text = f'{{ "start": {entry.start}, "length": {entry.length}, "depth": {entry.depth}'
+    for name, value in (("present", entry.present), ("zero", entry.zero), ("data", entry.data)):
+        text += f', "{name}": {str(value).lower()}'
+    return text + ("}" if entry.offset is None else f', "offset": {entry.offset}}}')

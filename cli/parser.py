@@ -1,7 +1,8 @@
 """GNU getopt_long's syntax, with the messages of qemu-img's options.
 
-Written out, because qemu-img's messages name the element of the command line that getopt's index stands behind,
-which is not always the one with the mistake (`info a -Zq` complains about `a`): programs that compare stderr see it.
+Written out, because qemu-img's messages name the element of the command line that getopt's index stands
+behind, which is not always the one with the mistake (`info a -Zq` complains about `a`): programs that compare
+stderr see it.
 """
 
 from __future__ import annotations
@@ -107,7 +108,8 @@ def _is_option(word: str) -> bool:
 
 
 def parse(command: Command, words: Sequence[str], *, permute: bool = True) -> tuple[Arguments, bool]:
-    """Parses `words`, of which the first is the command's (or program's) name; also whether help was asked for.
+    """Parses `words`, of which the first is the command's (or program's) name; also whether help was asked
+    for.
 
     Values are checked as they are met, so that of several mistakes the one reported is the one that qemu-img
     reports. With `permute` False it stops at the first argument that is no option. Raises `CommandError`."""

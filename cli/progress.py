@@ -1,7 +1,7 @@
 """How far a command is: qemu-img's percentages, a bar on a terminal, JSON lines, and SIGUSR1.
 
-Everything that is shown comes from `Display.report(done, total)`, in bytes. Commands that move data in the background
-hand their `Progress` counters to `Display.watching`, which reports them ten times a second.
+Everything that is shown comes from `Display.report(done, total)`, in bytes. Commands that move data in the
+background hand their `Progress` counters to `Display.watching`, which reports them ten times a second.
 """
 
 from __future__ import annotations
@@ -131,7 +131,8 @@ class Percentages:
 
 
 class JsonLines:
-    """One JSON object a line: bytes done and in all, seconds so far, bytes a second, seconds left (or null)."""
+    """One JSON object a line: bytes done and in all, seconds so far, bytes a second, seconds left (or
+    null)."""
 
     def __init__(self) -> None:
         self._started = time.monotonic()
@@ -147,8 +148,8 @@ class JsonLines:
         rate = done / now if now else 0.0
         left = f"{(total - done) / rate:.1f}" if rate else "null"
         print(
-            f'{{"done": {done}, "total": {total}, "percent": {_percent(done, total):.2f}, "seconds": {now:.1f}, '
-            f'"rate": {rate:.0f}, "left": {left}}}',
+            f'{{"done": {done}, "total": {total}, "percent": {_percent(done, total):.2f}, '
+            f'"seconds": {now:.1f}, "rate": {rate:.0f}, "left": {left}}}',
             flush=True,
         )
 
@@ -170,7 +171,10 @@ class Bar:
         )
 
         self._bar = Progress(
-            BarColumn(bar_width=None), TaskProgressColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn(),
+            BarColumn(bar_width=None),
+            TaskProgressColumn(),
+            DownloadColumn(binary_units=True),
+            TransferSpeedColumn(),
             TimeRemainingColumn(compact=True),
         )
         self._task = self._bar.add_task("", total=None)

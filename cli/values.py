@@ -1,4 +1,5 @@
-"""Values on the command line: sizes with qemu-img's suffixes, option lists, objects; and qemu-img's messages."""
+"""Values on the command line: sizes with qemu-img's suffixes, option lists, objects; and qemu-img's
+messages."""
 
 from __future__ import annotations
 
@@ -11,8 +12,18 @@ MAX_SIZE = (1 << 63) - 1
 CACHE_MODES = ("none", "off", "directsync", "writeback", "unsafe", "writethrough")
 
 _OBJECTS = (
-    "authz-list", "authz-listfile", "authz-pam", "authz-simple", "cryptodev-backend", "iothread", "secret",
-    "secret_keyring", "throttle-group", "tls-creds-anon", "tls-creds-psk", "tls-creds-x509",
+    "authz-list",
+    "authz-listfile",
+    "authz-pam",
+    "authz-simple",
+    "cryptodev-backend",
+    "iothread",
+    "secret",
+    "secret_keyring",
+    "throttle-group",
+    "tls-creds-anon",
+    "tls-creds-psk",
+    "tls-creds-x509",
 )
 
 
@@ -79,7 +90,9 @@ def snapshot(text: str) -> str:
         for pair in text.split(","):
             name = pair.partition("=")[0]
             if name not in ("snapshot.id", "snapshot.name"):
-                raise CommandError(f"Invalid parameter '{name}'", f"Failed in parsing snapshot param '{text}'")
+                raise CommandError(
+                    f"Invalid parameter '{name}'", f"Failed in parsing snapshot param '{text}'"
+                )
     return text
 
 
@@ -90,14 +103,14 @@ def repair(text: str) -> str:
 
 
 def option_list(text: str) -> str:
-    """-o: refuses lists that begin or end with a lone comma, as qemu-img does (it joins several -o by commas)."""
+    """-o: refuses lists that begin or end with a lone comma, as qemu-img does (it joins several)."""
     if not text or text.startswith(",") or (len(text) - len(text.rstrip(","))) % 2:
         raise CommandError(f"Invalid option list: {text}")
     return text
 
 
 def user_object(text: str) -> str:
-    """--object: checked, and otherwise left alone, since nothing that safeimg supports so far refers to one."""
+    """--object: checked, and otherwise left alone: nothing that safeimg supports so far refers to one."""
     kind = re.split(r",(?!,)", text, maxsplit=1)[0].removeprefix("qom-type=")
     if kind not in _OBJECTS:
         raise CommandError(f"Parameter 'qom-type' does not accept value '{kind}'")

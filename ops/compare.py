@@ -271,7 +271,7 @@ def _same(sides: Sequence[memoryview], start: int, end: int) -> bool:
     if len(sides) == 1:
         return is_zero(sides[0][start:end])
     first, second = (ctypes.addressof(ctypes.c_char.from_buffer(side)) + start for side in sides)
-    return _memcmp(first, second, end - start) == 0
+    return bool(_memcmp(first, second, end - start) == 0)
 
 
 def _helpers() -> int:

@@ -21,8 +21,8 @@ FILE_OPTIONS = (
 _ORDER = (
     "encryption", "encrypt.format", "encrypt.key-secret", "encrypt.cipher-alg", "encrypt.cipher-mode",
     "encrypt.ivgen-alg", "encrypt.ivgen-hash-alg", "encrypt.hash-alg", "encrypt.iter-time", "cluster_size",
-    "extended_l2", "preallocation", "compression_type", "size", "compat", "backing_file", "backing_fmt", "data_file",
-    "data_file_raw", "lazy_refcounts", "refcount_bits", "nocow", "extent_size_hint",
+    "extended_l2", "preallocation", "compression_type", "size", "compat", "backing_file", "backing_fmt",
+    "data_file", "data_file_raw", "lazy_refcounts", "refcount_bits", "nocow", "extent_size_hint",
 )  # fmt: skip
 _RAW_ORDER = ("size", "nocow", "preallocation", "extent_size_hint")
 
@@ -70,8 +70,7 @@ def available(driver_options: Sequence[CreateOption], *, with_file: bool) -> lis
         for option in driver_options
         if with_file
         or option.name not in file_names
-        or ("cluster_size" in {o.name for o in driver_options}
-        and option.name == "preallocation")
+        or ("cluster_size" in {o.name for o in driver_options} and option.name == "preallocation")
     }
     if with_file:
         for option in FILE_OPTIONS:

@@ -1,4 +1,5 @@
-"""Whether an image looks as if its metadata was preallocated, so that data clusters may be holes of its file."""
+"""Whether an image looks as if its metadata was preallocated, so that data clusters may be holes of its
+file."""
 
 from __future__ import annotations
 
@@ -12,8 +13,8 @@ _AT_ONCE = 64 << 10  # bytes of a refcount block that are decoded at a time
 def looks_preallocated(image: Qcow2Image) -> bool:
     """True if clearly more clusters are in use than the file occupies space for: a tenth more, at least two.
 
-    qemu-img looks for holes below data clusters only then (`map` shows them as zero); observed from its output.
-    Damaged refcounts count as none: this is a guess, and `check` is where they are reported."""
+    qemu-img looks for holes below data clusters only then (`map` shows them as zero); observed from its
+    output. Damaged refcounts count as none: this is a guess, and `check` is where they are reported."""
     header, file = image.header, image.file
     real = file.stat().allocated // header.cluster_size
     threshold = max(real * 10 // 9, real + 2)

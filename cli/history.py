@@ -1,0 +1,169 @@
+"""log, show and audit: what safeimg did to an image, from the history."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from safeimg.cli.common import filesystem, print_json, print_text
+from safeimg.cli.errors import CommandError
+from safeimg.cli.options import Command
+from safeimg.cli.parser import Arguments
+from safeimg.cli.values import output_format
+
+if TYPE_CHECKING:
+    from safeimg.journal.chain import EventRow, OperationRow
+    from safeimg.journal.events import Identity
+
+CONFLICT = 4
+
+
+def run(command: Command, arguments: Arguments) -> int:
+    output = output_format(arguments.last("output"))
+    words = arguments.positional
+    if command.name == "audit":
+        if len(words) != 2 or words[0] != "verify":
+            raise CommandError("Expecting the word verify and one image file name", code=2, hint=True)
+        return _verify(words[1], output, arguments.last("anchor"))
+    if command.name == "show":
+        if len(words) != 2:
+            raise CommandError("Expecting an image file name and an operation", code=2, hint=True)
+        return _show(words[0], words[1], output)
+    if len(words) != 1:
+        raise CommandError("Expecting one image file name", code=2, hint=True)
+    return _log(words[0], output)
+
+
+def _identity(image: str) -> Identity:
+    from safeimg.drivers.errors import StorageError
+    from safeimg.journal.identity import identify
+
+    try:
+        file = filesystem().open(image)
+    except StorageError as error:
+        raise CommandError(f"Could not open '{image}': {error.strerror}") from error
+    try:
+        return identify(file)
+    finally:
+        file.close()
+
+
+def _log(image: str, output: str) -> int:
+    from safeimg.journal.sqlite import SqliteHistory
+
+    rows = SqliteHistory().log(_identity(image))
+    if output == "json":
+        print_json([_operation(row) for row in rows])
+    elif rows:
+        print_text("\n".join(_line(row) for row in rows))
+    else:
+        print_text(f"{image}: nothing on record")
+    return 0
+
+
+def _line(row: OperationRow) -> str:
+    took = f"{max(0.0, row.settled - row.started):.1f} s"
+    return (
+        f"{row.operation[:12]}  {_date(row.started)}  {row.command:<8}  {row.outcome:<11}  "
+        f"{row.role:<8}  {took:>9}  {' '.join(row.arguments)}"
+    ).rstrip()
+
+
+def _operation(row: OperationRow) -> dict[str, Any]:
+    return {
+        "operation": row.operation, "command": row.command, "arguments": list(row.arguments),
+        "version": row.version, "outcome": row.outcome, "started": row.started, "settled": row.settled,
+        "uid": row.uid, "host": row.host, "home": row.home, "role": row.role,
+    }  # fmt: skip
+
+
+def _show(image: str, operation: str, output: str) -> int:
+    from safeimg.journal.sqlite import SqliteHistory
+
+    rows = SqliteHistory().show(_identity(image), operation)
+    if output == "json":
+        print_json([_event(row) for row in rows])
+    else:
+        print_text("\n".join(_event_line(row) for row in rows))
+    return 0
+
+
+def _event(row: EventRow) -> dict[str, Any]:
+    return {
+        "position": row.position, "operation": row.operation, "sequence": row.sequence, "kind": row.kind,
+        "body": _parsed(row.body), "hash": row.hash.hex(),
+    }  # fmt: skip
+
+
+def _parsed(body: str) -> Any:
+    """The event's fields; the text itself if somebody made it something else."""
+    try:
+        return json.loads(body)
+    except ValueError:
+        return body
+
+
+def _event_line(row: EventRow) -> str:
+    body = _parsed(row.body)
+    members = body if isinstance(body, dict) else {"body": body}
+    when = f"{_date(members['time'])}  " if isinstance(members.get("time"), (int, float)) else " " * 21
+    parts = [
+        f"{name}={_short(value)}"
+        for name, value in members.items()
+        if name != "time" and value not in ([], None)
+    ]
+    return f"{row.sequence:>5}  {when}{row.kind:<16}  {' '.join(parts)}".rstrip()
+
+
+def _short(value: Any) -> str:
+    """A value in a few words: long lists by their number, long text cut."""
+    if isinstance(value, list) and len(value) > 3:
+        return f"[{len(value)} items]"
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else text[:57] + "…"
+
+
+def _verify(image: str, output: str, anchor: str | None) -> int:
+    from safeimg.journal import audit
+    from safeimg.journal.sqlite import SqliteHistory
+
+    expected = None
+    if anchor is not None:
+        try:
+            expected = bytes.fromhex(anchor)
+        except ValueError:
+            raise CommandError("--anchor takes the hash that `audit verify` printed", code=2) from None
+    history, identity = SqliteHistory(), _identity(image)
+    findings = audit.verify(history, identity, anchor=expected)
+    rows = history.chain(identity)
+    operations = len({row.operation for row in rows})
+    head = audit.head(history, identity)
+    if output == "json":
+        print_json({
+            "image": image, "verified": not findings, "events": len(rows), "operations": operations,
+            "head": None if head is None else head.hex(), "findings": [_finding(each) for each in findings],
+        })  # fmt: skip
+    elif not findings:
+        what = f"{len(rows)} events of {operations} operations verify" if rows else "nothing on record"
+        print_text(f"{image}: {what}" + (f"; head {head.hex()}" if head is not None else ""))
+    if findings:
+        raise CommandError(*_complaints(image, findings), code=CONFLICT)
+    return 0
+
+
+def _complaints(image: str, findings: Sequence[Any]) -> list[str]:
+    return [f"{image}: {finding.message}" for finding in findings]
+
+
+def _finding(finding: Any) -> dict[str, Any]:
+    return {"kind": finding.kind, "position": finding.position, "operation": finding.operation,
+            "message": finding.message}  # fmt: skip
+
+
+def _date(seconds: float) -> str:
+    try:
+        return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
+    except (OverflowError, ValueError, OSError):
+        return "-" * 19

@@ -1,0 +1,144 @@
+"""Running what changes images: the environment, the event loop, and signals that pause at a step boundary."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import sys
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
+from typing import TYPE_CHECKING, TypeVar
+
+from safeimg.cli.common import filesystem
+from safeimg.cli.errors import CommandError
+from safeimg.cli.parser import Arguments
+from safeimg.cli.progress import Display
+
+if TYPE_CHECKING:
+    from safeimg.drivers.transfer.core import Settings
+    from safeimg.ops.launch import Environment
+
+Result = TypeVar("Result")
+
+PAUSED = 3  # exit code of safeimg's own commands: something is pending
+
+
+class Stop:
+    """Whether a signal asked to stop. The second one does not wait for the end of the step."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+
+    def reason(self) -> str | None:
+        return None if self.signal is None else signal.Signals(self.signal).name
+
+    def ask(self, number: int, frame: FrameType | None) -> None:
+        if self.signal is not None:
+            raise KeyboardInterrupt
+        self.signal = number
+
+
+@contextmanager
+def stoppable() -> Iterator[Stop]:
+    """SIGINT and SIGTERM only take a note while the body runs."""
+    stop = Stop()
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.getsignal(number) for number in numbers]
+    for number, handler in zip(numbers, before, strict=True):
+        if handler is not signal.SIG_IGN:  # what nohup and shells' background jobs ask for
+            signal.signal(number, stop.ask)
+    try:
+        yield stop
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+
+
+def run_stoppable(
+    arguments: Arguments,
+    shown: Display,
+    work: Callable[[Environment], Awaitable[Result]],
+    *,
+    image: str,
+    settings: Settings | None = None,
+    own: bool = False,
+) -> Result:
+    """Runs `work` with progress shown. If a signal pauses it, says how to go on with `image`.
+
+    `own`: one of safeimg's own commands, whose exit codes tell that something is pending."""
+    import trio
+    from safeimg.drivers.transfer.core import Transfer
+    from safeimg.journal.sqlite import SqliteHistory
+    from safeimg.ops.errors import OperationPaused
+    from safeimg.ops.launch import Environment
+
+    transfer = Transfer(settings)
+    with stoppable() as stop:
+        environment = Environment(
+            filesystem(),
+            SqliteHistory(),
+            transfer,
+            arguments=recorded(sys.argv[1:]),
+            journal=_journal(arguments),
+            stop=stop.reason,
+        )
+        try:
+            with shown.watching(transfer.progress):
+                return trio.run(work, environment)
+        except (OperationPaused, KeyboardInterrupt) as error:
+            raise paused(image, error, stop, own) from error
+        except BaseExceptionGroup as group:
+            if only(group, (OperationPaused, KeyboardInterrupt)):
+                raise paused(image, group.exceptions[0], stop, own) from group
+            raise
+
+
+def only(group: BaseExceptionGroup[BaseException], kinds: tuple[type[BaseException], ...]) -> bool:
+    """Whether a group holds nothing but these."""
+    return group.split(kinds)[1] is None
+
+
+def paused(image: str, error: BaseException, stop: Stop, own: bool) -> CommandError:
+    """What to print, and the exit code: that of a program which the signal ended."""
+    from safeimg.cli.main import program_name
+
+    if stop.signal is None:
+        why = getattr(error, "reason", "interrupted")
+        code = PAUSED if own else 1
+    else:
+        why = f"stopped by {stop.reason()}"
+        code = PAUSED if own else 128 + stop.signal
+    if program_name() == "qemu-img" and stop.signal is not None:  # which says nothing then
+        return CommandError(code=code)
+    return CommandError(f"{image}: {why}; {ways_out(image)}", code=code)
+
+
+def ways_out(image: str) -> str:
+    """The two commands that settle what is pending."""
+    name = shlex.quote(image)
+    return f"go on with 'safeimg resume {name}', or take it back with 'safeimg rollback {name}'"
+
+
+def recorded(words: Sequence[str]) -> tuple[str, ...]:
+    """The command line as it is put on record: without `--object`, which may carry passwords."""
+    kept: list[str] = []
+    skip = False
+    for word in words:
+        name, given, _ = word.partition("=")
+        is_object = len(name) > 3 and "--object".startswith(name)
+        if not skip and not is_object:
+            kept.append(word)
+        skip = is_object and not given and not skip
+    return tuple(kept)
+
+
+def _journal(arguments: Arguments) -> str:
+    """`auto`, `require`, `off`, or the path of the log."""
+    if arguments.flag("no-journal"):
+        return "off"
+    chosen = os.environ.get("SAFEIMG_JOURNAL", "auto")
+    if chosen not in ("auto", "require", "off"):
+        raise CommandError(f"SAFEIMG_JOURNAL is '{chosen}'; it may be auto, require or off")
+    return str(arguments.last("journal", chosen))

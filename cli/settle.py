@@ -1,0 +1,62 @@
+"""resume, rollback and abandon: settling what is pending."""
+
+from __future__ import annotations
+
+from safeimg.cli.common import filesystem, print_json, print_text
+from safeimg.cli.errors import CommandError
+from safeimg.cli.options import Command
+from safeimg.cli.parser import Arguments
+from safeimg.cli.progress import display
+from safeimg.cli.running import run_stoppable
+from safeimg.cli.values import output_format
+
+OUTCOMES = {1: "error", 3: "pending", 4: "conflict", 5: "owner", 6: "impossible"}
+
+
+def run(command: Command, arguments: Arguments) -> int:
+    if len(arguments.positional) != 1:
+        raise CommandError("Expecting one image file name", code=2, hint=True)
+    image = arguments.positional[0]
+    output = output_format(arguments.last("output"))
+    from safeimg.drivers.errors import DriverError
+    from safeimg.journal.errors import JournalError
+    from safeimg.ops.errors import OperationError
+    from safeimg.recovery.pending import NothingPending
+
+    done, outcome = "", "done"
+    try:
+        if filesystem().stat(image) is None and command.name != "abandon":
+            raise CommandError(f"{image}: No such file or directory")
+        done = _settle(command.name, image, arguments)
+    except NothingPending as error:
+        done, outcome = str(error), "nothing"
+    except (CommandError, OperationError, JournalError, DriverError) as error:
+        code = error.code if isinstance(error, CommandError) else getattr(error, "exit_code", 1)
+        if output == "json":
+            _print_json(image, command.name, OUTCOMES.get(code, "error"), str(error))
+        if isinstance(error, CommandError):
+            raise
+        raise CommandError(str(error), code=code) from error
+    if output == "json":
+        _print_json(image, command.name, outcome, done)
+    elif not arguments.flag("quiet"):
+        print_text(done if done.startswith(image) else f"{image}: {done}")
+    return 0
+
+
+def _settle(action: str, image: str, arguments: Arguments) -> str:
+    from safeimg.ops.launch import Environment
+    from safeimg.recovery import settle
+
+    async def work(environment: Environment) -> str:
+        if action == "abandon":
+            return settle.abandon(image, environment, reason=arguments.last("reason", ""))
+        verb = settle.resume if action == "resume" else settle.rollback
+        return await verb(image, environment, fenced=arguments.flag("fenced"), adopt=arguments.flag("adopt"))
+
+    with display(arguments) as shown:
+        return run_stoppable(arguments, shown, work, image=image, own=True)
+
+
+def _print_json(image: str, action: str, outcome: str, message: str) -> None:
+    print_json({"image": image, "action": action, "outcome": outcome, "message": message})
