@@ -1,8 +1,7 @@
 """Raw images: the guest disk is the file. Nothing is allocated, so every write is in place.
 
-The virtual size is the file's length in whole sectors of 512 bytes, as in QEMU: a started last sector counts, and what
-it lacks reads as zeroes.
-"""
+The virtual size is the file's length in whole sectors of 512 bytes, as in QEMU: a started last sector counts,
+and what it lacks reads as zeroes. """
 
 from __future__ import annotations
 
@@ -97,7 +96,7 @@ class RawPlanner:
 
     def place(self, start: int, length: int) -> Sequence[Placement]:
         if start < 0 or length < 0 or start + length > self._size:
-            raise ValueError(f"{self._path}: guest range {start:#x}+{length:#x} is not within {self._size:#x}")
+            raise ValueError(f"{self._path}: guest range {start:#x}+{length:#x} is not in {self._size:#x}")
         return [Placement(start, length, start, False)] if length else []
 
     def place_compressed(self, start: int, stored: int) -> Placement:

@@ -1,5 +1,5 @@
-"""Plays the engine for planner tests: applies steps in protocol order to a real file, makes crash states of them, and
-has qemu-img judge each. All files are small; the guest disk is modelled as a bytearray."""
+"""Plays the engine for planner tests: applies steps in protocol order to a real file, makes crash states of
+them, and has qemu-img judge each. All files are small; the guest disk is modelled as a bytearray."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-
 from safeimg.drivers.formats.api import Changes, Placement
 from safeimg.drivers.formats.qcow2.driver import driver
 from safeimg.drivers.formats.qcow2.image import Qcow2Image
@@ -23,19 +22,22 @@ from safeimg.drivers.storage.file import LocalFileSystem
 
 SECTOR = 512
 needs_qemu = pytest.mark.skipif(
-    not (shutil.which("qemu-img") and shutil.which("qemu-io")), reason="qemu-img and qemu-io are not installed"
+    not (shutil.which("qemu-img") and shutil.which("qemu-io")), reason="needs qemu-img and qemu-io"
 )
 
 
 def run(*command: str | Path, ok: Sequence[int] = (0,)) -> str:
     result = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
-    assert result.returncode in ok, f"{command}: {result.returncode}\n{result.stdout}{result.stderr}"
-    return result.stdout + result.stderr
+    output = result.stdout + result.stderr
+    assert result.returncode in ok, f"{command}: {result.returncode}\n{output[-2000:]}"
+    return output
 
 
 def qemu_io(path: Path, *commands: str) -> None:
-    """Plays the guest. QEMU refuses to compress over an allocated cluster, and goes on with the next command."""
-    run("qemu-io", "-f", "qcow2", *[part for command in commands for part in ("-c", command)], path, ok=(0, 1))
+    """Plays the guest. QEMU refuses to compress over an allocated cluster, and goes on with the next
+    command."""
+    arguments = [part for command in commands for part in ("-c", command)]
+    run("qemu-io", "-f", "qcow2", *arguments, path, ok=(0, 1))
 
 
 def check(path: Path, *, leaks: bool) -> None:
@@ -155,7 +157,7 @@ class Engine:
         if changes:
             self.apply(changes, crashes)
 
-    def apply(self, changes: Changes, crashes: int = 2) -> None:
+    def apply(self, changes: Changes, crashes: int = 1) -> None:
         """Makes a step durable, looking at crash states of both phases on the way."""
         self.unlinked += changes.unlinked
         first = [*map(Write._make, changes.allocate), *self.fresh]
@@ -165,7 +167,8 @@ class Engine:
         length = max(old_length, changes.length or 0, *(w.offset + len(w.after) for w in (*first, *second)))
         for write in (*changes.allocate, *changes.link):
             if write.before is not None:
-                assert self._current(write.offset, len(write.before)) == write.before, "before is not what is there"
+                there = self._current(write.offset, len(write.before))
+                assert there == write.before, "before is not what is there"
         for _ in range(crashes):
             self.judge([*self.unsynced, *first], (self.older, self.previous), length)
         self.durable.extend(bytes(length - old_length))
@@ -181,6 +184,12 @@ class Engine:
             self.judge(second, (self.previous, self.model), length)
         self.steps.append(Step(first, second, length, old_length))
         self.older, self.previous = self.previous, bytearray(self.model)
+
+    def sync(self) -> None:
+        """Everything up to here is durable, as it is before a step that cannot be taken back."""
+        _write(self.durable, self.unsynced)
+        self.unsynced = []
+        self.older = self.previous
 
     def judge(self, unsynced: Sequence[Write], visible: Sequence[bytearray], length: int) -> None:
         """A power cut: any subset of the unsynced sectors is there."""
@@ -200,22 +209,24 @@ class Engine:
         crashed.write_bytes(disk)
         check(crashed, leaks=True)
         seen = guest(crashed)
+        if seen in visible:
+            return
         for start in range(0, len(seen), SECTOR):
             piece = seen[start:start + SECTOR]
             allowed = [disk[start:start + SECTOR] for disk in visible]
             assert piece in allowed, f"guest sector at {start:#x} is neither old nor new"
 
-    def finish(self) -> None:
-        """The last sync."""
-        _write(self.durable, self.unsynced)
-        self.unsynced = []
+    def apply_all(self, steps: Sequence[Changes], crashes: int = 2) -> None:
+        for changes in steps:
+            self.apply(changes, crashes)
 
     def roll_back(self) -> None:
         """Every step, the last first: its second phase, then its first, then the length."""
         disk = bytearray(self.path.read_bytes())
         for step in reversed(self.steps):
             for phase in (step.second, step.first):
-                _write(disk, [Write(w.offset, None, w.before) for w in reversed(phase) if w.before is not None])
+                undo = [(write.offset, write.before) for write in reversed(phase)]
+                _write(disk, [Write(offset, None, before) for offset, before in undo if before is not None])
             del disk[step.old_length:]
         self.path.write_bytes(disk)
 

@@ -1,5 +1,5 @@
-"""Generated images and writes: every crash state is a valid image, the result is what was written, and so is what
-rolling back leaves."""
+"""Generated images and writes: every crash state is a valid image, the result is what was written, and so is
+what rolling back leaves."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import random
 from pathlib import Path
 
 import pytest
-
 from planner_harness import Engine, check, guest, needs_qemu, qemu_io, run, snapshot_guest
 
 pytestmark = needs_qemu

@@ -1,11 +1,11 @@
 """Free clusters: found first-fit behind a cursor, or made by adding refcount blocks.
 
-A cluster is free if its refcount is zero in the logical state when the cursor passes it. The cursor never goes back,
-so nothing is handed out twice and nothing that the operation itself frees is used again. Only clusters whose
-refcount block is linked count as free: raising a refcount must not need new metadata in the same step. Making such
-blocks is `extend`, whose changes are a step of their own:
+A cluster is free if its refcount is zero in the logical state when the cursor passes it. The cursor never
+goes back, so nothing is handed out twice and nothing that the operation itself frees is used again. Only
+clusters whose refcount block is linked count as free: raising a refcount must not need new metadata in the
+same step. Making such blocks is `extend`, whose changes are a step of their own:
 
-    allocate   new blocks, which count themselves or are counted by a block already linked; a new table if needed
+    allocate   new blocks, which count themselves or are counted by a linked block; a new table if needed
     link       table entries of the new blocks; or, atomic by itself, the header's switch to the new table
 
 so in every crash state a linked block's own cluster is counted.
@@ -28,14 +28,17 @@ SHORT_RUN = 64
 
 
 class CapacityError(RuntimeError):
-    """A plan needs more free clusters than `reserve` made ready: a mistake of the caller, never of the image."""
+    """A plan needs more free clusters than `reserve` made ready: a mistake of the caller, never of the
+    image."""
 
 
 class Allocator:
-    """Hands out clusters by number. `switch_table(offset, clusters)` makes the header point to a new refcount table
-    (a `link` change) and records the old one as unlinked."""
+    """Hands out clusters by number. `switch_table(offset, clusters)` makes the header point to a new refcount
+    table (a `link` change) and records the old one as unlinked."""
 
-    def __init__(self, view: MetadataView, refcounts: Refcounts, switch_table: Callable[[int, int], None]) -> None:
+    def __init__(
+        self, view: MetadataView, refcounts: Refcounts, switch_table: Callable[[int, int], None]
+    ) -> None:
         self._view = view
         self._refcounts = refcounts
         self._layout = refcounts.layout
@@ -48,7 +51,8 @@ class Allocator:
 
     def exclude(self, first: int, count: int) -> None:
         """Never hands these clusters out, free or not. Before anything is reserved."""
-        self._excluded.update(cluster for cluster in range(first, first + count) if not self._refcounts.get(cluster))
+        counts = self._refcounts.get_run(first, count)
+        self._excluded.update(cluster for cluster, value in enumerate(counts, first) if not value)
 
     def reserve(self, clusters: int) -> None:
         """Makes `clusters` available. What that changes in the view is a step of its own."""
@@ -77,15 +81,16 @@ class Allocator:
         return self._use(0, first, min(count, wanted))
 
     def allocate_run(self, clusters: int) -> int:
-        """The first of exactly `clusters` consecutive ones, made ready by `reserve_run`; their refcounts become 1."""
+        """The first of exactly `clusters` consecutive ones, made ready by `reserve_run`; their refcounts
+        become 1."""
         for index, (first, count) in enumerate(self._runs):
             if count >= clusters:
                 return self._use(index, first, clusters)[0]
         raise CapacityError(f"{self._view.path}: no run of {clusters} free clusters was reserved")
 
     def extend(self, missing: int) -> None:
-        """Adds refcount blocks for at least `missing` more free clusters, consecutive if there is room for the
-        blocks elsewhere. Call when everything up to the next hole in the refcount table is scanned."""
+        """Adds refcount blocks for at least `missing` more free clusters, consecutive if there is room for
+        the blocks elsewhere. Call when everything up to the next hole in the refcount table is scanned."""
         entries = self._layout.block_entries
         target = self.available + missing
         self._fresh_from = self._next
@@ -181,8 +186,8 @@ class Allocator:
         self._next = first + entries
 
     def _grow_table(self, missing: int) -> None:
-        """A larger table with new blocks behind it, in the clusters that these blocks count: one switch of the header
-        makes all of them live at once, so they may count each other."""
+        """A larger table with new blocks behind it, in the clusters that these blocks count: one switch of
+        the header makes all of them live at once, so they may count each other."""
         entries, bits = self._layout.block_entries, self._layout.cluster_bits
         old_entries = self._refcounts.table_entries
         first = old_entries * entries
@@ -195,7 +200,7 @@ class Allocator:
                 break
             blocks += -(-short // entries)
         if table << bits > MAX_REFCOUNT_TABLE_BYTES:
-            raise UnsupportedError(f"{self._view.path}: the image file grows past what its refcount table may count")
+            raise UnsupportedError(f"{self._view.path}: the image file outgrows QEMU's refcount tables")
         self._check_reach(first + blocks * entries)
         used = blocks + table
         content = bytearray(self._view.read(self._refcounts.table_offset, 8 * old_entries))

@@ -1,9 +1,8 @@
 """Marking guest ranges dirty in persistent bitmaps (spec: docs/interop/qcow2, "Bitmaps").
 
 Incremental backups rely on an enabled bitmap covering every write: its bits are set, durably, before the data
-changes. Only consistent bitmaps are touched: those whose extension has its autoclear bit set (otherwise the planner
-knows of none) and that are not flagged "in use".
-"""
+changes. Only consistent bitmaps are touched: those whose extension has its autoclear bit set (otherwise the
+planner knows of none) and that are not flagged "in use". """
 
 from __future__ import annotations
 
@@ -52,7 +51,8 @@ def _enabled(planner: Qcow2Planner) -> Iterator[Bitmap]:
 
 def _pieces(planner: Qcow2Planner, bitmap: Bitmap,
             ranges: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int, int]]:
-    """The ranges' bits by table entry: (index, first bit, last bit), bits counted within the entry's cluster."""
+    """The ranges' bits by table entry: (index, first bit, last bit), bits counted within the entry's
+    cluster."""
     per_cluster = planner.cluster_size * 8
     for start, length in ranges:
         if not length:
@@ -63,7 +63,8 @@ def _pieces(planner: Qcow2Planner, bitmap: Bitmap,
             index = bit // per_cluster
             if index >= bitmap.bitmap_table_size:
                 raise FormatError(
-                    planner.path, f"the table of bitmap '{bitmap.name}' does not reach guest offset {start:#x}",
+                    planner.path,
+                    f"the table of bitmap '{bitmap.name}' does not reach guest offset {start:#x}",
                     offset=bitmap.bitmap_table_offset,
                 )
             last = min(end, (index + 1) * per_cluster - 1)
@@ -84,7 +85,7 @@ def _set_bits(planner: Qcow2Planner, bitmap: Bitmap, index: int, first: int, las
         view.write(at, cluster.to_bytes(8, "big"), Phase.LINK)
     elif planner.refcounts.get(cluster >> planner.header.cluster_bits) != 1:
         raise FormatError(
-            planner.path, "bitmap data has another refcount than 1: run 'qemu-img check -r all'", offset=cluster
+            planner.path, "bitmap data whose refcount is not 1: run 'qemu-img check -r all'", offset=cluster
         )
     start, end = first // 8, last // 8 + 1
     bits = bytearray(view.read(cluster + start, end - start))

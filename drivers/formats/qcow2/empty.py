@@ -1,8 +1,9 @@
-"""Switches to new refcount structures: emptying a disk, making the emptied file small, repairing a dirty image.
+"""Switches to new refcount structures: emptying a disk, making the emptied file small, repairing a dirty
+image.
 
-Refcounts are counted from what is referenced, complete with those of the new structures themselves; everything new
-goes into space that neither the old nor the new state uses, and one sector of the header makes it live.
-"""
+Refcounts are counted from what is referenced, complete with those of the new structures themselves;
+everything new goes into space that neither the old nor the new state uses, and one sector of the header makes
+it live. """
 
 from __future__ import annotations
 
@@ -62,7 +63,8 @@ def empty(planner: Qcow2Planner) -> Changes:
 
 
 def compact(planner: Qcow2Planner) -> tuple[Changes, int, list[tuple[int, int]]]:
-    """See `api.Planner.compact`. Also the clusters (first, count) below the new end that nothing uses any more."""
+    """See `api.Planner.compact`. Also the clusters (first, count) below the new end that nothing uses any
+    more."""
     planner.finished = False
     _begin(planner)
     references = count_kept(planner)
@@ -73,8 +75,8 @@ def compact(planner: Qcow2Planner) -> tuple[Changes, int, list[tuple[int, int]]]
 
 
 def rebuild_refcounts(planner: Qcow2Planner) -> Changes:
-    """New refcounts for everything there is. The old structures stay counted until `release`, so that nothing is put
-    over them while the operation can still be rolled back."""
+    """New refcounts for everything there is. The old structures stay counted until `release`, so that nothing
+    is put over them while the operation can still be rolled back."""
     bits = planner.header.cluster_bits
     blocks = sorted(refcount_blocks(planner))
     references = count_everything(planner)
@@ -99,16 +101,18 @@ def _end(planner: Qcow2Planner) -> int:
     return -(-planner.view.length // planner.cluster_size)
 
 
-def _lay_out(planner: Qcow2Planner, references: References, used: References, start: int, *, l1: bool) -> _Layout:
-    """Places for a refcount table, its blocks and the L1 table in clusters from `start` on that `used` does not
-    count. `references` counts them from then on."""
+def _lay_out(
+    planner: Qcow2Planner, references: References, used: References, start: int, *, l1: bool
+) -> _Layout:
+    """Places for a refcount table, its blocks and the L1 table in clusters from `start` on that `used` does
+    not count. `references` counts them from then on."""
     entries, size = planner.layout.block_entries, planner.cluster_size
     l1_clusters = -(-8 * planner.l1_size // size) if l1 else 0
     counted = references.block_indexes(entries)
     table_clusters = 1
     while True:
         if table_clusters * size > MAX_REFCOUNT_TABLE_BYTES:
-            raise UnsupportedError(f"{planner.path}: the image file is larger than what its refcount table may count")
+            raise UnsupportedError(f"{planner.path}: the image file is larger than QEMU's refcounts cover")
         space = _Space(used, start)
         # The order in which QEMU has them in a new image: the table, the first block, L1.
         table = space.take(table_clusters)

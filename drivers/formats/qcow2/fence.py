@@ -16,7 +16,8 @@ _LENGTH = 24
 
 
 def fence(file: File, version: int) -> Changes:
-    """Sets the corrupt bit. Autoclear features that we do not know are cleared with it: no writer may keep them."""
+    """Sets the corrupt bit. Autoclear features that we do not know are cleared with it: no writer may keep
+    them."""
     if version < 3:
         return Changes()
     before = file.pread(_OFFSET, _LENGTH)

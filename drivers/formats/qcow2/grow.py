@@ -1,10 +1,10 @@
 """Growing the virtual disk (DESIGN, hazards 12 and 16).
 
-Three parts, each step a valid image: an L1 table that is large enough (`prepare_resize`), zeroes over what would be
-exposed (the caller, with `exposed` and `zero`), the size (`resize`). Tables of persistent bitmaps have to fit the
-size exactly or QEMU does not open the image, so size and bitmap directory change together, in one sector. Where
-QEMU put the bitmaps extension further behind, it is moved to the front of the extensions first.
-"""
+Three parts, each step a valid image: an L1 table that is large enough (`prepare_resize`), zeroes over what
+would be exposed (the caller, with `exposed` and `zero`), the size (`resize`). Tables of persistent bitmaps
+have to fit the size exactly or QEMU does not open the image, so size and bitmap directory change together, in
+one sector. Where QEMU put the bitmaps extension further behind, it is moved to the front of the extensions
+first. """
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ _DIRECTORY_FIELD = 8 + 16  # bitmap_directory_offset, from the start of the bitm
 
 
 def prepare_resize(planner: Qcow2Planner, size: int) -> Sequence[Changes]:
-    """An L1 table that is large enough for `size` bytes, which may be planned for from now on. Each of the changes is
-    a step of its own; the virtual disk stays as it is."""
+    """An L1 table that is large enough for `size` bytes, which may be planned for from now on. Each of the
+    changes is a step of its own; the virtual disk stays as it is."""
     planner.ready()
     header = planner.header
     if size % 512:
@@ -71,8 +71,9 @@ def prepare_resize(planner: Qcow2Planner, size: int) -> Sequence[Changes]:
 
 
 def exposed(planner: Qcow2Planner, size: int, backing_size: int) -> Sequence[tuple[int, int]]:
-    """Guest ranges (start, length) behind the present end that would not read as zeroes after growing to `size`:
-    remains in this image, and what a backing image of `backing_size` bytes would show. After `prepare_resize`."""
+    """Guest ranges (start, length) behind the present end that would not read as zeroes after growing to
+    `size`: remains in this image, and what a backing image of `backing_size` bytes would show. After
+    `prepare_resize`."""
     found: list[tuple[int, int]] = []
     for start, end in _exposed(planner, planner.current_size, size, backing_size):
         if found and sum(found[-1]) == start:
@@ -204,7 +205,8 @@ def _enlarge_bitmaps(planner: Qcow2Planner, bitmaps: Sequence[Bitmap], size: int
 
 
 def _extensions(planner: Qcow2Planner, extensions: Sequence[Extension] | None = None) -> dict[int, int]:
-    """Where each header extension starts, in the file; of several of a type the last, which is the valid one."""
+    """Where each header extension starts, in the file; of several of a type the last, which is the valid
+    one."""
     if extensions is None:
         extensions = _header_extensions(planner)
     offsets: dict[int, int] = {}
@@ -220,12 +222,11 @@ def _header_extensions(planner: Qcow2Planner) -> tuple[Extension, ...]:
 
 
 def _front_sector(planner: Qcow2Planner) -> bytes | None:
-    """The header up to the end of its extensions with the bitmaps extension moved to the front of them, where its
-    directory offset lies in the first sector; None if it does already.
+    """The header up to the end of its extensions with the bitmaps extension moved to the front of them, where
+    its directory offset lies in the first sector; None if it does already.
 
-    Written sector by sector this is safe if only the feature name table leaves the first sector: for a while its
-    last names may be wrong. `UnsupportedError` otherwise.
-    """
+    Written sector by sector this is safe if only the feature name table leaves the first sector: for a while
+    its last names may be wrong. `UnsupportedError` otherwise. """
     extensions = _header_extensions(planner)
     if _extensions(planner, extensions)[EXT_BITMAPS] + _DIRECTORY_FIELD + 8 <= SECTOR:
         return None
@@ -236,8 +237,8 @@ def _front_sector(planner: Qcow2Planner) -> bytes | None:
         length = len(serialise_extension(extension))
         if at + (8 if extension.type == EXT_FEATURE_NAMES else length) > SECTOR:
             raise UnsupportedError(
-                f"{planner.path}: no room for the bitmaps extension in the header's first sector: remove the bitmaps "
-                "before the image grows"
+                f"{planner.path}: no room for the bitmaps extension in the header's first sector: remove the "
+                "bitmaps before the image grows"
             )
         at += length
     head = planner.view.read(0, planner.header.header_length)

@@ -1,8 +1,8 @@
 """A buffered view of an image's metadata: what it holds once every step planned so far is applied.
 
-The planner reads and changes tables here, and `take` turns the changes into the fewest patches. Nothing is ever
-written to the file: that is the engine's part, at a time of its own choosing. Offsets and lengths are bytes.
-"""
+The planner reads and changes tables here, and `take` turns the changes into the fewest patches. Nothing is
+ever written to the file: that is the engine's part, at a time of its own choosing. Offsets and lengths are
+bytes. """
 
 from __future__ import annotations
 
@@ -95,14 +95,15 @@ class MetadataView:
     def read(self, offset: int, length: int) -> bytes:
         """The range; what lies past the end of the file reads as zeroes. `FormatError` if all of it does."""
         if offset >= self._length and length:
-            raise FormatError(self.path, f"metadata lies past the end of the file ({self._length:#x})", offset=offset)
+            raise FormatError(self.path, "metadata lies past the end of the file", offset=offset)
         number, start = divmod(offset, self._page)
         if start + length <= self._page:
             return bytes(self._current(number)[start:start + length])
         return self._read_long(offset, length)
 
     def write(self, offset: int, data: bytes, phase: Phase) -> None:
-        """Changes bytes of a structure. In space that is `fresh` in this step, whatever the phase, they join it."""
+        """Changes bytes of a structure. In space that is `fresh` in this step, whatever the phase, they join
+        it."""
         position = 0
         while position < len(data):
             number, start = divmod(offset + position, self._page)
@@ -118,7 +119,8 @@ class MetadataView:
             position += len(piece)
 
     def fresh(self, offset: int, data: bytes) -> None:
-        """Puts a new structure into space that nobody refers to. Both offset and length are multiples of a page."""
+        """Puts a new structure into space that nobody refers to. Both offset and length are multiples of a
+        page."""
         if offset % self._page or len(data) % self._page:
             raise RuntimeError(f"{self.path}: new structure at {offset:#x} is not aligned")
         for position in range(0, len(data), self._page):
@@ -127,7 +129,8 @@ class MetadataView:
         self.extend(offset + len(data))
 
     def take(self) -> tuple[Patches, int | None]:
-        """The patches since the last `take`, and the length that the file has to have for them if it grows."""
+        """The patches since the last `take`, and the length that the file has to have for them if it
+        grows."""
         collected: dict[Phase, list[Patch]] = {Phase.ALLOCATE: [], Phase.LINK: []}
         for phase, patches in collected.items():
             runs = _Runs(patches)
@@ -179,7 +182,8 @@ class MetadataView:
         return bytes(memoryview(data)[start:start + length])
 
     def _forget_written(self, most: int) -> None:
-        """Keeps memory bounded. A page is dropped once the file holds it: nobody tells us when that is, so look."""
+        """Keeps memory bounded. A page is dropped once the file holds it: nobody tells us when that is, so
+        look."""
         for number in list(self._taken)[:most]:
             if len(self._taken) * self._page <= TAKEN_BYTES:
                 return

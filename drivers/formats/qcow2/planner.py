@@ -37,7 +37,7 @@ from safeimg.drivers.formats.qcow2.refcounts import RefcountLayout, Refcounts, a
 from safeimg.drivers.formats.qcow2.references import References, count_everything
 from safeimg.drivers.storage.api import File
 
-# Fields that switches change: all of them in the first 512 bytes, so that one patch changes any set of them at once.
+# Fields that switches change: all in the first sector, so that one patch changes any set of them at once.
 _FIELDS = {
     "size": (24, 8), "l1_size": (36, 4), "l1_table_offset": (40, 8), "refcount_table_offset": (48, 8),
     "refcount_table_clusters": (56, 4), "incompatible_features": (72, 8),
@@ -72,7 +72,7 @@ class Qcow2Planner:
         self.trusted = not header.is_dirty
         self.finished = False
         self._begin(header.refcount_table_offset, header.refcount_table_clusters)
-        self._unlinked: list[tuple[int, int]] = []  # clusters (first, count) that lost a reference since `take`
+        self._unlinked: list[tuple[int, int]] = []  # clusters (first, count) less a reference since `take`
         self._released: list[tuple[int, int]] = []  # the same, of all steps until `release`
         self._recalled = False
         self._freed: list[tuple[int, int]] = []
@@ -97,7 +97,8 @@ class Qcow2Planner:
         return self.view.pending
 
     def reserve(self, clusters: int) -> Changes:
-        """See `api.Planner`. L2 tables come on top: the worst case of one for each cluster is reserved with them."""
+        """See `api.Planner`. L2 tables come on top: the worst case of one for each cluster is reserved with
+        them."""
         self.ready()
         self.allocator.reserve(clusters + min(clusters, self.l1_size))
         return self.take()
@@ -111,7 +112,8 @@ class Qcow2Planner:
         return placements
 
     def place_compressed(self, start: int, stored: int) -> Placement:
-        """See `api.Planner`. The placement's `length` is `stored`: the bytes to be written at its `offset`."""
+        """See `api.Planner`. The placement's `length` is `stored`: the bytes to be written at its
+        `offset`."""
         self.ready()
         size = self.cluster_size
         self._check_range(start, 1)
@@ -120,7 +122,7 @@ class Qcow2Planner:
         cluster, ((entry,),) = start // size, [entries for _cluster, entries in self._entries(start, 1)]
         offset = self._pack(stored)
         if offset >= min(1 << compressed_shift(self.header.cluster_bits), MAX_HOST_OFFSET):
-            raise UnsupportedError(f"{self.path}: compressed clusters cannot lie at {offset:#x} with this cluster size")
+            raise UnsupportedError(f"{self.path}: {offset:#x} is too far for compressed clusters this large")
         self._unlink(cluster, entry)
         self._put(cluster, [encode_compressed(offset, stored, self.header.cluster_bits)])
         return Placement(start, stored, offset, True)
@@ -168,16 +170,17 @@ class Qcow2Planner:
 
     def recall(self, unlinked: Sequence[tuple[int, int]]) -> None:
         bits = self.header.cluster_bits
+        end = -(-self.view.length // self.cluster_size) * self.cluster_size
         for offset, length in unlinked:
-            if offset < 0 or length <= 0 or (offset | length) & (self.cluster_size - 1):
-                raise FormatError(self.path, f"the log's unlinked range of {length} bytes is not clusters", offset=offset)
+            if offset < 0 or not 0 < length <= end - offset or (offset | length) & (self.cluster_size - 1):
+                raise FormatError(self.path, f"no clusters to free in {length} bytes", offset=offset)
             add_run(self._released, offset >> bits, length >> bits)
             self.allocator.exclude(offset >> bits, length >> bits)
         self._recalled = self._recalled or bool(unlinked)
 
     def release(self) -> Changes:
-        """See `api.Planner`. After `recall` the references are counted first, and no refcount goes below them:
-        somebody may have repaired leaks in between. Nothing can be planned afterwards."""
+        """See `api.Planner`. After `recall` the references are counted first, and no refcount goes below
+        them: somebody may have repaired leaks in between. Nothing can be planned afterwards."""
         self.ready()
         references = count_everything(self) if self._recalled else None
         for first, count in self._released:
@@ -200,15 +203,16 @@ class Qcow2Planner:
     # Beyond api.Planner
 
     def repair_refcounts(self) -> Changes:
-        """Makes the refcounts of a dirty image right, by one switch to new ones counted from what is referenced; the
-        dirty bit goes with it. A step of its own, before any other plan; empty if the image is not dirty."""
+        """Makes the refcounts of a dirty image right, by one switch to new ones counted from what is
+        referenced; the dirty bit goes with it. A step of its own, before any other plan; empty if the image
+        is not dirty."""
         if self.trusted:
             return Changes()
         return empty.rebuild_refcounts(self)
 
     def mark_dirty(self, ranges: Sequence[tuple[int, int]]) -> Changes:
-        """Sets the bits of guest ranges (start, length) in every enabled persistent bitmap. A step of its own, before
-        any data of the ranges; `reserve(marking_clusters(ranges))` first."""
+        """Sets the bits of guest ranges (start, length) in every enabled persistent bitmap. A step of its
+        own, before any data of the ranges; `reserve(marking_clusters(ranges))` first."""
         self.ready()
         dirty_bitmaps.mark(self, ranges)
         return self.take()
@@ -232,8 +236,8 @@ class Qcow2Planner:
             self._verified = True
 
     def switch(self, *values: tuple[int, int], **fields: int) -> None:
-        """Changes header fields, and 8-byte values given as (offset, value): all of it is one patch of `link` in the
-        first sector, so that no crash separates them."""
+        """Changes header fields, and 8-byte values given as (offset, value): all of it is one patch of `link`
+        in the first sector, so that no crash separates them."""
         places = [(*_FIELDS[name], value) for name, value in fields.items()]
         places += [(offset, 8, value) for offset, value in values]
         start, end = min(place[0] for place in places), max(place[0] + place[1] for place in places)
@@ -303,7 +307,8 @@ class Qcow2Planner:
         self.view.write(table + 8 * l2_index, struct.pack(f">{len(entries)}Q", *entries), Phase.LINK)
 
     def _own_table(self, l1_index: int) -> int:
-        """An L2 table that may be changed: the one there, or a new one (a copy if snapshots use the one there)."""
+        """An L2 table that may be changed: the one there, or a new one (a copy if snapshots use the one
+        there)."""
         table, copied = self.l2_table(l1_index)
         bits = self.header.cluster_bits
         if not table or not self._exclusive(table >> bits, 1, copied, "L2 table"):
@@ -318,12 +323,15 @@ class Qcow2Planner:
         return table
 
     def _exclusive(self, first: int, count: int, copied: bool, what: str) -> bool:
-        """Whether clusters are referenced by the active state alone; the flag and the refcounts have to agree."""
+        """Whether clusters are referenced by the active state alone; the flag and the refcounts have to
+        agree."""
         for cluster, value in enumerate(self.refcounts.get_run(first, count), first):
             if not value or (value == 1) != copied:
                 raise FormatError(
-                    self.path, f"{what} with refcount {value} is {'' if copied else 'not '}flagged as copied: "
-                    "run 'qemu-img check -r all'", offset=cluster << self.header.cluster_bits,
+                    self.path,
+                    f"{what} with refcount {value} is {'' if copied else 'not '}flagged as copied: "
+                    "run 'qemu-img check -r all'",
+                    offset=cluster << self.header.cluster_bits,
                 )
         return copied
 
@@ -391,7 +399,8 @@ class Qcow2Planner:
                     self._add_fresh(cluster, host, count, placements)
                 else:
                     left, right = max(start, cluster * size), min(end, (cluster + count) * size)
-                    _add(placements, Placement(left, right - left, host * size + left - cluster * size, False))
+                    offset = host * size + left - cluster * size
+                    _add(placements, Placement(left, right - left, offset, False))
             else:
                 count = 1
                 while index + count < len(entries) and not _in_place(entries[index + count]):
@@ -406,8 +415,8 @@ class Qcow2Planner:
         done = 0
         while done < len(old):
             host, count = self.allocator.allocate(len(old) - done)
-            offset = host * self.cluster_size
-            self._put(cluster + done, [offset + number * self.cluster_size | COPIED for number in range(count)])
+            offsets = range(host * self.cluster_size, (host + count) * self.cluster_size, self.cluster_size)
+            self._put(cluster + done, [offset | COPIED for offset in offsets])
             self._add_fresh(cluster + done, host, count, placements)
             done += count
 
@@ -418,11 +427,12 @@ class Qcow2Planner:
         _add(placements, Placement(start, length, offset, True))
         tail = offset + length
         if length < count * size and tail < self.original_length:
-            # What lies past the end of the virtual disk would be exposed should it grow: no remains of other data.
+            # What lies past the end of the virtual disk is exposed should it grow: no remains of other data.
             self._tails.append(Patch(tail, None, bytes(count * size - length)))
 
     def _pack(self, stored: int) -> int:
-        """Host offset for compressed bytes: right behind those before it in this step, where the widths allow."""
+        """Host offset for compressed bytes: right behind those before it in this step, where the widths
+        allow."""
         size = self.cluster_size
         if self._packing is not None:
             offset, cluster = self._packing

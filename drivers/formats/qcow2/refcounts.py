@@ -1,7 +1,7 @@
 """Reference counts of host clusters (spec: docs/interop/qcow2, "Host cluster management").
 
-`RefcountLayout` is the arithmetic of tables, blocks and entries of every width; `Refcounts` reads and changes the
-counts of one image through its `MetadataView`. Clusters are given by number (host offset / cluster size).
+`RefcountLayout` is the arithmetic of tables, blocks and entries of every width; `Refcounts` reads and changes
+the counts of one image through its `MetadataView`. Clusters are given by number (host offset / cluster size).
 """
 
 from __future__ import annotations
@@ -64,7 +64,9 @@ class RefcountLayout:
 class Refcounts:
     """The counts of one image. `table_offset` and `table_entries` follow the header as planned so far."""
 
-    def __init__(self, view: MetadataView, layout: RefcountLayout, table_offset: int, table_clusters: int) -> None:
+    def __init__(
+        self, view: MetadataView, layout: RefcountLayout, table_offset: int, table_clusters: int
+    ) -> None:
         self._view = view
         self.layout = layout
         self.table_offset = table_offset
@@ -84,7 +86,7 @@ class Refcounts:
         if offset % (1 << self.layout.cluster_bits) or entry != offset:
             raise FormatError(self._view.path, f"refcount table entry {entry:#x} is invalid", offset=at)
         if offset >= self._view.length:
-            raise FormatError(self._view.path, f"refcount block {offset:#x} lies past the end of the file", offset=at)
+            raise FormatError(self._view.path, "refcount block lies past the end of the file", offset=offset)
         return offset
 
     def get(self, cluster: int) -> int:

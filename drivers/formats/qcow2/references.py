@@ -1,7 +1,7 @@
 """Counts what an image's metadata refers to: the refcounts as they ought to be.
 
-Each structure is read once, however often it is referred to, so the time is bounded by the size of the file; memory
-is four bytes a cluster where clusters are in use. Spec: docs/interop/qcow2, "Host cluster management".
+Each structure is read once, however often it is referred to, so the time is bounded by the size of the file;
+memory is four bytes a cluster where clusters are in use. Spec: docs/interop/qcow2, "Host cluster management".
 """
 
 from __future__ import annotations
@@ -137,7 +137,7 @@ class References:
             import numpy
 
             if len(self._pages) >= MAX_PAGES:
-                raise UnsupportedError(f"{self._path}: too many clusters in use to count them in bounded memory")
+                raise UnsupportedError(f"{self._path}: too many clusters to count them in bounded memory")
             page = self._pages[number] = numpy.zeros(PAGE, numpy.uint32)
         return page
 
@@ -193,7 +193,8 @@ def count_l1(planner: Qcow2Planner, references: References, tables: dict[tuple[i
         references.add_range(offset, 8 * size, bits, times)
         for position in range(0, size, L2_BATCH):
             count = min(L2_BATCH, size - position)
-            entries = numpy.frombuffer(view.read(offset + 8 * position, 8 * count), ">u8").astype(numpy.uint64)
+            data = view.read(offset + 8 * position, 8 * count)
+            entries = numpy.frombuffer(data, ">u8").astype(numpy.uint64)
             entries = entries[entries != 0]
             if (entries & numpy.uint64(L1_RESERVED)).any():
                 raise FormatError(planner.path, "L1 table has entries with reserved bits set", offset=offset)
@@ -217,7 +218,7 @@ def _count_l2(planner: Qcow2Planner, references: References, table: int, times: 
         raise FormatError(planner.path, "L2 table has entries with reserved bits set", offset=table)
     hosts = standard & numpy.uint64(OFFSET_MASK)
     if (hosts & numpy.uint64(planner.cluster_size - 1)).any():
-        raise FormatError(planner.path, "L2 table has entries that are not aligned to a cluster", offset=table)
+        raise FormatError(planner.path, "L2 table has entries that are not aligned", offset=table)
     references.add_many(hosts[hosts != 0] >> numpy.uint64(bits), bits, times)
     packed = entries[compressed]
     if len(packed):
@@ -227,7 +228,7 @@ def _count_l2(planner: Qcow2Planner, references: References, table: int, times: 
         first = offsets >> numpy.uint64(bits)
         end = (offsets // numpy.uint64(SECTOR) + sectors + numpy.uint64(1)) * numpy.uint64(SECTOR)
         last = (end - numpy.uint64(1)) >> numpy.uint64(bits)
-        # The last sector may end behind the file; compressed data touches three clusters at most (512 bytes each).
+        # Compressed data touches three clusters at most (where they have 512 bytes).
         for step in range(3):
             touched = first + numpy.uint64(step)
             references.add_many(touched[touched <= last], bits, times)
