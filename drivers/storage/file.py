@@ -20,23 +20,28 @@ from safeimg.drivers.storage import locks, space
 from safeimg.drivers.storage.api import CACHE_MODES, Buffer, FileStat, Span
 from safeimg.drivers.storage.buffered import BufferedIO, PositionalIO
 
-_ZEROES = 1 << 20  # bytes a write, where zeroes have to be written
 _TRUSTED = 1 << 20  # reads up to this size get their buffer without a look at the file's length
 
 
-@contextmanager
-def _reported(path: str, action: str) -> Iterator[None]:
-    """Whatever the operating system or Python says about a call becomes a `StorageError`."""
-    try:
-        yield
-    except OSError as error:
-        raise StorageError(path, action, error) from None
-    except (ValueError, OverflowError):  # NUL in a name; an offset of 2^63
-        raise StorageError(path, action, _error(errno.EINVAL)) from None
+_ERRORS = (OSError, ValueError, OverflowError)  # the latter two: NUL in a name; an offset of 2^63
 
 
 def _error(number: int) -> OSError:
     return OSError(number, os.strerror(number))
+
+
+def _failed(path: str, action: str, error: Exception) -> StorageError:
+    """What the operating system or Python said about a call, as ours."""
+    return StorageError(path, action, error if isinstance(error, OSError) else _error(errno.EINVAL))
+
+
+@contextmanager
+def _reported(path: str, action: str) -> Iterator[None]:
+    """Around calls whose failures become `StorageError`. Frequent calls spell it out: this costs time."""
+    try:
+        yield
+    except _ERRORS as error:
+        raise _failed(path, action, error) from None
 
 
 def _file_stat(status: os.stat_result) -> FileStat:
@@ -72,7 +77,7 @@ class LocalFile:
         self._through = cache in ("writethrough", "directsync")
         self._unsafe = cache == "unsafe"
         self._sync_error: OSError | None = None
-        self._refused: set[int] = set()  # fallocate modes that the file system does not have
+        self._space = space.Space(fd, is_device=is_device)
         self._locks = locks.ImageLocks(fd, path)
         self._io: PositionalIO
         if buffered is None:
@@ -108,38 +113,46 @@ class LocalFile:
         return True
 
     def length(self) -> int:
-        with _reported(self._path, "length"):
+        try:
             return os.lseek(self._fd, 0, os.SEEK_END)  # fstat knows no device's capacity
+        except OSError as error:
+            raise _failed(self._path, "length", error) from None
 
     def pread(self, offset: int, length: int) -> bytes:
         if length > _TRUSTED:  # a length from a hostile image must not cost memory
             length = min(length, max(self.length() - offset, 0))
         if self._buffered is None:
-            with _reported(self._path, "read"):
+            try:
                 data = os.pread(self._fd, length, offset)
+            except _ERRORS as error:
+                raise _failed(self._path, "read", error) from None
             if len(data) == length or not data:
                 return data
         buffer = memoryview(bytearray(length))
         return bytes(buffer[: self.pread_into(offset, buffer)])
 
     def pread_into(self, offset: int, buffer: memoryview) -> int:
-        with _reported(self._path, "read"):
+        try:
             if offset < 0:  # to preadv2 (which Python calls) -1 is the current position
                 raise _error(errno.EINVAL)
             return self._io.read_into(offset, buffer)
+        except _ERRORS as error:
+            raise _failed(self._path, "read", error) from None
 
     @contextmanager
     def _changing(self, action: str) -> Iterator[None]:
         """Around all that writes: refuses after a failed sync, and tells a failed sync inside a write."""
         self._refuse_after_failed_sync()
-        with _reported(self._path, action):
-            try:
-                yield
-            except OSError as error:
-                if self._through and error.errno == errno.EIO:  # the sync that is part of the write
-                    self._sync_error = error
-                    raise SyncFailed(self._path, action, error) from None
-                raise
+        try:
+            yield
+        except _ERRORS as error:
+            raise self._failed_change(action, error) from None
+
+    def _failed_change(self, action: str, error: Exception) -> StorageError:
+        if self._through and isinstance(error, OSError) and error.errno == errno.EIO:
+            self._sync_error = error  # of the sync that is part of the write
+            return SyncFailed(self._path, action, error)
+        return _failed(self._path, action, error)
 
     def _refuse_after_failed_sync(self) -> None:
         if self._sync_error is not None:
@@ -149,81 +162,24 @@ class LocalFile:
         view = memoryview(data)
         if view.itemsize != 1 or view.ndim != 1:
             view = view.cast("B")
-        with self._changing("write"):
+        self._refuse_after_failed_sync()
+        try:
             self._io.write(offset, view)
+        except _ERRORS as error:
+            raise self._failed_change("write", error) from None
 
     def write_zeroes(self, offset: int, length: int, *, unmap: bool) -> None:
         if length <= 0:
             return
         with self._changing("write zeroes"):
-            if self._is_device:
-                self._zero_device(offset, length, unmap)
-            else:
-                self._zero_file(offset, length, unmap)
+            self._space.zero(self._io, offset, length, unmap=unmap)
         self._sync_if_through()
-
-    def _zero_file(self, offset: int, length: int, unmap: bool) -> None:
-        end = offset + length
-        punch = space.PUNCH_HOLE | space.KEEP_SIZE
-        if unmap and space.PUNCH_HOLE not in self._refused:
-            if end > os.lseek(self._fd, 0, os.SEEK_END):
-                # Not ftruncate, which could cut off what another thread has just appended. The hole takes
-                # the block again.
-                self._io.write(end - 1, memoryview(b"\0"))
-            if self._fallocate(punch, offset, length):
-                return
-        if self._fallocate(space.ZERO_RANGE, offset, length):
-            return
-        if not unmap and self._fallocate(punch, offset, length) and self._fallocate(0, offset, length):
-            return  # tmpfs
-        self._write_zero_bytes(offset, end)
-
-    def _zero_device(self, offset: int, length: int, unmap: bool) -> None:
-        end = offset + length
-        if end > self.length():
-            # What a write there would say; fallocate does what it can and says nothing
-            raise _error(errno.ENOSPC)
-        sector = space.sector_size(self._fd)
-        first = min(end, -(-offset // sector) * sector)
-        last = max(first, end // sector * sector)
-        self._write_zero_bytes(offset, first)
-        if first < last:
-            kinds = (space.PUNCH_HOLE, space.ZERO_RANGE) if unmap else (space.ZERO_RANGE,)
-            if not any(self._fallocate(kind | space.KEEP_SIZE, first, last - first) for kind in kinds):
-                self._write_zero_bytes(first, last)
-        self._write_zero_bytes(last, end)
-
-    def _fallocate(self, mode: int, offset: int, length: int) -> bool:
-        """False if it cannot be done with this file."""
-        kind = mode & ~space.KEEP_SIZE
-        if kind in self._refused:
-            return False
-        try:
-            space.fallocate(self._fd, mode, offset, length)
-        except OSError as error:
-            if error.errno not in space.UNSUPPORTED:
-                raise
-            if error.errno != errno.EINVAL:  # that may be about this range only
-                self._refused.add(kind)
-            return False
-        return True
-
-    def _write_zero_bytes(self, start: int, end: int) -> None:
-        if start < end:
-            zeroes = memoryview(bytes(min(end - start, _ZEROES)))
-            while start < end:
-                size = min(end - start, _ZEROES)
-                self._io.write(start, zeroes[:size])
-                start += size
 
     def discard(self, offset: int, length: int) -> None:
         if self._sync_error is not None or length <= 0:
             return
         try:
-            if self._is_device:
-                space.discard_device(self._fd, offset, length)
-            else:
-                self._fallocate(space.PUNCH_HOLE | space.KEEP_SIZE, offset, length)
+            self._space.discard(offset, length)
         except OSError:
             pass
 
@@ -231,7 +187,7 @@ class LocalFile:
         if self._is_device or length <= 0:
             return
         with self._changing("allocate"):
-            self._fallocate(space.KEEP_SIZE if keep_size else 0, offset, length)
+            self._space.allocate(offset, length, keep_size=keep_size)
         self._sync_if_through()
 
     def truncate(self, length: int) -> None:
@@ -323,6 +279,7 @@ class LocalFile:
         self._fd = -1  # whoever still uses the file gets an error, not the next file with this number
         self._io = BufferedIO(-1)
         self._locks = locks.ImageLocks(-1, self._path)
+        self._space = space.Space(-1, is_device=self._is_device)
         self._buffered = None
         with _reported(self._path, "close"):
             _close(fds)

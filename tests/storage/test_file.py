@@ -112,7 +112,7 @@ def play(file: LocalFile, todo: list[tuple[str, int, int]]) -> None:
 
 @pytest.mark.parametrize("place", PLACES, ids=["tmp", "shm"])
 @pytest.mark.parametrize("cache", CACHE_MODES)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(todo=actions)
 def test_like_bytes_in_memory(place: str | None, cache: str, todo: list[tuple[str, int, int]]) -> None:
     with tempfile.TemporaryDirectory(dir=place) as name:
@@ -124,7 +124,7 @@ def test_like_bytes_in_memory(place: str | None, cache: str, todo: list[tuple[st
 
 
 @pytest.mark.parametrize("refused", ["punch", "zero range", "both", "everything"])
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(todo=actions)
 def test_like_bytes_without_fallocate(refused: str, todo: list[tuple[str, int, int]]) -> None:
     modes = {
@@ -563,6 +563,7 @@ def test_block_device(loop: str, cache: str) -> None:
     file.sync()
     file.discard(65536, 65536)
     file.discard(1, 1)
+    file.discard(2**64, 2**64)
     assert file.length() == size
     assert file.pread(0, 65536) == model[:65536]
     file.close()
