@@ -40,6 +40,7 @@ _HEADER = struct.Struct("<16sII16sQ")  # magic, version, header's length, operat
 _HEAD = struct.Struct("<4sIQQ32s")  # magic, payload length, sequence, durable, previous hash
 OVERHEAD = _HEAD.size + HASH
 _WINDOW = 1 << 20
+_PREFIX = len(b"safeimg ")  # a pointer file that was cut off begins like that too
 
 
 class Header(NamedTuple):
@@ -82,7 +83,8 @@ def read_header(file: File) -> Header:
     path, length = file.path, file.length()
     data = file.pread(0, HEADER)
     start, checksum = data[: HEADER - HASH], data[HEADER - HASH :]
-    if not data.strip(b"\0") or (len(data) < HEADER and LOG_MAGIC.startswith(data[:16])):
+    begun = _PREFIX < len(data) < HEADER and LOG_MAGIC.startswith(data[: len(LOG_MAGIC)])
+    if not data.strip(b"\0") or begun:
         # Created, and cut off before its header was synced; no frame is written before that.
         if _tail_used(file, HEADER, length) > HEADER:
             raise LogDamaged(path, "the header of the log is gone", 0)
