@@ -7,6 +7,7 @@ import os
 import shutil
 import struct
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -273,10 +274,13 @@ def test_qemu_nbd_and_we_exclude_each_other(qcow2: str, tmp_path: Path) -> None:
     server = ["qemu-nbd", "-k", str(tmp_path / "socket"), f"--pid-file={pid_file}", "-f", "qcow2"]
     with held(qcow2, READER):
         assert GET_WRITE in qemu_says(*server, qcow2)
-    quiet = subprocess.DEVNULL
-    subprocess.run([*server, "--fork", qcow2], check=True, stdout=quiet, stderr=quiet)
-    try:
-        assert refusal(qcow2, READER) == qemu_text(GET_SHARED_WRITE, qcow2)
-        assert refusal(qcow2, WRITER) == qemu_text(GET_WRITE, qcow2)
-    finally:
-        os.kill(int(pid_file.read_text()), 15)
+    with subprocess.Popen([*server, qcow2]) as process:
+        try:
+            while not pid_file.exists():  # written once the image is open
+                assert process.poll() is None
+                time.sleep(0.01)
+            assert refusal(qcow2, READER) == qemu_text(GET_SHARED_WRITE, qcow2)
+            assert refusal(qcow2, WRITER) == qemu_text(GET_WRITE, qcow2)
+        finally:
+            process.kill()
+    assert refusal(qcow2, WRITER) is None
