@@ -35,7 +35,9 @@ CORRUPT = 1 << 1
 EXTERNAL_DATA_FILE = 1 << 2
 COMPRESSION_TYPE = 1 << 3
 EXTENDED_L2 = 1 << 4
-UNFINISHED = 1 << 56  # safeimg: the image is still being made; every other program must refuse it
+UNFINISHED_BIT = 56  # safeimg: the image is still being made; every other program must refuse it
+UNFINISHED = 1 << UNFINISHED_BIT
+UNFINISHED_V2 = 0x5AFE0002  # version number of an unfinished image of version 2, which has no feature bits
 KNOWN_INCOMPATIBLE = DIRTY | CORRUPT | EXTERNAL_DATA_FILE | COMPRESSION_TYPE | EXTENDED_L2
 # compatible_features
 LAZY_REFCOUNTS = 1 << 0
@@ -245,8 +247,8 @@ def parse_header(file: File, *, unfinished: bool = False) -> Header:
     head = file.pread(0, 512)
     if head[:4] != MAGIC:
         raise FormatError(path, "Image is not in qcow2 format")
-    if len(head) >= 8 and (version := int.from_bytes(head[4:8], "big")) not in (2, 3):
-        raise UnsupportedError(f"Unsupported qcow2 version {version}")
+    if len(head) >= 8:
+        _version(int.from_bytes(head[4:8], "big"), unfinished)
     if len(head) < V2_HEADER_LENGTH:
         raise FormatError(path, "qcow2 header too short")
     cluster_bits = int.from_bytes(head[20:24], "big")
@@ -266,12 +268,13 @@ def parse_header_cluster(head: bytes, path: str, *, unfinished: bool = False) ->
     fields = _V2.unpack_from(head)[1:]
     version, backing_offset, backing_size, cluster_bits, size, crypt_method, l1_size = fields[:7]
     l1_table_offset, reftable_offset, reftable_clusters, nb_snapshots, snapshots_offset = fields[7:]
-    if version not in (2, 3):
-        raise UnsupportedError(f"Unsupported qcow2 version {version}")
+    marked = version == UNFINISHED_V2
+    version = _version(version, unfinished)
     if not MIN_CLUSTER_BITS <= cluster_bits <= MAX_CLUSTER_BITS:
         raise FormatError(path, f"Unsupported cluster size: 2^{cluster_bits}")
     cluster_size = 1 << cluster_bits
-    incompatible = compatible = autoclear = 0
+    incompatible = UNFINISHED if marked else 0
+    compatible = autoclear = 0
     refcount_order, header_length, compression_type, unknown = 4, V2_HEADER_LENGTH, ZLIB, b""
     if version == 3:
         if len(head) < V3_MIN_HEADER_LENGTH:
@@ -324,21 +327,23 @@ def parse_header_cluster(head: bytes, path: str, *, unfinished: bool = False) ->
 def serialise(header: Header) -> bytes:
     """The whole header cluster (`cluster_size` bytes) for `header`.
 
-    The backing file name goes right behind the extensions: `backing_file_offset` and `backing_file_size` of
-    the result follow from that, not from the fields. Raises `FormatError` if it does not fit into a cluster.
+    The backing file name stays at `backing_file_offset` if that lies behind the extensions and leaves room,
+    else it goes right behind them. Raises `FormatError` if it does not all fit into a cluster.
     """
-    if header.version == 2:
-        header_length = V2_HEADER_LENGTH
-    elif header.compression_type:
-        header_length = max(header.header_length, HEADER_LENGTH)
-    else:
-        header_length = header.header_length
-    extensions = b"".join(map(serialise_extension, (*header.extensions, Extension(EXT_END, b""))))
+    header_length = _written_length(header)
+    extensions = _serialise_extensions(header)
     name = os.fsencode(header.backing_file) if header.backing_file is not None else b""
-    backing_offset = header_length + len(extensions) if name else 0
+    backing_offset = 0
+    if name:
+        backing_offset = header_length + len(extensions)
+        if backing_offset < header.backing_file_offset <= header.cluster_size - len(name):
+            backing_offset = header.backing_file_offset
+    version = header.version
+    if version == 2 and header.incompatible_features & UNFINISHED:
+        version = UNFINISHED_V2
     out = bytearray(
         _V2.pack(
-            MAGIC, header.version, backing_offset, len(name), header.cluster_bits, header.size,
+            MAGIC, version, backing_offset, len(name), header.cluster_bits, header.size,
             header.crypt_method, header.l1_size, header.l1_table_offset, header.refcount_table_offset,
             header.refcount_table_clusters, header.nb_snapshots, header.snapshots_offset,
         )
@@ -351,12 +356,18 @@ def serialise(header: Header) -> bytes:
         beyond = bytes([header.compression_type]) + header.unknown_fields
         out += beyond.ljust(header_length - len(out), b"\0")[:header_length - len(out)]
     out += extensions
-    out += name
+    if name:
+        out = out.ljust(backing_offset, b"\0") + name
     if len(out) > header.cluster_size or len(name) > MAX_BACKING_NAME:
         raise FormatError(
             "qcow2 header", f"{len(out)} bytes of header and extensions do not fit into {header.cluster_size}"
         )
     return bytes(out.ljust(header.cluster_size, b"\0"))
+
+
+def backing_name_offset(header: Header) -> int:
+    """Where the backing file's name goes if it follows the extensions."""
+    return _written_length(header) + len(_serialise_extensions(header))
 
 
 def serialise_extension(extension: Extension) -> bytes:
@@ -365,8 +376,29 @@ def serialise_extension(extension: Extension) -> bytes:
     return _EXTENSION.pack(extension.type, len(data)) + data + bytes(-len(data) % 8)
 
 
+def _serialise_extensions(header: Header) -> bytes:
+    return b"".join(map(serialise_extension, (*header.extensions, Extension(EXT_END, b""))))
+
+
+def _written_length(header: Header) -> int:
+    """The header's length once it is written: with room for the compression type where that matters."""
+    if header.version == 2:
+        return V2_HEADER_LENGTH
+    return max(header.header_length, HEADER_LENGTH) if header.compression_type else header.header_length
+
+
 def _text(data: bytes) -> str:
     return os.fsdecode(data.split(b"\0", 1)[0])
+
+
+def _version(number: int, unfinished: bool) -> int:
+    if number == UNFINISHED_V2:
+        if not unfinished:
+            raise UnsupportedError("Unsupported qcow2 feature(s): unfinished safeimg image of version 2")
+        return 2
+    if number not in (2, 3):
+        raise UnsupportedError(f"Unsupported qcow2 version {number}")
+    return number
 
 
 def _check_compression(path: str, compression_type: int, flagged: bool) -> None:
