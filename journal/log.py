@@ -18,6 +18,7 @@ RESERVE = 256 << 10  # zero-filled space kept behind the last event, for those t
 RESERVE_PER_STEP = 512  # taking a step back takes two small events
 MAX_UNSYNCED = frames.MAX_TAIL // 4  # more is synced before the next append, so that a torn tail stays bounded
 
+_ATTEMPTS = 3  # at reading a log that looks damaged
 _NEEDS_RESERVE = (Declared, Started, StepPrepared)  # the others settle the operation and may use the reserve
 
 
@@ -278,11 +279,15 @@ def read_events(files: FileSystem, path: str, *, image_owner: int | None = None)
     """The events of a log that another process may be writing at this moment; takes no lock and changes nothing.
 
     Raises as `Log.open` does."""
-    log = Log.open(files, path, image_owner=image_owner)
+    file = _open_trusted(files, path, False, image_owner)
     try:
-        return list(log.replay())
+        events: list[Event] = []
+        _settled_scan(file, events)
+        if not events:
+            raise LogVoid(path)
+        return events
     finally:
-        log.close()
+        file.close()
 
 
 def remove_void(files: FileSystem, path: str, *, image_owner: int | None = None) -> None:
@@ -316,21 +321,21 @@ def _open_trusted(files: FileSystem, path: str, write: bool, image_owner: int | 
     return file
 
 
-def _settled_scan(file: File) -> _Scan:
-    """Reads the whole log. Its writer may be appending: what looks like damage is looked at again."""
-    for _ in range(3):
+def _settled_scan(file: File, keep: list[Event] | None = None) -> _Scan:
+    """Reads the whole log, into `keep` if given. Its writer may be at it: what looks like damage is looked at again."""
+    for attempt in range(_ATTEMPTS):
         try:
-            return _read_through(file)
+            scan = _Scan(file)
+            if keep is not None:
+                keep.clear()
+            for event in scan.events():
+                if keep is not None:
+                    keep.append(event)
+            return scan
         except LogDamaged:
-            continue
-    return _read_through(file)
-
-
-def _read_through(file: File) -> _Scan:
-    scan = _Scan(file)
-    for _ in scan.events():
-        pass
-    return scan
+            if attempt == _ATTEMPTS - 1:
+                raise
+    raise AssertionError("unreachable")
 
 
 def _try_lock(file: File) -> bool:
