@@ -254,8 +254,8 @@ def _assemble(options: Options, transfer: Transfer, chains: list[list[Image]], t
         zero_below = 0 if options.target_is_zero else source.size
     skip_below = 0
     if backing and len(chains) == 1 and len(chains[0]) > 1 and (created or options.backing is not None):
-        # As in qemu-img, what the source's top layer has is copied, and the target's backing image is taken to hold
-        # what the source's one does. Beyond the end of either that cannot be: there the content is copied.
+        # As in qemu-img: what the source's top layer has is copied, the target's backing image is to hold the
+        # rest. Beyond the end of either backing image it cannot, and the content is copied.
         skip_below = min(backing, chains[0][1].size)
     policy = Policy(
         sparse=PAGE if options.sparse is None else options.sparse,
