@@ -1,7 +1,7 @@
 """Audit: is an image's history what safeimg recorded?
 
-Editing, removing or swapping events breaks the chain and is found. Cutting the newest events off, or computing the
-whole chain anew, can only be told with an anchor: a head hash that was kept elsewhere.
+Editing, removing or swapping events breaks the chain and is found. Cutting the newest events off, or
+computing the whole chain anew, can only be told with an anchor: a head hash that was kept elsewhere.
 """
 
 from __future__ import annotations
@@ -29,13 +29,15 @@ class Finding:
 
 
 def head(history: History, image: Identity) -> bytes | None:
-    """The hash that covers the image's whole history (keep it elsewhere as an anchor); None if there is none."""
+    """The hash that covers the image's whole history (keep it elsewhere as an anchor); None if there is
+    none."""
     rows = history.chain(image)
     return rows[-1].hash if rows else None
 
 
 def verify(history: History, image: Identity, *, anchor: bytes | None = None) -> list[Finding]:
-    """What is wrong with the image's chain; empty if nothing is. `anchor`: a head that it had at some time."""
+    """What is wrong with the image's chain; empty if nothing is. `anchor`: a head that it had at some
+    time."""
     rows = history.chain(image)
     by_hash = {row.hash: row for row in rows}
     findings: list[Finding] = []
@@ -47,9 +49,16 @@ def verify(history: History, image: Identity, *, anchor: bytes | None = None) ->
         previous, expected = row.hash, row.position + 1
     findings += _compare(history.log(image), rows)
     if anchor is not None and anchor not in by_hash:
-        findings.append(Finding("anchor", expected - 1, "", (
-            f"the anchor {anchor.hex()[:16]}… is not in this history: it was cut short or made anew since"
-        )))  # fmt: skip
+        findings.append(
+            Finding(
+                "anchor",
+                expected - 1,
+                "",
+                (
+                    f"the anchor {anchor.hex()[:16]}… is not in this history, which was cut short or made anew"
+                ),
+            )
+        )
     return findings
 
 
@@ -58,7 +67,11 @@ def _judge(row: EventRow, previous: bytes, expected: int, by_hash: dict[bytes, E
     if not _intact(row):
         return Finding("edited", row.position, row.operation, f"{name} was edited: its hash does not fit it")
     if row.position != expected:
-        gone = f"event {expected}" if row.position == expected + 1 else f"events {expected} to {row.position - 1}"
+        gone = (
+            f"event {expected}"
+            if row.position == expected + 1
+            else f"events {expected} to {row.position - 1}"
+        )
         return Finding("removed", expected, row.operation, f"{gone} removed, before {name}")
     if row.previous == previous:
         return None
@@ -67,7 +80,10 @@ def _judge(row: EventRow, previous: bytes, expected: int, by_hash: dict[bytes, E
         place = 1 if before is None else before.position + 1
         return Finding("swapped", row.position, row.operation, f"{name} was moved: it belongs at {place}")
     return Finding(
-        "replaced", row.position, row.operation, f"{name} does not follow the event before it: one was removed or replaced"
+        "replaced",
+        row.position,
+        row.operation,
+        f"{name} does not follow the event before it: one was removed or replaced",
     )
 
 
@@ -87,7 +103,8 @@ def _compare(operations: Sequence[OperationRow], rows: Sequence[EventRow]) -> li
             message = f"operation {operation[:8]} has events, and was removed from the list of operations"
             findings.append(Finding("removed", row.position, operation, message))
         elif row.kind not in (PARTICIPATED, OUTCOME_KINDS.get(entry.outcome)):
-            message = f"operation {operation[:8]} is listed as {entry.outcome[:40]!r}, its last event is {row.kind[:40]}"
+            told = f"is listed as {entry.outcome[:40]!r}, its last event is {row.kind[:40]}"
+            message = f"operation {operation[:8]} {told}"
             findings.append(Finding("edited", row.position, operation, message))
     return findings
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 from blake3 import blake3
-
 from safeimg.journal.errors import JournalError
 from safeimg.journal.events import Abandoned, Completed, Declared, Event, RolledBack
 
@@ -56,7 +55,8 @@ def body_of(event: Event) -> str:
 
 
 def row_hash(previous: bytes, operation: str, sequence: int, kind: str, body: str) -> bytes:
-    """BLAKE3-256 of: previous hash 32 │ operation 16 │ sequence u64 │ kind │ NUL │ body (integers little-endian)."""
+    """BLAKE3-256 of: previous hash 32 │ operation 16 │ sequence u64 │ kind │ NUL │ body (integers
+    little-endian)."""
     hasher = blake3(previous)
     hasher.update(bytes.fromhex(operation))
     hasher.update((sequence & 0xFFFFFFFFFFFFFFFF).to_bytes(8, "little"))
@@ -67,7 +67,8 @@ def row_hash(previous: bytes, operation: str, sequence: int, kind: str, body: st
 def chain_home(
     bodies: Sequence[tuple[str, str]], operation: str, position: int, previous: bytes
 ) -> list[EventRow]:
-    """The rows of an operation's events (kind and body), behind the row `position` whose hash is `previous`."""
+    """The rows of an operation's events (kind and body), behind the row `position` whose hash is
+    `previous`."""
     rows = []
     for sequence, (kind, body) in enumerate(bodies, start=1):
         digest = row_hash(previous, operation, sequence, kind, body)
@@ -80,26 +81,42 @@ def chain_participant(
     summary: OperationRow, role: str, head: bytes, position: int, previous: bytes
 ) -> EventRow:
     """The row that a participant's chain gets: what happened, and the hash of the last row at its home."""
-    body = _json({
-        "command": summary.command, "home": summary.home, "home_head": head.hex(), "outcome": summary.outcome,
-        "role": role, "settled": summary.settled,
-    })  # fmt: skip
+    body = _json(
+        {
+            "command": summary.command,
+            "home": summary.home,
+            "home_head": head.hex(),
+            "outcome": summary.outcome,
+            "role": role,
+            "settled": summary.settled,
+        }
+    )
     digest = row_hash(previous, summary.operation, 1, PARTICIPATED, body)
     return EventRow(position + 1, summary.operation, 1, PARTICIPATED, body, previous, digest)
 
 
 def summarise(first: Event | None, last: Event | None, home: str) -> OperationRow:
-    """The operation's row. Raises `JournalError` unless its events begin with `Declared` and end with an outcome."""
+    """The operation's row. Raises `JournalError` unless its events begin with `Declared` and end with an
+    outcome."""
     if not isinstance(first, Declared) or not isinstance(last, Completed | RolledBack | Abandoned):
         raise JournalError("only a settled operation goes into the history")
     return OperationRow(
-        first.operation, first.command, first.arguments, first.version, _OUTCOMES[type(last).__name__], first.time,
-        last.time, first.owner.uid, first.owner.host, home,
-    )  # fmt: skip
+        first.operation,
+        first.command,
+        first.arguments,
+        first.version,
+        _OUTCOMES[type(last).__name__],
+        first.time,
+        last.time,
+        first.owner.uid,
+        first.owner.host,
+        home,
+    )
 
 
 def _plain(value: Any) -> Any:
-    """`value` as JSON types. Records keep their order; bytes become their hexadecimal digits, or length and hash."""
+    """`value` as JSON types. Records keep their order; bytes become their hexadecimal digits, or length and
+    hash."""
     if isinstance(value, bytes):
         if len(value) <= _KEPT_BYTES:
             return {"hex": value.hex()}

@@ -1,9 +1,9 @@
 """Events to bytes and back, for the log: msgpack, strict, and safe against hostile input.
 
 An event is a msgpack array `[kind, {field: value, …}]` with every field present and none besides; records are
-arrays of their fields in order. Bytes that hold long runs of zeroes are arrays of alternating pieces: bytes, or
-the length of a run. `docs/journal-format.md` has it in full. What `encode_event` writes, `decode_event` has
-accepted before: an event that could not be read back is refused before it reaches the disk.
+arrays of their fields in order. Bytes that hold long runs of zeroes are arrays of alternating pieces: bytes,
+or the length of a run. `docs/journal-format.md` has it in full. What `encode_event` writes, `decode_event`
+has accepted before: an event that could not be read back is refused before it reaches the disk.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ DIGEST_CHUNK = 64 << 10  # bytes of guest data that one digest covers
 
 
 def encode_event(event: ev.Event, *, images: int = MAX_IMAGES) -> bytes:
-    """The event's payload. `images`: how many the operation declared. Raises `BadEvent` if it breaks the format."""
+    """The event's payload. `images`: how many the operation declared. Raises `BadEvent` if it breaks the
+    format."""
     kind = type(event).__name__
     if kind not in _KINDS:
         raise BadEvent(f"not an event: {kind}")
@@ -183,17 +184,24 @@ def _read_observed(value: object, scope: Scope) -> tuple[int, ev.Identity]:
 def _read_owner(value: object, scope: Scope) -> ev.Owner:
     machine, boot, pid, started, uid, host = items(value, 6)
     return ev.Owner(
-        read_text(machine, scope), read_text(boot, scope), read_number(pid, scope),
-        read_number(started, scope), read_number(uid, scope), read_text(host, scope),
-    )  # fmt: skip
+        read_text(machine, scope),
+        read_text(boot, scope),
+        read_number(pid, scope),
+        read_number(started, scope),
+        read_number(uid, scope),
+        read_text(host, scope),
+    )
 
 
 def _read_image_record(value: object, scope: Scope) -> ev.ImageRecord:
     role, path, form, identity, writes = items(value, 5)
     return ev.ImageRecord(
-        read_text(role, scope), read_text(path, scope), read_text(form, scope),
-        read_identity(identity, scope), read_flag(writes, scope),
-    )  # fmt: skip
+        read_text(role, scope),
+        read_text(path, scope),
+        read_text(form, scope),
+        read_identity(identity, scope),
+        read_flag(writes, scope),
+    )
 
 
 def _read_images(value: object, scope: Scope) -> tuple[ev.ImageRecord, ...]:
@@ -218,30 +226,59 @@ _read_patches = many(_read_patch)
 
 # Each kind's fields in the order of its class, and how each is read.
 _KINDS: Mapping[str, tuple[Callable[..., ev.Event], Mapping[str, Read]]] = {
-    "Declared": (ev.Declared, {
-        "operation": read_operation, "command": read_text, "arguments": many(read_text),
-        "version": read_text, "owner": _read_owner, "images": _read_images, "time": read_time,
-    }),
-    "Started": (ev.Started, {
-        "settings": _read_settings, "lengths": many(read_offset, MAX_IMAGES), "undo": read_flag,
-        "created": many(read_image, MAX_IMAGES), "total": read_offset, "time": read_time,
-    }),
+    "Declared": (
+        ev.Declared,
+        {
+            "operation": read_operation,
+            "command": read_text,
+            "arguments": many(read_text),
+            "version": read_text,
+            "owner": _read_owner,
+            "images": _read_images,
+            "time": read_time,
+        },
+    ),
+    "Started": (
+        ev.Started,
+        {
+            "settings": _read_settings,
+            "lengths": many(read_offset, MAX_IMAGES),
+            "undo": read_flag,
+            "created": many(read_image, MAX_IMAGES),
+            "total": read_offset,
+            "time": read_time,
+        },
+    ),
     "Observed": (ev.Observed, {"identities": many(_read_observed, MAX_IMAGES)}),
-    "StepPrepared": (ev.StepPrepared, {
-        "number": read_number, "name": read_text, "allocate": _read_patches, "link": _read_patches,
-        "moves": many(_read_move), "fresh": many(_read_fresh), "before": many(_read_before),
-        "lengths": many(_read_length), "unlinked": many(_read_unlinked), "cursor": read_json,
-        "done": read_offset, "time": read_time,
-    }),
+    "StepPrepared": (
+        ev.StepPrepared,
+        {
+            "number": read_number,
+            "name": read_text,
+            "allocate": _read_patches,
+            "link": _read_patches,
+            "moves": many(_read_move),
+            "fresh": many(_read_fresh),
+            "before": many(_read_before),
+            "lengths": many(_read_length),
+            "unlinked": many(_read_unlinked),
+            "cursor": read_json,
+            "done": read_offset,
+            "time": read_time,
+        },
+    ),
     "StepApplied": (ev.StepApplied, {"number": read_number, "digests": many(_read_digests)}),
     "PointOfNoReturn": (ev.PointOfNoReturn, {"number": read_number, "time": read_time}),
     "Paused": (ev.Paused, {"reason": read_text, "time": read_time}),
-    "RecoveryStarted": (ev.RecoveryStarted, {"action": _read_action, "owner": _read_owner, "time": read_time}),
+    "RecoveryStarted": (
+        ev.RecoveryStarted,
+        {"action": _read_action, "owner": _read_owner, "time": read_time},
+    ),
     "TakingBack": (ev.TakingBack, {"number": read_number}),
     "TakenBack": (ev.TakenBack, {"number": read_number}),
     "Completed": (ev.Completed, {"finish": many(_read_finish), "time": read_time}),
     "RolledBack": (ev.RolledBack, {"lost": many(read_text), "time": read_time}),
     "Abandoned": (ev.Abandoned, {"reason": read_text, "time": read_time, "finish": many(_read_finish)}),
-}  # fmt: skip
+}
 
 _PATCHES = {"StepPrepared": ("allocate", "link"), "Completed": ("finish",), "Abandoned": ("finish",)}

@@ -10,7 +10,16 @@ from typing import Literal
 
 from safeimg.journal import frames, place
 from safeimg.journal.errors import JournalError, LogForeign, LogVoid
-from safeimg.journal.events import Abandoned, Completed, Declared, Identity, Owner, RecoveryStarted, RolledBack, Started
+from safeimg.journal.events import (
+    Abandoned,
+    Completed,
+    Declared,
+    Identity,
+    Owner,
+    RecoveryStarted,
+    RolledBack,
+    Started,
+)
 from safeimg.journal.files import FileStat, FileSystem, system_error
 from safeimg.journal.identity import identify, same_file
 from safeimg.journal.log import Log, remove_void
@@ -61,7 +70,8 @@ class Resolved:
 
     - pending: the operation has to be settled, through its home.
     - unstarted: it was declared, by a process that is dead, and never began: the pointer is void.
-    - decided: completed, rolled back or abandoned; only tidying up is left, through its home (a fence may still be
+    - decided: completed, rolled back or abandoned; only tidying up is left, through its home (a fence may
+    still be
       up). The pointer is void otherwise.
     - settled: the home image is there without that operation's log: the pointer is void.
     """
@@ -89,9 +99,11 @@ def look(files: FileSystem, path: str, *, image_owner: int | None = None) -> Fou
 
 
 def find(files: FileSystem, image: str, *, explicit: str | None = None) -> Found | None:
-    """What is pending on `image`: beside it, in the state directory, or beside a name that it had (hazard 20).
+    """What is pending on `image`: beside it, in the state directory, or beside a name that it had (hazard
+    20).
 
-    None means that nothing is. `VoidFound` only if there is nothing else. Raises `LogForeign`, `LogDamaged`."""
+    None means that nothing is. `VoidFound` only if there is nothing else. Raises `LogForeign`,
+    `LogDamaged`."""
     there = files.stat(image)
     owner = None if there is None else there.uid
     void: Found | None = None
@@ -117,7 +129,8 @@ def resolve_pointer(
 ) -> Resolved:
     """What the pointer's operation has come to. `alive` tells whether an owner still runs.
 
-    Raises `LogForeign` if the home image cannot be found: nobody knows then, and the answer must not be "nothing".
+    Raises `LogForeign` if the home image cannot be found: nobody knows then, and the answer must not be
+    "nothing".
     """
     pointer = found.pointer
     folder = os.path.dirname(found.path)
@@ -133,13 +146,13 @@ def resolve_pointer(
     now = _identity(files, home)
     if now is None or not same_file(pointer.home, now):
         raise LogForeign(
-            f"{found.path}: takes part in operation {pointer.operation} of {home}, which is not there any more; "
-            "put it back, or give the operation up with `safeimg abandon`"
+            f"{found.path}: takes part in operation {pointer.operation} of {home}, which is not there any "
+            "more; put it back, or give the operation up with `safeimg abandon`"
         )
     if pointer.log is not None and pointer.machine != current_owner().machine:
         raise LogForeign(
-            f"{found.path}: takes part in operation {pointer.operation}, whose log is {pointer.log} of another "
-            "machine; settle it there, or give it up with `safeimg abandon`"
+            f"{found.path}: takes part in operation {pointer.operation}, whose log is {pointer.log} of "
+            "another machine; settle it there, or give it up with `safeimg abandon`"
         )
     return Resolved("settled", home, None)
 

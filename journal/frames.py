@@ -5,13 +5,14 @@
 
     frame: magic 4 │ payload length u32 │ sequence u64 │ durable u64 │ previous hash 32 │ payload │ hash 32
 
-Integers are little-endian. `hash` is BLAKE3-256 of all that stands before it in the frame, keyed with the header's
-checksum: a frame of another log, or one that a guest wrote into its disk, is never taken for one of this log. It
-covers the hash of the frame before, and so all frames. `durable` is the highest sequence known to be on stable
-storage when the frame was appended.
+Integers are little-endian. `hash` is BLAKE3-256 of all that stands before it in the frame, keyed with the
+header's checksum: a frame of another log, or one that a guest wrote into its disk, is never taken for one of
+this log. It covers the hash of the frame before, and so all frames. `durable` is the highest sequence known
+to be on stable storage when the frame was appended.
 
-A frame that does not verify is the torn tail of a write that no sync followed, and so are those behind it, unless
-one of these, intact, says that the bad one had been durable. Then the log was changed afterwards: it is damaged.
+A frame that does not verify is the torn tail of a write that no sync followed, and so are those behind it,
+unless one of these, intact, says that the bad one had been durable. Then the log was changed afterwards: it
+is damaged.
 """
 
 from __future__ import annotations
@@ -23,7 +24,6 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from blake3 import blake3
-
 from safeimg.journal.codec import MAX_PAYLOAD
 from safeimg.journal.errors import LogDamaged, LogForeign, LogVoid
 from safeimg.journal.files import File
@@ -36,7 +36,9 @@ GENESIS = bytes(32)  # what the first frame names as the hash before it
 HASH = 32
 MAX_TAIL = 256 << 20  # more than this behind the last good frame is nothing that safeimg leaves
 
-_HEADER = struct.Struct("<16sII16sQ")  # magic, version, header's length, operation, the file's length at creation
+_HEADER = struct.Struct(
+    "<16sII16sQ"
+)  # magic, version, header's length, operation, the file's length at creation
 _HEAD = struct.Struct("<4sIQQ32s")  # magic, payload length, sequence, durable, previous hash
 OVERHEAD = _HEAD.size + HASH
 _WINDOW = 1 << 20
@@ -74,12 +76,15 @@ class Tail:
 
 def pack_header(operation: str, initial: int) -> bytes:
     """The header of a log whose file is `initial` bytes long before the first frame is written."""
-    start = _HEADER.pack(LOG_MAGIC, VERSION, HEADER, bytes.fromhex(operation), initial).ljust(HEADER - HASH, b"\0")
+    start = _HEADER.pack(LOG_MAGIC, VERSION, HEADER, bytes.fromhex(operation), initial).ljust(
+        HEADER - HASH, b"\0"
+    )
     return start + blake3(start).digest()
 
 
 def read_header(file: File) -> Header:
-    """The header. Raises `LogVoid` if nothing can ever have been durable behind it, `LogForeign`, `LogDamaged`."""
+    """The header. Raises `LogVoid` if nothing can ever have been durable behind it, `LogForeign`,
+    `LogDamaged`."""
     path, length = file.path, file.length()
     data = file.pread(0, HEADER)
     start, checksum = data[: HEADER - HASH], data[HEADER - HASH :]
@@ -122,7 +127,8 @@ def read_frame(file: File, key: bytes, offset: int, end: int) -> Frame | None:
 
 
 def judge_tail(file: File, key: bytes, start: int, end: int, sequence: int) -> Tail:
-    """Judges what follows the last good frame: `start` is where frame `sequence` would begin, `end` the file's length.
+    """Judges what follows the last good frame: `start` is where frame `sequence` would begin, `end` the
+    file's length.
 
     Raises `LogDamaged` if an intact frame behind says that frame `sequence` had been durable.
     """
@@ -135,7 +141,7 @@ def judge_tail(file: File, key: bytes, start: int, end: int, sequence: int) -> T
     for offset in _magics(file, start + 1, used):
         frame = read_frame(file, key, offset, end)
         if frame is not None and frame.durable >= sequence:
-            problem = f"event {sequence} was changed after it had been made durable (event {frame.sequence} says so)"
+            problem = f"event {sequence} was changed after it had been durable (event {frame.sequence} says so)"
             raise LogDamaged(file.path, problem, start)
         work -= _cost(file, offset, end) if frame is None else len(frame.payload)
         if work < 0:
@@ -159,9 +165,12 @@ def _magics(file: File, start: int, end: int) -> Iterator[int]:
 
 
 def _tail_used(file: File, start: int, end: int) -> int:
-    """The end of the last byte from `start` on that is not zero; `start` if there is none. Raises `LogDamaged`."""
+    """The end of the last byte from `start` on that is not zero; `start` if there is none. Raises
+    `LogDamaged`."""
     if end - start > MAX_TAIL:
-        raise LogDamaged(file.path, f"{end - start} bytes follow the last event, more than safeimg reserves", start)
+        raise LogDamaged(
+            file.path, f"{end - start} bytes follow the last event, more than safeimg reserves", start
+        )
     used = start
     for at in range(start, end, _WINDOW):
         data = file.pread(at, min(_WINDOW, end - at)).rstrip(b"\0")

@@ -41,8 +41,8 @@ class History(Protocol):
     ) -> None:
         """Records a settled operation and takes it off the pending index, all or nothing and durably.
 
-        `events`: all of its log, up to the outcome. `home`: the home image's path, for display. `identities`: how
-        the images look now, by index, where that is known. Recording an operation again changes nothing.
+        `events`: all of its log, up to the outcome. `home`: the home image's path, for display. `identities`:
+        how the images look now, by index, where that is known. Recording an operation again changes nothing.
         """
         ...
 
@@ -51,8 +51,8 @@ class History(Protocol):
         ...
 
     def show(self, image: Identity, operation: str) -> list[EventRow]:
-        """The events of one of them. `operation` may be cut short to what is unambiguous; `JournalError` if there
-        is none such."""
+        """The events of one of them. `operation` may be cut short to what is unambiguous; `JournalError` if
+        there is none such."""
         ...
 
     def chain(self, image: Identity) -> list[EventRow]:
@@ -104,7 +104,8 @@ class Settled:
 
 
 def prepare(events: Iterable[Event], home: str, identities: Mapping[int, Identity] | None) -> Settled:
-    """Reads the events once, keeping nothing of their bulk. Raises `JournalError` if they are not a whole operation."""
+    """Reads the events once, keeping nothing of their bulk. Raises `JournalError` if they are not a whole
+    operation."""
     first: Event | None = None
     last: Event | None = None
     bodies = []
@@ -145,14 +146,17 @@ def settle(store: Store, settled: Settled) -> None:
 def image_number(store: Store, identity: Identity, path: str) -> int:
     """The image's number in the history, which learns of it if need be."""
     known = match(store.images(identity), identity)
-    row = ImageRow(known.number if known else 0, identity.tag, str(identity.device), str(identity.inode), path)
+    row = ImageRow(
+        known.number if known else 0, identity.tag, str(identity.device), str(identity.inode), path
+    )
     if known is not None and row.tag is None:
         row = replace(row, tag=known.tag)
     return known.number if known == row else store.put_image(row)
 
 
 def match(rows: Sequence[ImageRow], identity: Identity) -> ImageRow | None:
-    """The row of an image: the same id of ours, wherever it lies now; else the same file as far as one can tell."""
+    """The row of an image: the same id of ours, wherever it lies now; else the same file as far as one can
+    tell."""
     if identity.tag is not None:
         for row in rows:
             if row.tag == identity.tag:
@@ -166,7 +170,8 @@ def match(rows: Sequence[ImageRow], identity: Identity) -> ImageRow | None:
 
 
 def select(rows: Sequence[EventRow], operation: str) -> list[EventRow]:
-    """The rows of the one operation whose id begins with `operation`; `JournalError` if that is none or several."""
+    """The rows of the one operation whose id begins with `operation`; `JournalError` if that is none or
+    several."""
     found = {row.operation for row in rows if operation and row.operation.startswith(operation.lower())}
     if len(found) != 1:
         problem = "no operation" if not found else f"{len(found)} operations"

@@ -1,4 +1,5 @@
-"""Which file an image is: device, inode, and an id of our own in an extended attribute where there can be one.
+"""Which file an image is: device, inode, and an id of our own in an extended attribute where there can be
+one.
 
 `fdatasync` does not make a file's times durable: the identity of an image that is only read is recorded after
 `sync_all` on it, or a power cut brings an older mtime back and the image looks changed.
@@ -18,7 +19,8 @@ _TAG = re.compile(rb"[0-9a-f]{32}")
 
 
 def identify(file: File, *, tag: bool = False) -> Identity:
-    """The image's identity now. With `tag`, it gets an id of its own first if it has none and can have one."""
+    """The image's identity now. With `tag`, it gets an id of its own first if it has none and can have
+    one."""
     mark = ensure_tag(file) if tag else read_tag(file)
     found = file.stat()
     return Identity(found.device, found.inode, found.size, found.mtime_ns, found.ctime_ns, mark)
@@ -40,8 +42,8 @@ def ensure_tag(file: File) -> str | None:
 
 
 def same_file(recorded: Identity, now: Identity) -> bool:
-    """The same file, whatever it holds. A device number may change when a disk is attached elsewhere; then the ids
-    must agree. A copy carries the id of the original, but not its inode."""
+    """The same file, whatever it holds. A device number may change when a disk is attached elsewhere; then
+    the ids must agree. A copy carries the id of the original, but not its inode."""
     if recorded.inode != now.inode:
         return False
     if recorded.tag is not None and now.tag is not None:
@@ -50,5 +52,6 @@ def same_file(recorded: Identity, now: Identity) -> bool:
 
 
 def unchanged(recorded: Identity, now: Identity) -> bool:
-    """The same file, and nobody wrote to it since. (A rename or chmod changes ctime, which is not looked at.)"""
+    """The same file, and nobody wrote to it since. (A rename or chmod changes ctime, which is not looked
+    at.)"""
     return same_file(recorded, now) and (recorded.size, recorded.mtime_ns) == (now.size, now.mtime_ns)

@@ -1,4 +1,5 @@
-"""The log of a pending operation: an append-only file of events that survives a kill, a full disk and a power cut."""
+"""The log of a pending operation: an append-only file of events that survives a kill, a full disk and a power
+cut."""
 
 from __future__ import annotations
 
@@ -16,7 +17,9 @@ from safeimg.journal.trust import check_trusted, sidecar_stat
 CHUNK = 1 << 20  # the file grows by at least this
 RESERVE = 256 << 10  # zero-filled space kept behind the last event, for those that settle the operation
 RESERVE_PER_STEP = 512  # taking a step back takes two small events
-MAX_UNSYNCED = frames.MAX_TAIL // 4  # more is synced before the next append, so that a torn tail stays bounded
+MAX_UNSYNCED = (
+    frames.MAX_TAIL // 4
+)  # more is synced before the next append, so that a torn tail stays bounded
 
 _ATTEMPTS = 3  # at reading a log that looks damaged
 _NEEDS_RESERVE = (Declared, Started, StepPrepared)  # the others settle the operation and may use the reserve
@@ -44,7 +47,9 @@ class _Scan:
             yield event
         self.tail = frames.judge_tail(self.file, self.header.key, self.end, length, self.sequence + 1)
         if length < self.header.initial and self.tail.used > frames.HEADER:
-            raise LogDamaged(self.file.path, f"the log was cut off, it had at least {self.header.initial} bytes", length)
+            raise LogDamaged(
+                self.file.path, f"the log was cut off, it had at least {self.header.initial} bytes", length
+            )
 
     def _accept(self, frame: frames.Frame) -> Event:
         """The event of an intact frame: it must continue the chain, as no torn write can make it not to."""
@@ -59,7 +64,11 @@ class _Scan:
         if problem is not None:
             raise LogDamaged(self.file.path, problem, frame.offset)
         try:
-            event = decode_event(frame.payload, images=self.images) if self.images else decode_event(frame.payload)
+            event = (
+                decode_event(frame.payload, images=self.images)
+                if self.images
+                else decode_event(frame.payload)
+            )
             _check_place(event, sequence, self.header.operation)
         except BadEvent as error:
             raise LogDamaged(self.file.path, f"event {sequence} of the log: {error}", frame.offset) from None
@@ -78,10 +87,11 @@ def _check_place(event: Event, sequence: int, operation: str) -> None:
 
 
 class Log:
-    """An open log. `append` and `sync` may be called from several threads; errors of the storage layer propagate.
+    """An open log. `append` and `sync` may be called from several threads; errors of the storage layer
+    propagate.
 
-    After a failed sync nothing may be recorded any more (what the log holds on disk is unknown until it is opened
-    afresh): `append` and `sync` then raise `JournalError`.
+    After a failed sync nothing may be recorded any more (what the log holds on disk is unknown until it is
+    opened afresh): `append` and `sync` then raise `JournalError`.
     """
 
     def __init__(self, files: FileSystem, file: File, scan: _Scan, *, writable: bool) -> None:
@@ -96,17 +106,20 @@ class Log:
         self._broken: str | None = None
 
     @classmethod
-    def create(cls, files: FileSystem, path: str, operation: str, like: FileStat, *, chunk: int = CHUNK) -> Log:
-        """A new log with nothing in it, durable, locked, mode 0600, of the owner and group of `like` (the image).
+    def create(
+        cls, files: FileSystem, path: str, operation: str, like: FileStat, *, chunk: int = CHUNK
+    ) -> Log:
+        """A new log with nothing in it, durable, locked, mode 0600, of the owner and group of `like` (the
+        image).
 
-        `operation`: 32 hexadecimal digits. `chunk`: bytes by which the file grows (tests use less). A file that is
-        there already is the storage layer's EEXIST; raises `JournalUnavailable` where the file could not be
-        trusted when read again (a server that gives it to somebody else).
+        `operation`: 32 hexadecimal digits. `chunk`: bytes by which the file grows (tests use less). A file
+        that is there already is the storage layer's EEXIST; raises `JournalUnavailable` where the file could
+        not be trusted when read again (a server that gives it to somebody else).
         """
         file = files.create(path, mode=0o600, exclusive=True)
         try:
-            # Who finds an empty log takes its lock before removing it; so if we have the lock, and the file still
-            # has its name, it is ours.
+            # Who finds an empty log takes its lock before removing it; so if we have the lock, and the file
+            # still has its name, it is ours.
             there = files.stat(path) if _try_lock(file) else None
             if there is None or there.inode != file.stat().inode:
                 raise LogBusy(path)
@@ -121,7 +134,9 @@ class Log:
             except BaseException as error:
                 _remove_quietly(files, path)
                 if isinstance(error, LogForeign):
-                    raise JournalUnavailable(f"{path}: the file system gives new files to another user") from None
+                    raise JournalUnavailable(
+                        f"{path}: the file system gives new files to another user"
+                    ) from None
                 raise
             return cls(files, file, _Scan(file), writable=True)
         except BaseException:
@@ -129,12 +144,15 @@ class Log:
             raise
 
     @classmethod
-    def open(cls, files: FileSystem, path: str, *, write: bool = False, image_owner: int | None = None) -> Log:
-        """The log at `path`; its torn tail, if any, is dropped. `image_owner`: the uid whose log is believed besides
-        the caller's and root's.
+    def open(
+        cls, files: FileSystem, path: str, *, write: bool = False, image_owner: int | None = None
+    ) -> Log:
+        """The log at `path`; its torn tail, if any, is dropped. `image_owner`: the uid whose log is believed
+        besides the caller's and root's.
 
-        With `write` it is locked, the torn tail is overwritten with zeroes, and all that remains is made durable:
-        recovery may rely on it. Raises `LogVoid`, `LogForeign`, `LogDamaged`, `LogBusy` (only with `write`).
+        With `write` it is locked, the torn tail is overwritten with zeroes, and all that remains is made
+        durable: recovery may rely on it. Raises `LogVoid`, `LogForeign`, `LogDamaged`, `LogBusy` (only with
+        `write`).
         """
         file = _open_trusted(files, path, write, image_owner)
         try:
@@ -176,7 +194,8 @@ class Log:
 
     @property
     def events(self) -> tuple[Event, ...]:
-        """All events, read from the file at each call: a log may be larger than what should stay in memory."""
+        """All events, read from the file at each call: a log may be larger than what should stay in
+        memory."""
         return tuple(self.replay())
 
     def replay(self) -> Iterator[Event]:
@@ -192,8 +211,8 @@ class Log:
     def append(self, event: Event) -> int:
         """Writes `event` behind the last one and returns its sequence. It is durable after the next `sync`.
 
-        Nothing is recorded if it raises: `BadEvent`, or the storage layer's error (ENOSPC while making room, with
-        the reserve untouched). Events that settle an operation still fit then.
+        Nothing is recorded if it raises: `BadEvent`, or the storage layer's error (ENOSPC while making room,
+        with the reserve untouched). Events that settle an operation still fit then.
         """
         with self._lock:
             self._check_usable()
@@ -240,7 +259,9 @@ class Log:
         if not self._writable:
             raise JournalError(f"{self.path}: the log is open for reading only")
         if self._broken is not None:
-            raise JournalError(f"{self.path}: nothing can be recorded any more after an error ({self._broken})")
+            raise JournalError(
+                f"{self.path}: nothing can be recorded any more after an error ({self._broken})"
+            )
 
     def _make_room(self, size: int, *, needs_reserve: bool) -> None:
         """Extends the file so that the reserve remains behind `size` more bytes."""
@@ -268,7 +289,8 @@ class Log:
             self._broken = " ".join(str(error).split()) or "a write failed"
 
     def _drop_tail(self) -> None:
-        """Makes what was read durable, and what was not read gone, before anything is appended in its place."""
+        """Makes what was read durable, and what was not read gone, before anything is appended in its
+        place."""
         scan = self._scan
         for start in range(scan.end, scan.tail.used, CHUNK):
             self._file.pwrite(start, bytes(min(CHUNK, scan.tail.used - start)))
@@ -276,7 +298,8 @@ class Log:
 
 
 def read_events(files: FileSystem, path: str, *, image_owner: int | None = None) -> list[Event]:
-    """The events of a log that another process may be writing at this moment; takes no lock and changes nothing.
+    """The events of a log that another process may be writing at this moment; takes no lock and changes
+    nothing.
 
     Raises as `Log.open` does."""
     file = _open_trusted(files, path, False, image_owner)
@@ -291,7 +314,8 @@ def read_events(files: FileSystem, path: str, *, image_owner: int | None = None)
 
 
 def remove_void(files: FileSystem, path: str, *, image_owner: int | None = None) -> None:
-    """Removes the log at `path` if nothing was ever durable in it, else leaves it. Raises `LogBusy` if in use."""
+    """Removes the log at `path` if nothing was ever durable in it, else leaves it. Raises `LogBusy` if in
+    use."""
     file = _open_trusted(files, path, True, image_owner)
     try:
         if not _try_lock(file):
@@ -322,7 +346,8 @@ def _open_trusted(files: FileSystem, path: str, write: bool, image_owner: int | 
 
 
 def _settled_scan(file: File, keep: list[Event] | None = None) -> _Scan:
-    """Reads the whole log, into `keep` if given. Its writer may be at it: what looks like damage is looked at again."""
+    """Reads the whole log, into `keep` if given. Its writer may be at it: what looks like damage is looked at
+    again."""
     for attempt in range(_ATTEMPTS):
         try:
             scan = _Scan(file)
@@ -343,7 +368,8 @@ def _try_lock(file: File) -> bool:
 
 
 def _extend(file: File, start: int, end: int) -> None:
-    """Allocates `start` to `end` and fills it with zeroes, so that writing there later needs nothing of the disk."""
+    """Allocates `start` to `end` and fills it with zeroes, so that writing there later needs nothing of the
+    disk."""
     file.preallocate(start, end - start, keep_size=False)
     for at in range(start, end, CHUNK):
         file.pwrite(at, bytes(min(CHUNK, end - at)))

@@ -30,8 +30,8 @@ def current_owner() -> Owner:
 def liveness(owner: Owner) -> Liveness:
     """Whether the process that `owner` describes still runs.
 
-    "unknown" when it cannot be seen from here: on another machine (or one that was cloned from this: then the host
-    name tells), or in another container of this one.
+    "unknown" when it cannot be seen from here: on another machine (or one that was cloned from this: then the
+    host name tells), or in another container of this one.
     """
     if owner.machine != _machine() or owner.host != socket.gethostname():
         return "unknown"
@@ -61,7 +61,7 @@ def _boot() -> str:
     """The boot's id and the pid namespace, in which alone a pid means something. Empty if unknown."""
     boot = _first_line("/proc/sys/kernel/random/boot_id")
     try:
-        return f"{boot} {os.readlink('/proc/self/ns/pid')}" if boot else ""  # noqa: PTH115
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}" if boot else ""
     except OSError:
         return boot
 

@@ -14,14 +14,25 @@ from safeimg.journal.log import Log
 SUFFIX = ".safeimg"
 
 # Where a file cannot be created for these reasons, another place may do.
-_ELSEWHERE = frozenset({
-    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENAMETOOLONG, errno.EOPNOTSUPP,
-    errno.ENOTDIR, errno.ENOENT, errno.EINVAL,
-})  # fmt: skip
+_ELSEWHERE = frozenset(
+    {
+        errno.EACCES,
+        errno.EPERM,
+        errno.EROFS,
+        errno.ENOSPC,
+        errno.EDQUOT,
+        errno.ENAMETOOLONG,
+        errno.EOPNOTSUPP,
+        errno.ENOTDIR,
+        errno.ENOENT,
+        errno.EINVAL,
+    }
+)
 
 
 def state_directory() -> str | None:
-    """Where safeimg keeps what does not lie beside an image; None if there is no such place (no HOME, no account).
+    """Where safeimg keeps what does not lie beside an image; None if there is no such place (no HOME, no
+    account).
 
     `SAFEIMG_STATE_DIR`, else `/var/lib/safeimg` for root, else `$XDG_STATE_HOME/safeimg` or
     `~/.local/state/safeimg`. It may not exist yet: see `make_state_directory`.
@@ -78,8 +89,8 @@ def in_state_directory(files: FileSystem, image: str, found: FileStat) -> str | 
 def candidates(files: FileSystem, image: str, *, explicit: str | None = None) -> list[str]:
     """Every path at which the log or pointer of `image` may be, the preferred one first.
 
-    `explicit` (`--journal PATH`) comes first; the others are still looked at for something pending. A device node's
-    folder is lost with the next boot: no log goes there."""
+    `explicit` (`--journal PATH`) comes first; the others are still looked at for something pending. A device
+    node's folder is lost with the next boot: no log goes there."""
     found = files.stat(image)
     places = [] if explicit is None else [explicit]
     if found is None or not found.is_device:

@@ -2,8 +2,9 @@
 
     magic 16 │ version u32 │ payload length u32 │ payload (msgpack) │ BLAKE3-256 of all before
 
-A pointer appears under its name whole or not at all: an empty file reserves the name (and is locked meanwhile), a
-second file, synced, is renamed over it. So an empty file means nothing, and a bad one was damaged.
+A pointer appears under its name whole or not at all: an empty file reserves the name (and is locked
+meanwhile), a second file, synced, is renamed over it. So an empty file means nothing, and a bad one was
+damaged.
 """
 
 from __future__ import annotations
@@ -13,12 +14,21 @@ import struct
 from dataclasses import dataclass
 
 from blake3 import blake3
-
 from safeimg.journal.errors import LogBusy, LogDamaged, LogForeign
 from safeimg.journal.events import Identity
 from safeimg.journal.files import File, FileStat, FileSystem, Lockable, system_error
 from safeimg.journal.trust import check_trusted, sidecar_stat
-from safeimg.journal.wire import BadEvent, Scope, items, optional, pack, read_identity, read_operation, read_text, unpack
+from safeimg.journal.wire import (
+    BadEvent,
+    Scope,
+    items,
+    optional,
+    pack,
+    read_identity,
+    read_operation,
+    read_text,
+    unpack,
+)
 
 POINTER_MAGIC = b"safeimg ptr\r\n\x1a\n\0"
 VERSION = 1
@@ -38,18 +48,26 @@ class Pointer:
     home_path: str  # relative to the pointer's folder where possible
     participant: Identity  # a renamed participant is recognised by it
     machine: str  # where the operation was declared
-    log: str | None = None  # the log's path if it is not beside the home image; relative to the pointer's folder
+    log: str | None = (
+        None  # the log's path if it is not beside the home image; relative to the pointer's folder
+    )
 
 
 def write_pointer(files: FileSystem, path: str, pointer: Pointer, like: FileStat) -> None:
     """Creates the pointer file, durable, mode 0600, of the owner and group of `like` (the participant).
 
-    A log or pointer that is there already is the storage layer's EEXIST. Raises `LogBusy` if somebody takes the
-    name meanwhile."""
-    payload = pack([
-        pointer.operation, _wire(pointer.home), pointer.home_path, _wire(pointer.participant), pointer.machine,
-        pointer.log,
-    ])  # fmt: skip
+    A log or pointer that is there already is the storage layer's EEXIST. Raises `LogBusy` if somebody takes
+    the name meanwhile."""
+    payload = pack(
+        [
+            pointer.operation,
+            _wire(pointer.home),
+            pointer.home_path,
+            _wire(pointer.participant),
+            pointer.machine,
+            pointer.log,
+        ]
+    )
     start = _HEADER.pack(POINTER_MAGIC, VERSION, len(payload)) + payload
     reserved = files.create(path, mode=0o600, exclusive=True)
     try:
@@ -111,8 +129,13 @@ def _write_new(files: FileSystem, path: str, data: bytes, like: FileStat) -> Non
 
 def _wire(identity: Identity) -> list[int | str | None]:
     return [
-        identity.device, identity.inode, identity.size, identity.mtime_ns, identity.ctime_ns, identity.tag
-    ]  # fmt: skip
+        identity.device,
+        identity.inode,
+        identity.size,
+        identity.mtime_ns,
+        identity.ctime_ns,
+        identity.tag,
+    ]
 
 
 def _parse(file: File) -> Pointer:
@@ -122,7 +145,9 @@ def _parse(file: File) -> Pointer:
         raise LogDamaged(path, "the pointer file ends within its header", len(head))
     _, version, size = _HEADER.unpack(head)
     if version != VERSION:
-        raise LogForeign(f"{path}: a pointer of format version {version}; this safeimg knows version {VERSION}")
+        raise LogForeign(
+            f"{path}: a pointer of format version {version}; this safeimg knows version {VERSION}"
+        )
     if size > MAX_POINTER or _HEADER.size + size + _HASH != file.length():
         raise LogDamaged(path, f"the pointer file says {size} bytes and has {file.length()}", 20)
     data = file.pread(0, _HEADER.size + size + _HASH)
@@ -132,8 +157,12 @@ def _parse(file: File) -> Pointer:
     try:
         operation, home, home_path, participant, machine, log = items(unpack(data[_HEADER.size : -_HASH]), 6)
         return Pointer(
-            read_operation(operation, scope), read_identity(home, scope), read_text(home_path, scope),
-            read_identity(participant, scope), read_text(machine, scope), optional(read_text)(log, scope),
-        )  # fmt: skip
+            read_operation(operation, scope),
+            read_identity(home, scope),
+            read_text(home_path, scope),
+            read_identity(participant, scope),
+            read_text(machine, scope),
+            optional(read_text)(log, scope),
+        )
     except BadEvent as error:
         raise LogDamaged(path, f"the pointer file: {error}", _HEADER.size) from None

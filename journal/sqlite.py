@@ -1,7 +1,7 @@
 """The history in a SQLite database: `history.db` in the state directory.
 
-Rollback journal, not WAL, whose shared memory does not work on network file systems; `synchronous=EXTRA`, so that a
-committed transaction survives a power cut in that mode too (the log is removed right after it).
+Rollback journal, not WAL, whose shared memory does not work on network file systems; `synchronous=EXTRA`, so
+that a committed transaction survives a power cut in that mode too (the log is removed right after it).
 """
 
 from __future__ import annotations
@@ -32,29 +32,68 @@ TIMEOUT = 20.0  # seconds to wait for another process's transaction
 
 _TABLES: Mapping[str, tuple[dict[str, type], str | tuple[str, ...]]] = {
     "images": ({"number": int, "tag": str, "device": str, "inode": str, "path": str}, "number"),
-    "operations": ({
-        "operation": str, "command": str, "arguments": str, "version": str, "outcome": str, "started": float,
-        "settled": float, "uid": int, "host": str, "home": str,
-    }, "operation"),
-    "parts": ({
-        "operation": str, "image": int, "role": str, "path": str, "device": str, "inode": str, "size": int,
-        "mtime_ns": int, "tag": str,
-    }, ("operation", "image")),
-    "events": ({
-        "image": int, "position": int, "operation": str, "sequence": int, "kind": str, "body": str,
-        "previous": bytes, "hash": bytes,
-    }, ("image", "position")),
-    "pending": ({
-        "operation": str, "command": str, "log": str, "home": str, "machine": str, "started": float,
-    }, "operation"),
-}  # fmt: skip
+    "operations": (
+        {
+            "operation": str,
+            "command": str,
+            "arguments": str,
+            "version": str,
+            "outcome": str,
+            "started": float,
+            "settled": float,
+            "uid": int,
+            "host": str,
+            "home": str,
+        },
+        "operation",
+    ),
+    "parts": (
+        {
+            "operation": str,
+            "image": int,
+            "role": str,
+            "path": str,
+            "device": str,
+            "inode": str,
+            "size": int,
+            "mtime_ns": int,
+            "tag": str,
+        },
+        ("operation", "image"),
+    ),
+    "events": (
+        {
+            "image": int,
+            "position": int,
+            "operation": str,
+            "sequence": int,
+            "kind": str,
+            "body": str,
+            "previous": bytes,
+            "hash": bytes,
+        },
+        ("image", "position"),
+    ),
+    "pending": (
+        {
+            "operation": str,
+            "command": str,
+            "log": str,
+            "home": str,
+            "machine": str,
+            "started": float,
+        },
+        "operation",
+    ),
+}
 
 
 class SqliteHistory:
     """Opens the database for each call; any number of processes may use it. Errors are `JournalError`."""
 
     def __init__(self, path: str | None = None) -> None:
-        """`path`: of the database; by default in the state directory, made when something is first recorded."""
+        """`path`: of the database; by default in the state directory, made when something is first
+        recorded."""
         self._path = path
 
     def add_pending(self, entry: PendingRow) -> None:
@@ -72,9 +111,13 @@ class SqliteHistory:
             connection.execute("delete from pending where operation = ?", (operation,))
 
     def pending(self) -> list[PendingRow]:
-        rows = self._query("select operation, command, log, home, machine, started from pending order by started")
+        rows = self._query(
+            "select operation, command, log, home, machine, started from pending order by started"
+        )
         return [
-            PendingRow(_text(row[0]), _text(row[1]), _text(row[2]), _text(row[3]), _text(row[4]), _float(row[5]))
+            PendingRow(
+                _text(row[0]), _text(row[1]), _text(row[2]), _text(row[3]), _text(row[4]), _float(row[5])
+            )
             for row in rows
         ]
 
@@ -97,11 +140,20 @@ class SqliteHistory:
         )
         return [
             OperationRow(
-                _text(row[0]), _text(row[1]), _texts(row[2]), _text(row[3]), _text(row[4]), _float(row[5]),
-                _float(row[6]), _int(row[7]), _text(row[8]), _text(row[9]), _text(row[10]),
+                _text(row[0]),
+                _text(row[1]),
+                _texts(row[2]),
+                _text(row[3]),
+                _text(row[4]),
+                _float(row[5]),
+                _float(row[6]),
+                _int(row[7]),
+                _text(row[8]),
+                _text(row[9]),
+                _text(row[10]),
             )
             for row in rows
-        ]  # fmt: skip
+        ]
 
     def show(self, image: Identity, operation: str) -> list[EventRow]:
         return select(self.chain(image), operation)
@@ -113,13 +165,21 @@ class SqliteHistory:
             image,
         )
         return [
-            EventRow(_int(row[0]), _text(row[1]), _int(row[2]), _text(row[3]), _text(row[4]), _bytes(row[5]),
-                     _bytes(row[6]))
+            EventRow(
+                _int(row[0]),
+                _text(row[1]),
+                _int(row[2]),
+                _text(row[3]),
+                _text(row[4]),
+                _bytes(row[5]),
+                _bytes(row[6]),
+            )
             for row in rows
-        ]  # fmt: skip
+        ]
 
     def _query(self, statement: str, image: Identity | None = None) -> list[tuple[Any, ...]]:
-        """Rows; none if there is no database yet, or it does not know `image` (whose number is the parameter)."""
+        """Rows; none if there is no database yet, or it does not know `image` (whose number is the
+        parameter)."""
         path = self._path or _default_path()
         if path is None or not Path(path).exists():
             return []
@@ -194,11 +254,19 @@ class _Tables:
         self._database.table("operations").insert(values)
 
     def put_part(self, operation: str, image: int, role: str, path: str, identity: Identity) -> None:
-        self._database.table("parts").insert({
-            "operation": operation, "image": image, "role": role, "path": path, "device": str(identity.device),
-            "inode": str(identity.inode), "size": identity.size, "mtime_ns": identity.mtime_ns,
-            "tag": identity.tag,
-        })  # fmt: skip
+        self._database.table("parts").insert(
+            {
+                "operation": operation,
+                "image": image,
+                "role": role,
+                "path": path,
+                "device": str(identity.device),
+                "inode": str(identity.inode),
+                "size": identity.size,
+                "mtime_ns": identity.mtime_ns,
+                "tag": identity.tag,
+            }
+        )
 
     def put_events(self, image: int, rows: Sequence[EventRow]) -> None:
         self._database.table("events").insert_all({"image": image} | asdict(row) for row in rows)
@@ -214,7 +282,9 @@ def _default_path() -> str | None:
 
 def _connect(path: str, mode: str) -> sqlite3.Connection:
     uri = f"file:{quote(os.fsencode(Path(path).absolute()))}?mode={mode}"
-    connection = sqlite3.connect(uri, uri=True, timeout=TIMEOUT, isolation_level=None, check_same_thread=False)
+    connection = sqlite3.connect(
+        uri, uri=True, timeout=TIMEOUT, isolation_level=None, check_same_thread=False
+    )
     connection.text_factory = lambda raw: raw.decode("utf-8", "backslashreplace")
     connection.execute("PRAGMA trusted_schema=OFF")
     return connection
@@ -245,7 +315,8 @@ def _images(connection: sqlite3.Connection, identity: Identity) -> list[ImageRow
         (str(identity.inode), identity.tag),
     )
     return [
-        ImageRow(_int(row[0]), None if row[1] is None else _text(row[1]), *map(_text, row[2:])) for row in rows
+        ImageRow(_int(row[0]), None if row[1] is None else _text(row[1]), *map(_text, row[2:]))
+        for row in rows
     ]
 
 

@@ -1,7 +1,7 @@
 """The undo file: before-images of guest data that an operation overwrites in place, beside its log.
 
-A header of 4 KiB, then extents of raw bytes, each starting at a multiple of 4 KiB. What lies where, and what it must
-be, is only in the log (`BeforeRecord`): space that no durable event names means nothing.
+A header of 4 KiB, then extents of raw bytes, each starting at a multiple of 4 KiB. What lies where, and what
+it must be, is only in the log (`BeforeRecord`): space that no durable event names means nothing.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import struct
 import threading
 
 from blake3 import blake3
-
 from safeimg.journal.errors import JournalError, LogDamaged, LogForeign
 from safeimg.journal.files import Buffer, File, FileStat, FileSystem
 from safeimg.journal.trust import check_trusted, sidecar_stat
@@ -44,10 +43,10 @@ class UndoFile:
 
     @classmethod
     def create(cls, files: FileSystem, path: str, operation: str, like: FileStat) -> UndoFile:
-        """A new undo file, durable, mode 0600, of the owner and group of `like` (the image).
+        """A new undo file, mode 0600, of the owner and group of `like` (the image); its name is durable.
 
-        Call it with the operation's log locked. One that an abandoned log left behind is replaced; anything else at
-        `path` is refused with `LogForeign`.
+        Call it with the operation's log locked. One that an abandoned log left behind is replaced; anything
+        else at `path` is refused with `LogForeign`.
         """
         if sidecar_stat(files, path, like.uid) is not None:
             _check_replaceable(files, path)
@@ -55,9 +54,10 @@ class UndoFile:
         file = files.create(path, mode=0o600, exclusive=True)
         try:
             files.give_to(path, like.uid, like.gid)
-            start = _HEADER.pack(UNDO_MAGIC, VERSION, ALIGN, bytes.fromhex(operation)).ljust(ALIGN - _HASH, b"\0")
-            file.pwrite(0, start + blake3(start).digest())
-            file.sync_all()
+            start = _HEADER.pack(UNDO_MAGIC, VERSION, ALIGN, bytes.fromhex(operation)).ljust(
+                ALIGN - _HASH, b"\0"
+            )
+            file.pwrite(0, start + blake3(start).digest())  # durable with the first extents
             files.sync_directory(os.path.dirname(path) or ".")
             return cls(files, file, operation)
         except BaseException:
@@ -66,11 +66,20 @@ class UndoFile:
 
     @classmethod
     def open(
-        cls, files: FileSystem, path: str, operation: str, *, write: bool = False, image_owner: int | None = None
+        cls,
+        files: FileSystem,
+        path: str,
+        operation: str,
+        *,
+        write: bool = False,
+        image_owner: int | None = None,
     ) -> UndoFile:
-        """The undo file of `operation`. Raises `LogForeign` (not trusted, or another operation's), `LogDamaged`."""
+        """The undo file of `operation`. Raises `LogForeign` (not trusted, or another operation's),
+        `LogDamaged`."""
         if sidecar_stat(files, path, image_owner) is None:
-            raise LogForeign(f"{path}: the undo file of the pending operation is gone; put it back to roll back")
+            raise LogForeign(
+                f"{path}: the undo file of the pending operation is gone; put it back to roll back"
+            )
         file = files.open(path, write=write)
         try:
             check_trusted(file.stat(), path, image_owner)
@@ -96,12 +105,14 @@ class UndoFile:
         return self._end
 
     def reserve(self, length: int) -> None:
-        """Allocates disk space for `length` more bytes: a full disk shows before a step is begun, not within it."""
+        """Allocates disk space for `length` more bytes: a full disk shows before a step is begun, not within
+        it."""
         if length > 0:
             self._file.preallocate(self._end, _up(length), keep_size=True)
 
     def append(self, data: Buffer) -> tuple[int, bytes]:
-        """Keeps `data` (1 byte to 64 MiB); its offset here and its BLAKE3-256. Durable after the next `sync`."""
+        """Keeps `data` (1 byte to 64 MiB); its offset here and its BLAKE3-256. Durable after the next
+        `sync`."""
         size = len(memoryview(data).cast("B")) if not isinstance(data, bytes) else len(data)
         if not 0 < size <= MAX_EXTENT:
             raise JournalError(f"{self.path}: an extent of {size} bytes, expected 1 to {MAX_EXTENT}")
@@ -115,10 +126,13 @@ class UndoFile:
         return offset, digest
 
     def read(self, offset: int, length: int, digest: bytes) -> bytes:
-        """The extent that `append` put at `offset`. Raises `LogDamaged` if these are not its bytes any more."""
+        """The extent that `append` put at `offset`. Raises `LogDamaged` if these are not its bytes any
+        more."""
         end = self._file.length()
-        if not (ALIGN <= offset and 0 < length <= MAX_EXTENT and offset + length <= end):
-            raise LogDamaged(self.path, f"{length} bytes of undo data expected, the file ends at {end:#x}", offset)
+        if not (offset >= ALIGN and 0 < length <= MAX_EXTENT and offset + length <= end):
+            raise LogDamaged(
+                self.path, f"{length} bytes of undo data expected, the file ends at {end:#x}", offset
+            )
         data = self._file.pread(offset, length)
         if len(data) != length or blake3(data).digest() != digest:
             raise LogDamaged(self.path, f"{length} bytes of undo data do not match their digest", offset)
@@ -169,16 +183,21 @@ def _read_header(file: File) -> str:
         raise LogDamaged(file.path, "the header of the undo file does not match its checksum", 0)
     _, version, size, operation = _HEADER.unpack_from(data)
     if version != VERSION or size != ALIGN:
-        raise LogForeign(f"{file.path}: an undo file of format version {version}; this safeimg knows {VERSION}")
+        raise LogForeign(
+            f"{file.path}: an undo file of format version {version}; this safeimg knows {VERSION}"
+        )
     return str(operation.hex())
 
 
 def _check_replaceable(files: FileSystem, path: str) -> None:
-    """An undo file without its log, or what a crash while creating one left: empty, or its first bytes missing."""
+    """An undo file without its log, or what a crash while creating one left: empty, or its first bytes
+    missing."""
     file = files.open(path)
     try:
         head = file.pread(0, len(UNDO_MAGIC))
     finally:
         file.close()
     if head.strip(b"\0") and head != UNDO_MAGIC:
-        raise LogForeign(f"{path}: {os.strerror(errno.EEXIST)}, and it is not an undo file of safeimg's; move it away")
+        raise LogForeign(
+            f"{path}: {os.strerror(errno.EEXIST)}, and it is not an undo file of safeimg's; move it away"
+        )

@@ -1,6 +1,7 @@
 """msgpack as the journal's files use it: packing, and the strict readers of single values.
 
-A reader takes what msgpack made of hostile bytes and returns it typed and within its limits, or raises `BadEvent`.
+A reader takes what msgpack made of hostile bytes and returns it typed and within its limits, or raises
+`BadEvent`.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ from collections.abc import Callable
 from typing import Any
 
 import msgpack
-
 from safeimg.journal.errors import JournalError
 from safeimg.journal.events import Identity
 
@@ -57,13 +57,19 @@ def pack(value: Any) -> bytes:
 
 
 def unpack(packed: bytes) -> object:
-    """What `pack` was given, with lists for tuples. Raises `BadEvent` for anything else, in bounded memory."""
+    """What `pack` was given, with lists for tuples. Raises `BadEvent` for anything else, in bounded
+    memory."""
     try:
         return msgpack.unpackb(
-            packed, raw=False, unicode_errors="surrogateescape", object_pairs_hook=_map,
-            max_array_len=min(len(packed), _MAX_ITEMS), max_map_len=min(len(packed), _MAX_ITEMS),
-            max_str_len=min(len(packed), _MAX_TEXT * 4), max_ext_len=0,
-        )  # fmt: skip
+            packed,
+            raw=False,
+            unicode_errors="surrogateescape",
+            object_pairs_hook=_map,
+            max_array_len=min(len(packed), _MAX_ITEMS),
+            max_map_len=min(len(packed), _MAX_ITEMS),
+            max_str_len=min(len(packed), _MAX_TEXT * 4),
+            max_ext_len=0,
+        )
     except (ValueError, TypeError, msgpack.UnpackException, RecursionError, MemoryError) as error:
         raise BadEvent(f"not msgpack as safeimg uses it ({_line(error)})") from None
 
@@ -187,7 +193,13 @@ def read_image(value: object, scope: Scope) -> int:
 
 def read_range(image: object, offset: object, length: object, scope: Scope) -> tuple[int, int, int]:
     index = read_image(image, scope)
-    if type(offset) is not int or type(length) is not int or offset < 0 or length < 1 or offset + length > _LIMIT:
+    if (
+        type(offset) is not int
+        or type(length) is not int
+        or offset < 0
+        or length < 1
+        or offset + length > _LIMIT
+    ):
         raise BadEvent("expected a range that is not empty and ends below 2^63")
     return index, offset, length
 
@@ -201,9 +213,13 @@ def read_digests(value: object) -> bytes:
 def read_identity(value: object, scope: Scope) -> Identity:
     device, inode, size, mtime, ctime, tag = items(value, 6)
     return Identity(
-        read_word(device, scope), read_word(inode, scope), read_offset(size, scope),
-        read_signed(mtime, scope), read_signed(ctime, scope), optional(read_operation)(tag, scope),
-    )  # fmt: skip
+        read_word(device, scope),
+        read_word(inode, scope),
+        read_offset(size, scope),
+        read_signed(mtime, scope),
+        read_signed(ctime, scope),
+        optional(read_operation)(tag, scope),
+    )
 
 
 def read_json(value: object, scope: Scope, depth: int = 0) -> Any:

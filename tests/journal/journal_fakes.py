@@ -100,8 +100,9 @@ class MemoryFile:
 
     def stat(self) -> FakeStat:
         node = self.node
-        return FakeStat(node.inode, len(node.data), node.mode, node.uid, node.gid, node.mtime_ns,
-                        is_device=node.is_device)  # fmt: skip
+        return FakeStat(
+            node.inode, len(node.data), node.mode, node.uid, node.gid, node.mtime_ns, is_device=node.is_device
+        )
 
     def get_attribute(self, name: str) -> bytes | None:
         return self.node.attributes.get(name)
@@ -146,8 +147,15 @@ class MemoryFiles:
     def copy(self) -> MemoryFiles:
         twin = MemoryFiles()
         for path, node in self.nodes.items():
-            twin.nodes[path] = Node(node.inode, bytearray(node.data), node.mode, node.uid, node.gid, node.mtime_ns,
-                                    dict(node.attributes))  # fmt: skip
+            twin.nodes[path] = Node(
+                node.inode,
+                bytearray(node.data),
+                node.mode,
+                node.uid,
+                node.gid,
+                node.mtime_ns,
+                dict(node.attributes),
+            )
         twin._inodes = self._inodes
         return twin
 
@@ -184,7 +192,9 @@ class MemoryFiles:
         self.syncs.append(path)
 
     def list_directory(self, path: str) -> list[str]:
-        names = [os.path.relpath(name, path) for name in [*self.nodes, *self.links] if name.startswith(path + "/")]
+        names = [
+            os.path.relpath(name, path) for name in [*self.nodes, *self.links] if name.startswith(path + "/")
+        ]
         return sorted({name.split("/")[0] for name in names})
 
     def resolve(self, path: str) -> str:
@@ -200,24 +210,50 @@ def identity(**fields: int | str) -> Identity:
 
 
 OWNER = Owner("machine", "boot", 42, 4242, 0, "host")
-DECLARED = Declared(OPERATION, "commit", ("-d", "top.qcow2"), "0.1.0", OWNER, (
-    ImageRecord("base", "base.qcow2", "qcow2", identity(tag=OPERATION), True),
-    ImageRecord("overlay", "dir/top\udcff.qcow2", "qcow2", identity(inode=2**64 - 1, mtime_ns=-5), False),
-), 1700000000.25)  # fmt: skip
-STARTED = Started({"a": [1, None, "x", {"b": 0.5}], "cursor": True}, (1 << 40, 0), True, (1,), 1 << 41, 1700000001.0)
+DECLARED = Declared(
+    OPERATION,
+    "commit",
+    ("-d", "top.qcow2"),
+    "0.1.0",
+    OWNER,
+    (
+        ImageRecord("base", "base.qcow2", "qcow2", identity(tag=OPERATION), True),
+        ImageRecord("overlay", "dir/top\udcff.qcow2", "qcow2", identity(inode=2**64 - 1, mtime_ns=-5), False),
+    ),
+    1700000000.25,
+)
+STARTED = Started(
+    {"a": [1, None, "x", {"b": 0.5}], "cursor": True}, (1 << 40, 0), True, (1,), 1 << 41, 1700000001.0
+)
 STEP = StepPrepared(
-    1, "data",
-    allocate=(PatchRecord(0, 512, None, b"new" + bytes(5000) + b"x"), PatchRecord(0, 0, b"\1" * 8, b"\2" * 8)),
+    1,
+    "data",
+    allocate=(
+        PatchRecord(0, 512, None, b"new" + bytes(5000) + b"x"),
+        PatchRecord(0, 0, b"\1" * 8, b"\2" * 8),
+    ),
     link=(PatchRecord(1, 65536, bytes(128), b"\xf5SiF" * 32),),
     moves=(MoveRecord(0, 4096, 10, 0), MoveRecord(0, 8192, 10, None)),
     fresh=(FreshRecord(0, 1 << 30, 65537, bytes(range(64))),),
     before=(BeforeRecord(0, 4096, 10, 4096, False, bytes(32)), BeforeRecord(0, 8192, 10, None, True, b"")),
-    lengths=(LengthRecord(0, 10, 20),), unlinked=(UnlinkedRecord(0, 65536, 65536),),
-    cursor={"at": 5}, done=20, time=1.5,
-)  # fmt: skip
+    lengths=(LengthRecord(0, 10, 20),),
+    unlinked=(UnlinkedRecord(0, 65536, 65536),),
+    cursor={"at": 5},
+    done=20,
+    time=1.5,
+)
 EVERY_EVENT: tuple[Event, ...] = (
-    DECLARED, STARTED, Observed(((1, identity(size=9)),)), STEP, StepApplied(1, (bytes(32), b"")),
-    PointOfNoReturn(2, 3.0), Paused("no space left", 4.0), RecoveryStarted("rollback", OWNER, 5.0),
-    TakingBack(1), TakenBack(1), Completed((FinishRecord(0, 0, b"ab", b"cd"),), 6.0),
-    RolledBack(("the old content of x",), 7.0), Abandoned("because", 8.0),
-)  # fmt: skip
+    DECLARED,
+    STARTED,
+    Observed(((1, identity(size=9)),)),
+    STEP,
+    StepApplied(1, (bytes(32), b"")),
+    PointOfNoReturn(2, 3.0),
+    Paused("no space left", 4.0),
+    RecoveryStarted("rollback", OWNER, 5.0),
+    TakingBack(1),
+    TakenBack(1),
+    Completed((FinishRecord(0, 0, b"ab", b"cd"),), 6.0),
+    RolledBack(("the old content of x",), 7.0),
+    Abandoned("because", 8.0),
+)

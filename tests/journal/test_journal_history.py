@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 from journal_fakes import DECLARED, OPERATION, OWNER, STARTED, STEP, identity
-
 from safeimg.journal import audit
 from safeimg.journal.chain import body_of
 from safeimg.journal.errors import JournalError
@@ -39,10 +38,12 @@ def test_settled_operations_are_listed_for_every_image(history: History) -> None
     history.record_settled(operation(1), home="/images/base.qcow2")
     history.record_settled(operation(2, RolledBack((), 5.0)), home="/images/base.qcow2")
     assert [(row.operation[-1], row.outcome, row.role) for row in history.log(HOME)] == [
-        ("1", "completed", "base"), ("2", "rolled back", "base"),
-    ]  # fmt: skip
+        ("1", "completed", "base"),
+        ("2", "rolled back", "base"),
+    ]
     assert [(row.command, row.role, row.home) for row in history.log(OVERLAY)] == [
-        ("commit", "overlay", "/images/base.qcow2")] * 2  # fmt: skip
+        ("commit", "overlay", "/images/base.qcow2")
+    ] * 2
     rows = history.show(HOME, f"{2:032x}")
     assert [row.kind for row in rows] == ["Declared", "Started", "StepPrepared", "StepApplied", "RolledBack"]
     assert [row.position for row in rows] == [6, 7, 8, 9, 10]
@@ -81,8 +82,11 @@ def test_an_image_is_known_by_its_tag_or_else_by_its_inode(history: History) -> 
     history.record_settled([declared, Completed((), 1.0)], home="/b")
     assert len(history.log(identity(inode=5, tag="cd" * 16))) == 1  # tagged since
     assert history.log(identity(inode=5, device=8)) == []
-    tagged = replace(declared, operation="1" * 32, images=(replace(declared.images[0],
-                     identity=identity(inode=5, tag="cd" * 16)),))  # fmt: skip
+    tagged = replace(
+        declared,
+        operation="1" * 32,
+        images=(replace(declared.images[0], identity=identity(inode=5, tag="cd" * 16)),),
+    )
     history.record_settled([tagged, Completed((), 2.0)], home="/b")
     assert len(history.log(identity(inode=77, device=9, tag="cd" * 16))) == 2  # moved
     assert history.log(identity(inode=5, tag="ef" * 16)) == []  # the inode is another file's now
@@ -109,8 +113,15 @@ def test_no_bulk_and_canonical_json() -> None:
 
 
 def test_odd_file_names(history: History) -> None:
-    declared = Declared(OPERATION, "commit", ("\udcff",), "1", OWNER,
-                        (ImageRecord("base", "b\udcff", "raw", HOME, True),), 1.0)  # fmt: skip
+    declared = Declared(
+        OPERATION,
+        "commit",
+        ("\udcff",),
+        "1",
+        OWNER,
+        (ImageRecord("base", "b\udcff", "raw", HOME, True),),
+        1.0,
+    )
     history.add_pending(PendingRow(OPERATION, "commit", "/\udcff", "/\udcff", "m", 1.0))
     history.record_settled([declared, Completed((), 2.0)], home="/\udcff")
     history.log(HOME)[0].home.encode()
@@ -212,7 +223,9 @@ def _recompute(connection: sqlite3.Connection) -> None:
 def _remove_and_renumber(connection: sqlite3.Connection) -> None:
     connection.execute("delete from events where image = 1 and position = 4")
     for position in range(5, 11):
-        connection.execute("update events set position = ? where image = 1 and position = ?", (position - 1, position))
+        connection.execute(
+            "update events set position = ? where image = 1 and position = ?", (position - 1, position)
+        )
 
 
 def sql(statement: str) -> Tamper:
@@ -236,7 +249,11 @@ def sql(statement: str) -> Tamper:
         (_swap, "swapped", 3),
         (_recompute, "replaced", 5),
         (_remove_and_renumber, "replaced", 4),
-        (lambda c: c.execute("update operations set outcome = 'abandoned' where operation like '%1'"), "edited", 5),
+        (
+            lambda c: c.execute("update operations set outcome = 'abandoned' where operation like '%1'"),
+            "edited",
+            5,
+        ),
         (lambda c: c.execute("delete from operations where operation like '%2'"), "removed", 10),
     ],
 )

@@ -8,7 +8,6 @@ from collections.abc import Callable
 
 import pytest
 from journal_fakes import DECLARED, EVERY_EVENT, OPERATION, OWNER, STARTED, STEP, MemoryFiles
-
 from safeimg.journal import frames
 from safeimg.journal.codec import BadEvent
 from safeimg.journal.errors import (
@@ -81,7 +80,8 @@ def test_append_after_reopening_continues_the_chain(files: MemoryFiles) -> None:
     log.close()
 
 
-# -- torn tails and damage -------------------------------------------------------------------------------------------
+# -- torn tails and damage
+# -------------------------------------------------------------------------------------------
 
 
 def outcome(files: MemoryFiles) -> str | int:
@@ -201,16 +201,28 @@ def rewrite(files: MemoryFiles, number: int, **changes: object) -> None:
         assert frame is not None
         offset = frame.end
     assert frame is not None
-    fields = {"sequence": frame.sequence, "durable": frame.durable, "previous": frame.previous,
-              "payload": frame.payload} | changes  # fmt: skip
+    fields = {
+        "sequence": frame.sequence,
+        "durable": frame.durable,
+        "previous": frame.previous,
+        "payload": frame.payload,
+    } | changes
     file.pwrite(frame.offset, frames.pack_frame(key, **fields))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
     "changes",
-    [{"sequence": 4}, {"sequence": 2}, {"durable": 3}, {"durable": 2**64 - 1}, {"previous": bytes(32)},
-     {"payload": b"\xc1"}, {"payload": b""}, {"payload": b"\x92\xa6Forged\x80"}],
-)  # fmt: skip
+    [
+        {"sequence": 4},
+        {"sequence": 2},
+        {"durable": 3},
+        {"durable": 2**64 - 1},
+        {"previous": bytes(32)},
+        {"payload": b"\xc1"},
+        {"payload": b""},
+        {"payload": b"\x92\xa6Forged\x80"},
+    ],
+)
 def test_an_intact_frame_out_of_place_is_damage(files: MemoryFiles, changes: dict[str, object]) -> None:
     written(files, EVERY_EVENT[:3], synced=2)
     rewrite(files, 3, **changes)
@@ -233,7 +245,8 @@ def test_a_huge_file_is_refused(files: MemoryFiles, monkeypatch: pytest.MonkeyPa
     assert outcome(files) == "damaged"
 
 
-# -- an operation that never began -----------------------------------------------------------------------------------
+# -- an operation that never began
+# -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("data", [b"", b"safeimg l", frames.LOG_MAGIC + b"\1\0", bytes(512), bytes(5000)])
@@ -274,7 +287,8 @@ def test_format_of_the_future(files: MemoryFiles) -> None:
         read_events(files, PATH)
 
 
-# -- who may be believed ---------------------------------------------------------------------------------------------
+# -- who may be believed
+# ---------------------------------------------------------------------------------------------
 
 
 def test_hazard_13_a_strangers_log_is_refused(files: MemoryFiles) -> None:
@@ -319,7 +333,8 @@ def test_a_server_that_takes_new_files_away_gets_no_log(files: MemoryFiles) -> N
     assert PATH not in files.nodes
 
 
-# -- no space, no sync -----------------------------------------------------------------------------------------------
+# -- no space, no sync
+# -----------------------------------------------------------------------------------------------
 
 
 def test_hazard_22_a_full_disk_can_still_be_rolled_back(files: MemoryFiles) -> None:
@@ -370,7 +385,9 @@ def test_writing_into_the_reserve_does_not_change_the_length(files: MemoryFiles)
     assert len(files.nodes[PATH].data) == length == 1 << 20
 
 
-def failing_write(files: MemoryFiles, log: Log, written_bytes: int, times: int) -> Callable[[int, bytes], None]:
+def failing_write(
+    files: MemoryFiles, log: Log, written_bytes: int, times: int
+) -> Callable[[int, bytes], None]:
     real = log._file.pwrite
     left = times
 

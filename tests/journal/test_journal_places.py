@@ -12,12 +12,20 @@ from pathlib import Path
 
 import pytest
 from journal_fakes import DECLARED, OPERATION, STARTED, MemoryFiles, identity
-
 from safeimg.drivers.storage.file import LocalFileSystem
 from safeimg.journal import place
 from safeimg.journal.errors import JournalError, JournalUnavailable, LogBusy, LogDamaged, LogForeign
 from safeimg.journal.events import Completed, ImageRecord
-from safeimg.journal.find import LogFound, PointerFound, VoidFound, clear_void, find, look, resolve_pointer, scan
+from safeimg.journal.find import (
+    LogFound,
+    PointerFound,
+    VoidFound,
+    clear_void,
+    find,
+    look,
+    resolve_pointer,
+    scan,
+)
 from safeimg.journal.identity import ATTRIBUTE, ensure_tag, identify, read_tag, same_file, unchanged
 from safeimg.journal.log import Log
 from safeimg.journal.owner import current_owner, liveness
@@ -54,7 +62,9 @@ def test_extents_come_back_from_many_threads(files: MemoryFiles) -> None:
     undo.sync()
     undo.close()
     again = UndoFile.open(files, UNDO, OPERATION)
-    assert [again.read(offset, len(item), digest) for (offset, digest), item in zip(kept, data, strict=True)] == data
+    assert [
+        again.read(offset, len(item), digest) for (offset, digest), item in zip(kept, data, strict=True)
+    ] == data
     assert all(offset % ALIGN == 0 and offset for offset, _ in kept)
     writer = UndoFile.open(files, UNDO, OPERATION, write=True)
     assert writer.append(memoryview(b"more"))[0] >= max(offset for offset, _ in kept) + ALIGN
@@ -69,7 +79,15 @@ def test_changed_undo_data_is_damage(files: MemoryFiles) -> None:
             undo.read(offset, 5000, digest)
         files.nodes[UNDO].data[at] ^= 1
     assert undo.read(offset, 5000, digest) == b"x" * 5000
-    for bad in ((offset + 1, 5000), (offset, 4999), (0, 10), (-4096, 10), (offset, 1 << 62), (1 << 62, 1), (offset, 0)):
+    for bad in (
+        (offset + 1, 5000),
+        (offset, 4999),
+        (0, 10),
+        (-4096, 10),
+        (offset, 1 << 62),
+        (1 << 62, 1),
+        (offset, 0),
+    ):
         with pytest.raises(LogDamaged):
             undo.read(*bad, digest)
 
@@ -149,13 +167,17 @@ def put_pointer(files: MemoryFiles, **changes: object) -> PointerFound:
     return found
 
 
-def put_log(files: MemoryFiles, *more: object, path: str = BASE + ".safeimg", operation: str = OPERATION) -> None:
+def put_log(
+    files: MemoryFiles, *more: object, path: str = BASE + ".safeimg", operation: str = OPERATION
+) -> None:
     like = files.stat(BASE) or files.stat(TOP)
     assert like is not None
     home = identify(files.open(BASE)) if BASE in files.nodes else identity()
     log = Log.create(files, path, operation, like, chunk=1024)
-    images = (ImageRecord("base", "base.qcow2", "raw", home, True),
-              ImageRecord("overlay", "top.qcow2", "raw", identify(files.open(TOP)), False))  # fmt: skip
+    images = (
+        ImageRecord("base", "base.qcow2", "raw", home, True),
+        ImageRecord("overlay", "top.qcow2", "raw", identify(files.open(TOP)), False),
+    )
     log.append(replace(DECLARED, operation=operation, images=images))
     for event in more:
         log.append(event)  # type: ignore[arg-type]
@@ -356,7 +378,9 @@ def test_state_directory_of_whom(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     assert place.state_directory() == str(tmp_path)
 
 
-def test_a_state_directory_that_others_write_to_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_state_directory_that_others_write_to_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setenv("SAFEIMG_STATE_DIR", str(tmp_path))
     tmp_path.chmod(0o777)
     with pytest.raises(JournalUnavailable, match="others can write"):
@@ -391,7 +415,11 @@ def test_scan_finds_all_and_says_what_is_wrong(tmp_path: Path) -> None:
     (tmp_path / "deep" / "link.safeimg").symlink_to(f"{image}.safeimg")
     os.mkfifo(tmp_path / "deep" / "fifo.safeimg")
     found = {Path(path).name: type(what).__name__ for path, what in scan(files, str(tmp_path))}
-    assert found == {"a.qcow2.safeimg": "LogFound", "notes.safeimg": "LogForeign", "empty.safeimg": "VoidFound"}
+    assert found == {
+        "a.qcow2.safeimg": "LogFound",
+        "notes.safeimg": "LogForeign",
+        "empty.safeimg": "VoidFound",
+    }
 
 
 # -- identity
@@ -412,11 +440,17 @@ def test_identity_and_its_tag(files: MemoryFiles) -> None:
 @pytest.mark.parametrize(
     ("changes", "same", "still"),
     [
-        ({}, True, True), ({"ctime_ns": 99}, True, True), ({"mtime_ns": 99}, True, False), ({"size": 1}, True, False),
-        ({"device": 8}, True, True), ({"device": 8, "tag": None}, False, False), ({"tag": None}, True, True),
-        ({"tag": "f" * 32}, False, False), ({"inode": 5}, False, False),
+        ({}, True, True),
+        ({"ctime_ns": 99}, True, True),
+        ({"mtime_ns": 99}, True, False),
+        ({"size": 1}, True, False),
+        ({"device": 8}, True, True),
+        ({"device": 8, "tag": None}, False, False),
+        ({"tag": None}, True, True),
+        ({"tag": "f" * 32}, False, False),
+        ({"inode": 5}, False, False),
     ],
-)  # fmt: skip
+)
 def test_same_and_unchanged(changes: dict[str, int | str], same: bool, still: bool) -> None:
     recorded = identity(tag=OPERATION)
     now = replace(recorded, **changes)  # type: ignore[arg-type]
@@ -440,7 +474,7 @@ def test_liveness_of_owners() -> None:
 
 
 def test_a_dead_process_and_a_zombie_are_dead() -> None:
-    code = "from safeimg.journal.owner import *; o = current_owner(); print(o.pid, o.started, flush=True); input()"
+    code = "from safeimg.journal.owner import *; o = current_owner(); print(o.pid, o.started, flush=True)\ninput()"
     child = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert child.stdout is not None and child.stdin is not None
     pid, started = map(int, child.stdout.readline().split())

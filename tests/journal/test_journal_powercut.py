@@ -1,4 +1,5 @@
-"""The journal's files under simulated power cuts: what was promised durable is there, and nothing is made up."""
+"""The journal's files under simulated power cuts: what was promised durable is there, and nothing is made
+up."""
 
 from __future__ import annotations
 
@@ -7,7 +8,6 @@ from pathlib import Path
 
 import pytest
 from journal_fakes import DECLARED, EVERY_EVENT, OPERATION, OWNER, STARTED, STEP
-
 from safeimg.drivers.errors import StorageError
 from safeimg.drivers.storage.file import LocalFileSystem
 from safeimg.drivers.storage.powercut import crash_states, power_cut
@@ -98,10 +98,14 @@ def test_repeated_crashes_of_recovery(files: SimulatedFileSystem) -> None:
         others: list[Event] = [StepApplied(number) for number in range(50, 56)]
         for event in others:
             again.append(event)
-        for second in crash_states(start, state.fs.trace, seed=3, prefixes=8, subsets_per_prefix=2, singles_per_prefix=3):
+        for second in crash_states(
+            start, state.fs.trace, seed=3, prefixes=8, subsets_per_prefix=2, singles_per_prefix=3
+        ):
             found = read_events(second.fs, LOG)
             expected = [*kept, *others]
-            assert found == expected[: len(found)] and len(found) >= 2, f"{state.description} {second.description}"
+            assert found == expected[: len(found)] and len(found) >= 2, (
+                f"{state.description} {second.description}"
+            )
             seen += 1
     assert seen > 50
 
@@ -176,8 +180,12 @@ def test_an_owner_that_lives_is_about_to_start(files: SimulatedFileSystem) -> No
     images = first.images  # type: ignore[union-attr]
     like = files.stat(TOP)
     assert like is not None
-    write_pointer(files, TOP + ".safeimg", Pointer(OPERATION, images[0].identity, "base.qcow2",
-                  images[1].identity, "machine"), like)  # fmt: skip
+    write_pointer(
+        files,
+        TOP + ".safeimg",
+        Pointer(OPERATION, images[0].identity, "base.qcow2", images[1].identity, "machine"),
+        like,
+    )
     found = find(files, TOP)
     assert isinstance(found, PointerFound)
     for answer, kind in (("alive", "pending"), ("unknown", "pending"), ("dead", "unstarted")):
