@@ -143,8 +143,8 @@ COMMANDS = (
             FORCE_SHARE,
         ),
         (("Is the image in order?", "check disk.qcow2"), ("For programs", "check --output=json disk.qcow2")),
-        "Exit code 0: no errors; 1: not checked; 2: corruptions; 3: leaked clusters only; 63: the format has "
-        "no checks.",
+        "Exit code 0: no errors; 1: not checked; 2: corruptions; 3: leaked clusters only; 63: the format "
+        "has no checks.",
     ),
     Command(
         "compare",
@@ -168,8 +168,8 @@ COMMANDS = (
             ("The same content?", "compare disk.raw disk.qcow2"),
             ("With progress", "compare -p a.qcow2 b.qcow2"),
         ),
-        "Exit code 0: identical; 1: different; 2: an image cannot be opened; 3, 4: its metadata or data cannot "
-        "be read.",
+        "Exit code 0: identical; 1: different; 2: an image cannot be opened; 3, 4: its metadata or data "
+        "cannot be read.",
     ),
     Command(
         "map",
@@ -249,6 +249,7 @@ COMMANDS = (
             LONG_PROGRESS,
             QUIET,
             Option("no-create", "n", None, None, "The target exists; write into it."),
+            Option("undo", None, "undo", None, "With -n: keep what is overwritten until it is settled."),
             Option(
                 "coroutines",
                 "m",
@@ -331,9 +332,9 @@ COMMANDS = (
         (PENDING_IMAGE,),
         (HELP, OUTPUT, PROGRESS, LONG_PROGRESS, QUIET, FENCED, ADOPT),
         (("Go on where it stopped", "resume base.qcow2"), ("With progress", "resume -p base.qcow2")),
-        "Everything is checked before anything is written. Exit code 0: done, or nothing to do; 4: an image "
-        "was changed meanwhile, nothing was written; 5: its owner is alive, or on another machine (--fenced); "
-        "6: impossible.",
+        "Everything is checked before anything is written. Exit code 0: done, or nothing to do; 4: an "
+        "image was changed meanwhile, nothing was written; 5: its owner is alive, or on another machine "
+        "(--fenced); 6: impossible.",
         True,
     ),
     Command(

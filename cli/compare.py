@@ -8,7 +8,7 @@ from safeimg.cli.common import filesystem, image_name, print_text
 from safeimg.cli.errors import CommandError, usage
 from safeimg.cli.options import Command
 from safeimg.cli.parser import Arguments
-from safeimg.cli.progress import display
+from safeimg.cli.progress import Display, display
 from safeimg.cli.values import cache_mode
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def run(command: Command, arguments: Arguments) -> int:
     from safeimg.drivers.formats.chain import close_chain, open_chain
 
     fs, chains = filesystem(), list[list["Image"]]()
-    try:
+    with display(arguments) as shown:
         try:
             for text, fmt in zip(arguments.positional, formats, strict=True):
                 name, fmt = image_name(arguments, text, fmt, code=CANNOT_OPEN)
@@ -38,13 +38,14 @@ def run(command: Command, arguments: Arguments) -> int:
                 chains.append(open_chain(fs, name, format=fmt, cache=cache, force_share=share))
         except DriverError as error:
             raise CommandError(str(error), code=CANNOT_OPEN) from error
-        return _compare(arguments, chains)
-    finally:
-        for chain in chains:
-            close_chain(chain)
+        else:
+            return _compare(arguments, chains, shown)
+        finally:
+            for chain in chains:
+                close_chain(chain)
 
 
-def _compare(arguments: Arguments, chains: list[list[Image]]) -> int:
+def _compare(arguments: Arguments, chains: list[list[Image]], shown: Display) -> int:
     from safeimg.ops.compare import Outcome, UnmappedError, UnreadableError, compare
 
     quiet = arguments.flag("quiet")
@@ -53,31 +54,29 @@ def _compare(arguments: Arguments, chains: list[list[Image]]) -> int:
         if not quiet:
             print_text(message)
 
-    with display(arguments) as progress:
-        try:
-            result = compare(
-                chains[0],
-                chains[1],
-                strict=arguments.flag("strict"),
-                report=progress.report,
-                larger=lambda: say("Warning: Image size mismatch!"),
-            )
-        except UnmappedError as error:
-            name = arguments.positional[error.which]
-            raise CommandError(
-                str(error.__cause__), f"Sector allocation test failed for {name}", code=UNMAPPED
-            ) from error
-        except UnreadableError as error:
-            name = arguments.positional[error.which]
-            why = getattr(error.__cause__, "strerror", "Input/output error")
-            message = f"Error while reading offset {error.offset} of {name}: {why}"
-            raise CommandError(message, code=UNREADABLE) from error
-        if result.outcome is Outcome.IDENTICAL:
-            say("Images are identical.")
-        elif result.outcome is Outcome.SIZE:
-            say("Strict mode: Image size mismatch!")
-        elif result.outcome is Outcome.STATUS:
-            say(f"Strict mode: Offset {result.offset} block status mismatch!")
-        else:
-            say(f"Content mismatch at offset {result.offset}!")
+    try:
+        result = compare(
+            chains[0],
+            chains[1],
+            strict=arguments.flag("strict"),
+            report=shown.report,
+            larger=lambda: say("Warning: Image size mismatch!"),
+        )
+    except UnmappedError as error:
+        name = arguments.positional[error.which]
+        message = f"Sector allocation test failed for {name}"
+        raise CommandError(str(error.__cause__), message, code=UNMAPPED) from error
+    except UnreadableError as error:
+        name = arguments.positional[error.which]
+        why = getattr(error.__cause__, "strerror", "Input/output error")
+        message = f"Error while reading offset {error.offset} of {name}: {why}"
+        raise CommandError(message, code=UNREADABLE) from error
+    if result.outcome is Outcome.IDENTICAL:
+        say("Images are identical.")
+    elif result.outcome is Outcome.SIZE:
+        say("Strict mode: Image size mismatch!")
+    elif result.outcome is Outcome.STATUS:
+        say(f"Strict mode: Offset {result.offset} block status mismatch!")
+    else:
+        say(f"Content mismatch at offset {result.offset}!")
     return 0 if result.outcome is Outcome.IDENTICAL else DIFFERENT

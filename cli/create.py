@@ -35,9 +35,18 @@ def run(command: Command, arguments: Arguments) -> int:
         filesystem(),
         request,
         say=lambda line: None if arguments.flag("quiet") else print_text(line),
+        supersede=_supersede,
         warn=warn,
     )
     return 0
+
+
+def _supersede(path: str) -> None:
+    """Gives up, on record, what is pending on a file that is about to be replaced."""
+    from safeimg.cli.running import environment
+    from safeimg.recovery.settle import abandon
+
+    abandon(path, environment(), reason="replaced by create")
 
 
 def print_option_help(options: list[str], fmt: str, filename: str | None) -> bool:

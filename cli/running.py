@@ -69,30 +69,37 @@ def run_stoppable(
 
     `own`: one of safeimg's own commands, whose exit codes tell that something is pending."""
     import trio
-    from safeimg.drivers.transfer.core import Transfer
-    from safeimg.journal.sqlite import SqliteHistory
     from safeimg.ops.errors import OperationPaused
-    from safeimg.ops.launch import Environment
 
-    transfer = Transfer(settings)
     with stoppable() as stop:
-        environment = Environment(
-            filesystem(),
-            SqliteHistory(),
-            transfer,
-            arguments=recorded(sys.argv[1:]),
-            journal=_journal(arguments),
-            stop=stop.reason,
-        )
+        around = environment(arguments, settings, stop)
         try:
-            with shown.watching(transfer.progress):
-                return trio.run(work, environment)
+            with shown.watching(around.transfer.progress):
+                return trio.run(work, around)
         except (OperationPaused, KeyboardInterrupt) as error:
             raise paused(image, error, stop, own) from error
         except BaseExceptionGroup as group:
             if only(group, (OperationPaused, KeyboardInterrupt)):
                 raise paused(image, group.exceptions[0], stop, own) from group
             raise
+
+
+def environment(
+    arguments: Arguments | None = None, settings: Settings | None = None, stop: Stop | None = None
+) -> Environment:
+    """What an operation needs from the command line."""
+    from safeimg.drivers.transfer.core import Transfer
+    from safeimg.journal.sqlite import SqliteHistory
+    from safeimg.ops.launch import Environment
+
+    return Environment(
+        filesystem(),
+        SqliteHistory(),
+        Transfer(settings),
+        arguments=recorded(sys.argv[1:]),
+        journal="auto" if arguments is None else _journal(arguments),
+        stop=Stop().reason if stop is None else stop.reason,
+    )
 
 
 def only(group: BaseExceptionGroup[BaseException], kinds: tuple[type[BaseException], ...]) -> bool:

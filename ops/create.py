@@ -12,7 +12,12 @@ from safeimg.drivers.formats.api import Driver
 from safeimg.drivers.formats.chain import OpenError, backing_filename, close_chain, local_path, open_chain
 from safeimg.drivers.formats.registry import lookup, names
 from safeimg.drivers.storage.api import FileSystem
+from safeimg.journal.find import LogFound, find
 from safeimg.ops.create_options import for_driver, formatting, parse_options
+from safeimg.ops.errors import SomethingPending
+from safeimg.ops.session import refuse_pending_on
+
+_OWN_BACKING = "Error: Trying to create an image with the same filename as the backing file"
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,14 +35,20 @@ class Request:
 
 
 def create(
-    fs: FileSystem, request: Request, *, say: Callable[[str], None], warn: Callable[[str], None] | None = None
+    fs: FileSystem,
+    request: Request,
+    *,
+    say: Callable[[str], None],
+    supersede: Callable[[str], None],
+    warn: Callable[[str], None] | None = None,
 ) -> None:
     """Writes the image. `say` gets the line that qemu-img prints before it does.
 
-    The image is durable when this returns (unless the cache mode is `unsafe`). Raises `DriverError` whose
-    message is qemu-img's, the file's name in front."""
+    `supersede(path)` gives up the operation pending on the file that is replaced, if no other image is
+    changed by it. The image is durable when this returns (unless the cache mode is `unsafe`). Raises
+    `DriverError` whose message is qemu-img's, the file's name in front, and `SomethingPending`."""
     try:
-        _create(fs, request, say, warn)
+        _create(fs, request, say, supersede, warn)
     except DriverError as error:
         raise UsageError(f"{request.filename}: {_reason(error, request)}") from error
 
@@ -50,7 +61,11 @@ def format_driver(name: str) -> Driver:
 
 
 def _create(
-    fs: FileSystem, request: Request, say: Callable[[str], None], warn: Callable[[str], None] | None
+    fs: FileSystem,
+    request: Request,
+    say: Callable[[str], None],
+    supersede: Callable[[str], None],
+    warn: Callable[[str], None] | None,
 ) -> None:
     driver = format_driver(request.format)
     path = local_path(request.filename)
@@ -62,7 +77,7 @@ def _create(
         values["backing_file"] = request.backing
     if request.backing_format is not None:
         if "backing_fmt" not in known:
-            raise UsageError(f"Backing format not supported for file format '{driver.name}'")
+            raise UsageError(f"Backing file format not supported for file format '{driver.name}'")
         values["backing_fmt"] = request.backing_format
     if request.size is not None:
         if "size" in values:
@@ -83,8 +98,22 @@ def _create(
         raise UsageError("Backing format cannot be used without backing file")
     if "backing_fmt" in values:
         _check_backing_format(values["backing_fmt"])
+    _settle_pending(fs, path, supersede)
     driver.create(fs, path, size, for_driver(driver.create_options, values), cache=request.cache)
     _make_durable(fs, path, request.cache)
+
+
+def _settle_pending(fs: FileSystem, path: str, supersede: Callable[[str], None]) -> None:
+    """A pending operation ends with the file it was about; one that changes others too has to be settled."""
+    try:
+        refuse_pending_on(fs, path)
+    except SomethingPending:
+        found = find(fs, path)
+        if not isinstance(found, LogFound) or any(image.writes for image in found.declared.images[1:]):
+            raise
+        if fs.stat(path) is not None:
+            fs.open(path, write=True, locking=True).close()  # somebody uses it: nothing is given up for that
+        supersede(path)
 
 
 def _check_backing_format(name: str) -> None:
@@ -99,7 +128,7 @@ def _look_at_backing(
     if not backing:
         raise UsageError("Expected backing file name, got empty string")
     if backing == request.filename:
-        raise UsageError("Error: Trying to create an image with the same filename as the backing file")
+        raise UsageError(_OWN_BACKING)
     if request.unsafe:
         if backing_format is None:
             raise UsageError("Backing file specified without backing format")
@@ -115,9 +144,7 @@ def _look_at_backing(
         for layer in layers:
             status = layer.file.stat()
             if target is not None and (status.device, status.inode) == (target.device, target.inode):
-                raise UsageError(
-                    "Error: Trying to create an image with the same filename as the backing file"
-                )
+                raise UsageError(_OWN_BACKING)
         if backing_format is None:
             raise UsageError(
                 f"Backing file specified without backing format\nDetected format of {layers[0].format}."
@@ -150,4 +177,4 @@ def _reason(error: DriverError, request: Request) -> str:
         return f"Could not {error.action}: {error.strerror}"
     if isinstance(error, FormatError):
         return error.problem
-    return str(error)
+    return str(error).removeprefix(f"{request.filename.removeprefix('file:')}: ")
