@@ -55,7 +55,7 @@ def verify(history: History, image: Identity, *, anchor: bytes | None = None) ->
                 expected - 1,
                 "",
                 (
-                    f"the anchor {anchor.hex()[:16]}… is not in this history, which was cut short or made anew"
+                    f"the anchor {anchor.hex()[:16]}… is not in this history: it was cut short or made anew"
                 ),
             )
         )

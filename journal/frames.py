@@ -141,7 +141,7 @@ def judge_tail(file: File, key: bytes, start: int, end: int, sequence: int) -> T
     for offset in _magics(file, start + 1, used):
         frame = read_frame(file, key, offset, end)
         if frame is not None and frame.durable >= sequence:
-            problem = f"event {sequence} was changed after it had been durable (event {frame.sequence} says so)"
+            problem = f"event {sequence} was changed after it was durable (event {frame.sequence} says so)"
             raise LogDamaged(file.path, problem, start)
         work -= _cost(file, offset, end) if frame is None else len(frame.payload)
         if work < 0:
