@@ -70,7 +70,8 @@ def _advance(
 class Commit:
     """The steps of a commit. `layers`: the chain from the top image on, base and its own backing images included.
 
-    `base`: index of the base in `layers`. Images by index in steps: 0 is the base, 1 the top, 2… those between."""
+    `base`: index of the base in `layers`. Images by index in steps: 0 is the base, 1 the top, 2… those between,
+    which are only read."""
 
     def __init__(
         self,
@@ -102,7 +103,7 @@ class Commit:
     def finish(self) -> Sequence[tuple[int, Patch]]:
         """Takes the fences down."""
         return tuple(
-            (index, patch) for index, image in enumerate(self.images) for patch in lookup(image.format).unfence(image)
+            (index, patch) for index, image in enumerate(self.images[:2]) for patch in lookup(image.format).unfence(image)
         )
 
     def discards(self) -> Sequence[tuple[int, int, int]]:
@@ -117,7 +118,7 @@ class Commit:
                 yield step
 
     async def _fence(self, cursor: dict[str, Any]) -> AsyncIterator[Step]:
-        changes = [(index, lookup(image.format).fence(image)) for index, image in enumerate(self.images)]
+        changes = [(index, lookup(image.format).fence(image)) for index, image in enumerate(self.images[:2])]
         yield Step("fence", {"phase": "grow"}, 0, changes=[pair for pair in changes if pair[1]])
 
     async def _grow(self, cursor: dict[str, Any]) -> AsyncIterator[Step]:

@@ -2,8 +2,10 @@
 
 For step n, with `|` where something is synced before the next thing is written::
 
-    before-images → undo file, StepPrepared(n) → log
-    | log, undo file
+    before-images → undo file
+    | undo file: an event never names what a power cut can still lose
+    StepPrepared(n) → log
+    | log
     fresh data (already written by the generator), allocate patches → images
     | images, which covers the in-place data and links of step n-1 as well: StepApplied(n-1) → log, unsynced
     in-place data, link patches → images
@@ -117,6 +119,7 @@ class Engine:
         before: tuple[BeforeRecord, ...] = ()
         if session.undo is not None and step.moves:
             before = await save_before(self._transfer, step.moves, self._files, session.undo)
+            await trio.to_thread.run_sync(session.undo.sync)
         session.record(
             StepPrepared(
                 number=self._number,

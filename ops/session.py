@@ -21,7 +21,7 @@ from safeimg.journal.history import History, PendingRow
 from safeimg.journal.identity import identify
 from safeimg.journal.log import Log
 from safeimg.journal.owner import current_owner
-from safeimg.journal.pointer import Pointer, remove_pointer, write_pointer
+from safeimg.journal.pointer import NEW_SUFFIX, Pointer, remove_pointer, write_pointer
 from safeimg.journal.state import OperationState, fold
 from safeimg.journal.undo import SUFFIX, UndoFile, remove_undo
 from safeimg.ops.errors import SomethingPending
@@ -155,9 +155,7 @@ class Session:
         self.state.apply(event)
 
     def sync(self) -> None:
-        """All events, and the before-images that they name, are durable when this returns."""
-        if self.undo is not None:
-            self.undo.sync()
+        """All events are durable when this returns. Before-images have to be, before the event that names them."""
         self.log.sync()
 
     def observe(self, files: Sequence[File]) -> tuple[tuple[int, Identity], ...]:
@@ -170,9 +168,9 @@ class Session:
 
     def settle(self) -> None:
         """The outcome is durable: history, then everything that lies beside the images goes."""
-        self.history.record_settled(self.log.replay(), home=self.fs.resolve(self.home))
-        for path in self.pointers():
-            remove_pointer(self.fs, path)
+        if self.state.outcome is not None:
+            self.history.record_settled(self.log.replay(), home=self.fs.resolve(self.home))
+        self._remove_pointers()
         if self.undo is not None:
             self.undo.close()
         remove_undo(self.fs, self.log.path + SUFFIX)
@@ -184,15 +182,19 @@ class Session:
             self.undo.close()
         self.log.close()
 
-    def pointers(self) -> list[str]:
-        """Paths of the pointer files that name this operation."""
-        paths = []
+    def _remove_pointers(self) -> None:
+        """Removes the participants' pointers to this operation, and what a crash while writing one left."""
         for image in self.state.declared.images[1:]:
-            if image.writes:
-                found = find.find(self.fs, self.path_of(image))
-                if isinstance(found, find.PointerFound) and found.operation == self.state.declared.operation:
-                    paths.append(found.path)
-        return paths
+            path = place.beside(self.fs, self.path_of(image))
+            if not image.writes:
+                continue
+            found = find.look(self.fs, path)
+            if isinstance(found, find.PointerFound) and found.operation == self.state.declared.operation:
+                remove_pointer(self.fs, path)
+            elif isinstance(found, find.VoidFound):
+                find.clear_void(self.fs, found)
+            if self.fs.stat(path + NEW_SUFFIX) is not None:
+                remove_pointer(self.fs, path + NEW_SUFFIX)
 
     def path_of(self, image: ImageRecord) -> str:
         """Where an image of the operation is looked for: relative to where the home image lies now."""
