@@ -19,7 +19,7 @@
     head-alone, …      the same, and nothing else survived
     reverse            overlapping writes arrived newest first
     old-times          everything but times and attributes
-    random:J           seeded subsets, orders and tears, sector by sector
+    random:J           seeded subsets and tears (and so orders) of everything, sector by sector
 
 A `CrashState` is a file system of its own. Its `description` names it: `replay` makes the same state again.
 `crash_states` on a kill state and the trace of a recovery run on it gives the second crash.

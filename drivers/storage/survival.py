@@ -220,6 +220,8 @@ def _random_plan(model: Model, rng: random.Random) -> Plan:
 
 
 def _random_survival(node: Node, rng: random.Random) -> _Survival:
+    """Each change whole, torn or lost. Kept in order: one that another overtook is one torn where they
+    overlap."""
     rate, tearing = rng.choice((0.1, 0.5, 0.9)), rng.choice((0.0, 0.3, 0.9))
     survival = _nothing(node)
     for change in node.changes:
@@ -227,8 +229,6 @@ def _random_survival(node: Node, rng: random.Random) -> _Survival:
             start, end = _extent(change)
             torn = end - start > SECTOR and rng.random() < tearing
             survival.writes.append(_Kept(change, _random_sectors(start, end, rng) if torn else None))
-    if len(survival.writes) > 1 and rng.random() < 0.5:
-        rng.shuffle(survival.writes)
     lengths = [node.disk.length, *(change.length for change in node.changes if change.length is not None)]
     survival.length = lengths[-1] if rng.random() < 0.5 else rng.choice(lengths)
     return survival

@@ -445,6 +445,17 @@ def test_each_mutation_can_fail_once() -> None:
     assert kinds == [StorageError, StorageError, SyncFailed, StorageError, SyncFailed]
 
 
+def test_a_sync_failed_by_number_leaves_its_changes_in_doubt() -> None:
+    fs = SimulatedFileSystem()
+    file = fs.create("/a")
+    file.pwrite(0, b"data")
+    fs.fail_at(1)
+    with pytest.raises(SyncFailed):
+        file.sync()
+    file.sync()
+    assert fs.unsynced("/a") == 1
+
+
 def test_a_chosen_sync_fails_once() -> None:
     fs = SimulatedFileSystem()
     a, b = fs.create("/a"), fs.create("/b")
