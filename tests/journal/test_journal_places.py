@@ -474,7 +474,10 @@ def test_liveness_of_owners() -> None:
 
 
 def test_a_dead_process_and_a_zombie_are_dead() -> None:
-    code = "from safeimg.journal import owner as o; m = o.current_owner(); print(m.pid, m.started, flush=1); input()"
+    code = (
+        "from safeimg.journal import owner; me = owner.current_owner(); "
+        "print(me.pid, me.started, flush=True); input()"
+    )
     child = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert child.stdout is not None and child.stdin is not None
     pid, started = map(int, child.stdout.readline().split())
