@@ -120,7 +120,7 @@ def _exposed(planner: Qcow2Planner, start: int, end: int, backing_size: int) -> 
     while position < end:
         l1_index = position // header.l2_coverage
         limit = min(end, (l1_index + 1) * header.l2_coverage)
-        table, _copied = planner.l2_table(l1_index)
+        table, _copied = planner.tables.l2_table(l1_index)
         if not table:
             if position < visible:
                 yield position, min(limit, visible)

@@ -34,10 +34,13 @@ class Patches(NamedTuple):
 class _Page:
     """A page that the step under way changes."""
 
-    __slots__ = ("before", "data", "phase", "spans")
+    __slots__ = ("before", "blank", "data", "phase", "spans")
 
-    def __init__(self, before: bytes | None, data: bytearray, phase: Phase) -> None:
+    def __init__(
+        self, before: bytes | None, data: bytearray, phase: Phase, *, blank: bool = False
+    ) -> None:
         self.before = before  # None: nobody refers to it yet
+        self.blank = blank  # zeroes are there already
         self.data = data
         self.phase = phase
         self.spans: list[tuple[int, int]] = []  # changed ranges (start, end), not normalised
@@ -52,7 +55,7 @@ class _Page:
 
     def changes(self) -> list[tuple[int, int]]:
         """Changed ranges in order, without overlaps."""
-        if self.before is None:
+        if self.before is None and not self.blank:
             return [(0, len(self.data))]
         merged: list[tuple[int, int]] = []
         for start, end in sorted(self.spans):
@@ -60,7 +63,8 @@ class _Page:
                 merged[-1] = (merged[-1][0], max(end, merged[-1][1]))
             else:
                 merged.append((start, end))
-        return [(start, end) for start, end in merged if self.before[start:end] != self.data[start:end]]
+        old = self.before if self.before is not None else bytes(len(self.data))
+        return [(start, end) for start, end in merged if old[start:end] != self.data[start:end]]
 
 
 class MetadataView:
@@ -73,6 +77,8 @@ class MetadataView:
         self._taken: OrderedDict[int, bytes] = OrderedDict()
         self._dirty: dict[int, _Page] = {}
         self._length = self._taken_length = file.length()
+        self._blank_from = -(-self._length // self._page)  # pages behind the file read as zeroes
+        self._blank: set[int] = set()  # those of them that are `fresh` in this step, and nothing else yet
 
     @property
     def path(self) -> str:
@@ -110,8 +116,7 @@ class MetadataView:
             piece = data[position:position + self._page - start]
             page = self._dirty.get(number)
             if page is None:
-                current = bytes(self._current(number))
-                page = self._dirty[number] = _Page(current, bytearray(current), phase)
+                page = self._dirty[number] = self._touched(number, phase)
             elif page.before is not None and page.phase is not phase:
                 raise RuntimeError(f"{self.path}: page {number} is changed in both phases of one step")
             page.data[start:start + len(piece)] = piece
@@ -119,13 +124,17 @@ class MetadataView:
             position += len(piece)
 
     def fresh(self, offset: int, data: bytes) -> None:
-        """Puts a new structure into space that nobody refers to. Both offset and length are multiples of a
-        page."""
+        """Puts a new structure into space that nobody refers to. Offset and length are multiples of a page.
+
+        Zeroes behind the end of the file are there already and need no patch."""
         if offset % self._page or len(data) % self._page:
             raise RuntimeError(f"{self.path}: new structure at {offset:#x} is not aligned")
         for position in range(0, len(data), self._page):
-            content = bytearray(data[position:position + self._page])
-            self._dirty[(offset + position) // self._page] = _Page(None, content, Phase.ALLOCATE)
+            number, content = (offset + position) // self._page, data[position:position + self._page]
+            if number >= self._blank_from and content.count(0) == self._page:
+                self._blank.add(number)
+            else:
+                self._dirty[number] = _Page(None, bytearray(content), Phase.ALLOCATE)
         self.extend(offset + len(data))
 
     def take(self) -> tuple[Patches, int | None]:
@@ -146,9 +155,16 @@ class MetadataView:
             self._taken[number] = bytes(page.data)
         self._forget_written(2 * len(self._dirty) + 16)
         self._dirty.clear()
+        self._blank.clear()
         length = self._length if self._length > self._taken_length else None
         self._taken_length = self._length
         return Patches(tuple(collected[Phase.ALLOCATE]), tuple(collected[Phase.LINK])), length
+
+    def _touched(self, number: int, phase: Phase) -> _Page:
+        if number in self._blank:
+            return _Page(None, bytearray(self._page), Phase.ALLOCATE, blank=True)
+        current = bytes(self._current(number))
+        return _Page(current, bytearray(current), phase)
 
     def _current(self, number: int) -> bytes | bytearray:
         dirty = self._dirty.get(number)

@@ -21,20 +21,19 @@ from safeimg.drivers.formats.qcow2.bitmaps import Bitmap, read_bitmaps
 from safeimg.drivers.formats.qcow2.entries import (
     COMPRESSED,
     COPIED,
-    L1_RESERVED,
-    L2_STANDARD_RESERVED,
     MAX_HOST_OFFSET,
     OFFSET_MASK,
     SECTOR,
     ZERO,
     compressed_shift,
-    decode_compressed,
     encode_compressed,
 )
 from safeimg.drivers.formats.qcow2.header import Header
 from safeimg.drivers.formats.qcow2.metadata import MetadataView, Phase
+from safeimg.drivers.formats.qcow2.packing import Packer
 from safeimg.drivers.formats.qcow2.refcounts import RefcountLayout, Refcounts, add_run
 from safeimg.drivers.formats.qcow2.references import References, count_everything
+from safeimg.drivers.formats.qcow2.tables import REPAIR, ActiveTables
 from safeimg.drivers.storage.api import File
 
 # Fields that switches change: all in the first sector, so that one patch changes any set of them at once.
@@ -77,9 +76,9 @@ class Qcow2Planner:
         self._recalled = False
         self._freed: list[tuple[int, int]] = []
         self._tails: list[Patch] = []
-        self._packing: tuple[int, int] | None = None  # next byte for compressed data, and its cluster
+        self._packer = Packer(self)
         self._verified = False
-        self._tables: dict[int, int] = {}  # L1 index → L2 table known to be exclusively ours
+        self.tables = ActiveTables(self)
 
     def _begin(self, table_offset: int, table_clusters: int) -> None:
         self.refcounts = Refcounts(self.view, self.layout, table_offset, table_clusters)
@@ -107,7 +106,7 @@ class Qcow2Planner:
         self.ready()
         self._check_range(start, length)
         placements: list[Placement] = []
-        for cluster, entries in self._entries(start, length):
+        for cluster, entries in self.tables.entries(start, length):
             self._place_clusters(cluster, entries, start, start + length, placements)
         return placements
 
@@ -119,12 +118,12 @@ class Qcow2Planner:
         self._check_range(start, 1)
         if start % size or not 0 < stored < size:
             raise ValueError(f"not a compressed cluster: {stored} bytes for guest offset {start:#x}")
-        cluster, ((entry,),) = start // size, [entries for _cluster, entries in self._entries(start, 1)]
-        offset = self._pack(stored)
+        cluster, ((entry,),) = start // size, [entries for _cluster, entries in self.tables.entries(start, 1)]
+        offset = self._packer.place(stored)
         if offset >= min(1 << compressed_shift(self.header.cluster_bits), MAX_HOST_OFFSET):
             raise UnsupportedError(f"{self.path}: {offset:#x} is too far for compressed clusters this large")
-        self._unlink(cluster, entry)
-        self._put(cluster, [encode_compressed(offset, stored, self.header.cluster_bits)])
+        self.tables.unlink(cluster, entry)
+        self.tables.put(cluster, [encode_compressed(offset, stored, self.header.cluster_bits)])
         return Placement(start, stored, offset, True)
 
     def zero(self, start: int, length: int) -> Sequence[Placement]:
@@ -132,16 +131,16 @@ class Qcow2Planner:
         self._check_range(start, length)
         size, end = self.cluster_size, start + length
         placements: list[Placement] = []
-        for first, entries in self._entries(start, length):
+        for first, entries in self.tables.entries(start, length):
             for cluster, entry in enumerate(entries, first):
-                if self._reads_zero(cluster, entry):
+                if self.tables.reads_zero(cluster, entry):
                     continue
                 left, right = max(start, cluster * size), min(end, (cluster + 1) * size)
                 whole = left == cluster * size and right == min((cluster + 1) * size, self.size)
                 replacement = self._zero_entry if whole else None
                 if replacement is not None:
-                    self._unlink(cluster, entry)
-                    self._put(cluster, [replacement])
+                    self.tables.unlink(cluster, entry)
+                    self.tables.put(cluster, [replacement])
                 else:
                     self._place_clusters(cluster, [entry], left, right, placements)
         return placements
@@ -165,7 +164,7 @@ class Qcow2Planner:
         self._released += self._unlinked
         self._unlinked = []
         self._tails = []
-        self._packing = None
+        self._packer.finish()
         return changes
 
     def recall(self, unlinked: Sequence[tuple[int, int]]) -> None:
@@ -260,18 +259,13 @@ class Qcow2Planner:
 
     def restart_tables(self, l1_table_offset: int, l1_size: int) -> None:
         self.l1_table_offset, self.l1_size = l1_table_offset, l1_size
-        self._tables.clear()
+        self.tables.forget()
 
-    def l2_table(self, l1_index: int) -> tuple[int, bool]:
-        """An L2 table's host offset (0: none), and whether its entry says that it is exclusively ours."""
-        at = self.l1_table_offset + 8 * l1_index
-        entry = int.from_bytes(self.view.read(at, 8), "big")
-        offset = entry & OFFSET_MASK
-        if offset % self.cluster_size or entry & L1_RESERVED or offset >= max(self.view.length, 1):
-            raise FormatError(self.path, f"L1 entry {entry:#x} is invalid", offset=at)
-        return offset, bool(entry & COPIED)
+    # Places
 
-    # Mapping
+    def _check_range(self, start: int, length: int) -> None:
+        if start < 0 or length < 0 or start + length > self.size:
+            raise ValueError(f"{self.path}: guest range {start:#x}+{length:#x} is not within {self.size:#x}")
 
     @property
     def _zero_entry(self) -> int | None:
@@ -279,106 +273,6 @@ class Qcow2Planner:
         if self.header.version > 2:
             return ZERO
         return 0 if self.header.backing_file is None else None
-
-    def _check_range(self, start: int, length: int) -> None:
-        if start < 0 or length < 0 or start + length > self.size:
-            raise ValueError(f"{self.path}: guest range {start:#x}+{length:#x} is not within {self.size:#x}")
-
-    def _entries(self, start: int, length: int) -> Sequence[tuple[int, Sequence[int]]]:
-        """L2 entries of the guest range's clusters: (first guest cluster, entries) for each L2 table."""
-        per_table = self.header.l2_entries
-        cluster, end = start // self.cluster_size, -(-(start + length) // self.cluster_size)
-        found: list[tuple[int, Sequence[int]]] = []
-        while cluster < end and length:
-            l1_index, l2_index = divmod(cluster, per_table)
-            count = min(end - cluster, per_table - l2_index)
-            table, _ = self.l2_table(l1_index)
-            entries: Sequence[int] = (0,) * count
-            if table:
-                entries = struct.unpack(f">{count}Q", self.view.read(table + 8 * l2_index, 8 * count))
-            found.append((cluster, entries))
-            cluster += count
-        return found
-
-    def _put(self, cluster: int, entries: Sequence[int]) -> None:
-        """Replaces the L2 entries of guest clusters that lie in one L2 table."""
-        l1_index, l2_index = divmod(cluster, self.header.l2_entries)
-        table = self._tables.get(l1_index) or self._own_table(l1_index)
-        self.view.write(table + 8 * l2_index, struct.pack(f">{len(entries)}Q", *entries), Phase.LINK)
-
-    def _own_table(self, l1_index: int) -> int:
-        """An L2 table that may be changed: the one there, or a new one (a copy if snapshots use the one
-        there)."""
-        table, copied = self.l2_table(l1_index)
-        bits = self.header.cluster_bits
-        if not table or not self._exclusive(table >> bits, 1, copied, "L2 table"):
-            content = self.view.read(table, self.cluster_size) if table else bytes(self.cluster_size)
-            if table:
-                self.unlink_clusters(table >> bits, 1)
-            table = self.allocator.allocate(1)[0] << bits
-            self.view.fresh(table, content)
-            entry = (table | COPIED).to_bytes(8, "big")
-            self.view.write(self.l1_table_offset + 8 * l1_index, entry, Phase.LINK)
-        self._tables[l1_index] = table
-        return table
-
-    def _exclusive(self, first: int, count: int, copied: bool, what: str) -> bool:
-        """Whether clusters are referenced by the active state alone; the flag and the refcounts have to
-        agree."""
-        for cluster, value in enumerate(self.refcounts.get_run(first, count), first):
-            if not value or (value == 1) != copied:
-                raise FormatError(
-                    self.path,
-                    f"{what} with refcount {value} is {'' if copied else 'not '}flagged as copied: "
-                    "run 'qemu-img check -r all'",
-                    offset=cluster << self.header.cluster_bits,
-                )
-        return copied
-
-    def _standard(self, cluster: int, entry: int) -> int:
-        """The host cluster number (0: none) of an entry that is not compressed."""
-        offset = entry & OFFSET_MASK
-        bad = entry & L2_STANDARD_RESERVED or offset % self.cluster_size or (entry & COPIED and not offset)
-        if bad or (entry & ZERO and self.header.version == 2):
-            raise self._invalid(cluster, entry)
-        return offset >> self.header.cluster_bits
-
-    def _invalid(self, cluster: int, entry: int) -> FormatError:
-        return FormatError(
-            self.path, f"L2 entry {entry:#x} of guest offset {cluster * self.cluster_size:#x} is invalid"
-        )
-
-    def _compressed(self, cluster: int, entry: int) -> tuple[int, int]:
-        """Host clusters (first, count) that compressed data touches."""
-        bits = self.header.cluster_bits
-        offset, stored = decode_compressed(entry, bits)
-        if entry & COPIED or offset >= MAX_HOST_OFFSET:
-            raise self._invalid(cluster, entry)
-        first, last = offset >> bits, (offset + stored - 1) >> bits
-        return first, last - first + 1
-
-    def _reads_zero(self, cluster: int, entry: int) -> bool:
-        if entry & COMPRESSED:
-            return False
-        if entry & ZERO:
-            self._standard(cluster, entry)
-            return True
-        return entry == 0 and self.header.backing_file is None
-
-    def _unlink(self, cluster: int, entry: int) -> None:
-        """Records the references that go with an entry that is replaced, exclusively ours or not."""
-        if entry & COMPRESSED:
-            first, count = self._compressed(cluster, entry)
-            if 0 in self.refcounts.get_run(first, count):
-                raise FormatError(self.path, "compressed data with refcount 0: run 'qemu-img check -r all'",
-                                  offset=first << self.header.cluster_bits)
-            for host in range(first, first + count):
-                self.unlink_clusters(host, 1)
-        elif host := self._standard(cluster, entry):
-            self._exclusive(host, 1, bool(entry & COPIED), "data")
-            self.unlink_clusters(host, 1)
-
-    # Places
 
     def _place_clusters(self, first: int, entries: Sequence[int], start: int, end: int,
                         placements: list[Placement]) -> None:
@@ -390,11 +284,11 @@ class Qcow2Planner:
                 count = 1
                 while index + count < len(entries) and entries[index + count] == entry + count * size:
                     count += 1
-                host = self._standard(cluster, entry)
-                self._exclusive(host, count, True, "data")
+                host = self.tables.standard(cluster, entry)
+                self.tables.exclusive(host, count, True, "data")
                 if entry & ZERO:
                     # Preallocated: nobody reads this space until the flag goes.
-                    self._put(cluster, [(entry & ~ZERO) + number * size for number in range(count)])
+                    self.tables.put(cluster, [(entry & ~ZERO) + number * size for number in range(count)])
                     self.view.extend((host + count) * size)
                     self._add_fresh(cluster, host, count, placements)
                 else:
@@ -411,12 +305,12 @@ class Qcow2Planner:
     def _place_fresh(self, cluster: int, old: Sequence[int], placements: list[Placement]) -> None:
         for number, entry in enumerate(old, cluster):
             if entry:
-                self._unlink(number, entry)
+                self.tables.unlink(number, entry)
         done = 0
         while done < len(old):
             host, count = self.allocator.allocate(len(old) - done)
             offsets = range(host * self.cluster_size, (host + count) * self.cluster_size, self.cluster_size)
-            self._put(cluster + done, [offset | COPIED for offset in offsets])
+            self.tables.put(cluster + done, [offset | COPIED for offset in offsets])
             self._add_fresh(cluster + done, host, count, placements)
             done += count
 
@@ -429,32 +323,6 @@ class Qcow2Planner:
         if length < count * size and tail < self.original_length:
             # What lies past the end of the virtual disk is exposed should it grow: no remains of other data.
             self._tails.append(Patch(tail, None, bytes(count * size - length)))
-
-    def _pack(self, stored: int) -> int:
-        """Host offset for compressed bytes: right behind those before it in this step, where the widths
-        allow."""
-        size = self.cluster_size
-        if self._packing is not None:
-            offset, cluster = self._packing
-            last = (offset + stored - 1) // size
-            if self.refcounts.get(cluster) < self.layout.maximum:
-                if last == cluster:
-                    self.refcounts.raise_one(cluster, Phase.ALLOCATE)
-                    self._packing = self._behind(offset + stored, cluster)
-                    return offset
-                following, _ = self.allocator.allocate(1)
-                if following == cluster + 1:
-                    self.refcounts.raise_one(cluster, Phase.ALLOCATE)
-                else:
-                    offset = following * size
-                self._packing = self._behind(offset + stored, following)
-                return offset
-        cluster, _ = self.allocator.allocate(1)
-        self._packing = self._behind(cluster * size + stored, cluster)
-        return cluster * size
-
-    def _behind(self, offset: int, cluster: int) -> tuple[int, int] | None:
-        return (offset, cluster) if offset < (cluster + 1) * self.cluster_size else None
 
     # Refcounts
 
@@ -495,7 +363,7 @@ class Qcow2Planner:
             for first, length in runs:
                 values = self.refcounts.get_run(first, length)
                 if 0 in values:
-                    raise FormatError(self.path, "metadata has refcount 0: run 'qemu-img check -r all'",
+                    raise FormatError(self.path, f"metadata has refcount 0: {REPAIR}",
                                       offset=first + values.index(0) << bits)
             structures = []
 
