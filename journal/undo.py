@@ -43,7 +43,7 @@ class UndoFile:
 
     @classmethod
     def create(cls, files: FileSystem, path: str, operation: str, like: FileStat) -> UndoFile:
-        """A new undo file, mode 0600, of the owner and group of `like` (the image); its name is durable.
+        """A new undo file, mode 0600, durable, of the owner and group of `like` (the image).
 
         Call it with the operation's log locked. One that an abandoned log left behind is replaced; anything
         else at `path` is refused with `LogForeign`.
@@ -57,7 +57,8 @@ class UndoFile:
             start = _HEADER.pack(UNDO_MAGIC, VERSION, ALIGN, bytes.fromhex(operation)).ljust(
                 ALIGN - _HASH, b"\0"
             )
-            file.pwrite(0, start + blake3(start).digest())  # durable with the first extents
+            file.pwrite(0, start + blake3(start).digest())
+            file.sync_all()
             files.sync_directory(os.path.dirname(path) or ".")
             return cls(files, file, operation)
         except BaseException:
