@@ -29,7 +29,7 @@ from safeimg.drivers.formats.api import Changes, Patch
 from safeimg.drivers.storage.api import File
 from safeimg.drivers.transfer.copy import write_moves
 from safeimg.drivers.transfer.core import Transfer
-from safeimg.drivers.transfer.view import View
+from safeimg.drivers.transfer.view import Source
 from safeimg.journal.events import (
     BeforeRecord,
     LengthRecord,
@@ -58,7 +58,7 @@ class Engine:
     def __init__(
         self,
         files: Sequence[File],
-        view: View | None,
+        view: Source | None,
         transfer: Transfer,
         session: Session | None,
         *,
@@ -74,13 +74,19 @@ class Engine:
         self._number = 0 if session is None else session.state.last_number
         self._no_return = session is not None and session.state.past_return
 
-    async def run(self, operation: Operation, cursor: Any | None) -> None:
+    async def run(
+        self, operation: Operation, cursor: Any | None, *, begin: Callable[[Any], Session | None] = lambda cursor: None
+    ) -> None:
         """Applies all steps from `cursor` on; everything is durable when this returns.
 
-        Raises `OperationPaused` when asked to stop, or when a step failed in a way that can be settled later."""
+        Without a journal, `begin` is asked for one after each step, with the cursor behind it, when all steps so far
+        are durable. Raises `OperationPaused` when asked to stop; what stops a step is raised as it is, with its
+        reason in the log."""
         try:
             async for step in operation.steps(cursor):
                 await self.apply(step)
+                if self._session is None and step.cursor is not None:
+                    self._session = await trio.to_thread.run_sync(begin, step.cursor)
                 reason = self._stop()
                 if reason is not None:
                     await trio.to_thread.run_sync(self._pause, reason)
@@ -107,6 +113,10 @@ class Engine:
         self._unconfirmed = StepApplied(self._number, digests)
         if step.name == "fence" or step.truncate:
             await trio.to_thread.run_sync(self._finish_alone, step)
+
+    @property
+    def session(self) -> Session | None:
+        return self._session
 
     def barrier(self) -> None:
         """Everything applied so far becomes durable, and is recorded as such."""

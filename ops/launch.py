@@ -6,6 +6,7 @@ from the log (`registry.py`). From there on nothing depends on the command any m
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,7 +16,7 @@ import trio
 from safeimg.drivers.formats.api import Image
 from safeimg.drivers.storage.api import File, FileSystem
 from safeimg.drivers.transfer.core import Transfer
-from safeimg.drivers.transfer.view import View
+from safeimg.drivers.transfer.view import Source
 from safeimg.journal.history import History
 from safeimg.ops.engine import Engine
 from safeimg.ops.session import Session, Touched, refuse_pending
@@ -43,9 +44,10 @@ class Job:
     operation: Operation
     images: Sequence[Touched]  # by index; the home image first
     layers: Sequence[Image]  # everything that is open, to be closed
-    view: View | None  # what in-place moves copy from
+    view: Source | None  # what in-place moves copy from
     settings: Mapping[str, Any]  # what it takes to make this job again, JSON-like
     undo: bool = True
+    defer: float = 0.0  # seconds of work after which the journal begins; only where nothing is lost by redoing them
     created: tuple[int, ...] = ()
     total: int = 0
 
@@ -61,25 +63,47 @@ class Job:
 async def launch(job: Job, environment: Environment) -> None:
     """Runs a new operation to its end. Refused while anything is pending on an image that it changes."""
     refuse_pending(environment.fs, job.images)
-    session: Session | None = None
-    if environment.journal != "off":
-        session = await trio.to_thread.run_sync(lambda: Session.begin(
-            environment.fs, environment.history, command=job.command, arguments=environment.arguments,
-            images=job.images, settings=job.settings, undo=job.undo, created=job.created, total=job.total,
-            journal=environment.journal,
-        ))
+    opened: list[Session] = []
+    started = time.monotonic()
+
+    def begin(cursor: Any | None) -> Session | None:
+        if environment.journal == "off" or time.monotonic() - started < job.defer:
+            return None
+        for file in job.files:
+            if file.writable:  # what was done without a journal is where the journal begins
+                file.sync()
+        opened.append(
+            Session.begin(
+                environment.fs, environment.history, command=job.command, arguments=environment.arguments,
+                images=job.images, settings={**job.settings, "cursor": cursor}, undo=job.undo, created=job.created,
+                total=job.total, journal=environment.journal,
+            )
+        )
+        return opened[0]
+
     try:
-        await run(job, environment, session, None)
+        await _run(job, environment, await trio.to_thread.run_sync(begin, None), None, begin)
     finally:
-        if session is not None:
+        for session in opened:
             session.close()
 
 
-async def run(job: Job, environment: Environment, session: Session | None, cursor: Any | None) -> None:
+async def go_on(job: Job, environment: Environment, session: Session) -> None:
+    """Runs a pending operation to its end, from its cursor on."""
+    await _run(job, environment, session, session.state.cursor, lambda cursor: None)
+
+
+async def _run(
+    job: Job,
+    environment: Environment,
+    session: Session | None,
+    cursor: Any | None,
+    begin: Callable[[Any], Session | None],
+) -> None:
     """Applies the operation's steps from `cursor` on, and completes it."""
     environment.transfer.progress.set_total(job.total)
     engine = Engine(job.files, job.view, environment.transfer, session, stop=environment.stop)
-    await engine.run(job.operation, cursor)
+    await engine.run(job.operation, cursor, begin=begin)
     await trio.to_thread.run_sync(
-        complete, session, dict(enumerate(job.files)), job.operation.finish(), job.operation.discards()
+        complete, engine.session, dict(enumerate(job.files)), job.operation.finish(), job.operation.discards()
     )

@@ -18,7 +18,7 @@ from safeimg.journal.events import Abandoned, Completed, Observed, RecoveryStart
 from safeimg.journal.owner import current_owner
 from safeimg.journal.state import OperationState
 from safeimg.ops.errors import Impossible
-from safeimg.ops.launch import Environment, run
+from safeimg.ops.launch import Environment, go_on
 from safeimg.ops.tidy import finish_images
 from safeimg.recovery.pending import Pending, open_pending
 from safeimg.recovery.references import verify_unreferenced
@@ -49,7 +49,7 @@ async def resume(path: str, environment: Environment, *, fenced: bool = False, a
         if state.steps and not state.observed:  # the power went before that was durable
             pending.session.record(Observed(pending.session.observe(job.files)))
         environment.transfer.progress.set_done(state.done)
-        await run(job, environment, pending.session, state.cursor)
+        await go_on(job, environment, pending.session)
         return f"{state.declared.command} finished"
 
 
