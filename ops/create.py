@@ -98,12 +98,12 @@ def _create(
         raise UsageError("Backing format cannot be used without backing file")
     if "backing_fmt" in values:
         _check_backing_format(values["backing_fmt"])
-    _settle_pending(fs, path, supersede)
+    settle_pending(fs, path, supersede)
     driver.create(fs, path, size, for_driver(driver.create_options, values), cache=request.cache)
-    _make_durable(fs, path, request.cache)
+    make_durable(fs, path, request.cache)
 
 
-def _settle_pending(fs: FileSystem, path: str, supersede: Callable[[str], None]) -> None:
+def settle_pending(fs: FileSystem, path: str, supersede: Callable[[str], None]) -> None:
     """A pending operation ends with the file it was about; one that changes others too has to be settled."""
     try:
         refuse_pending_on(fs, path)
@@ -154,7 +154,7 @@ def _look_at_backing(
         close_chain(layers)
 
 
-def _make_durable(fs: FileSystem, path: str, cache: str) -> None:
+def make_durable(fs: FileSystem, path: str, cache: str) -> None:
     if cache == "unsafe":
         return
     file = fs.open(path)

@@ -31,7 +31,7 @@ class Reopener(Protocol):
 # Imported when asked for.
 _MODULES = {
     "commit": "safeimg.ops.commit_job",
-    "convert": "safeimg.ops.convert",
+    "convert": "safeimg.ops.convert_job",
 }
 
 
