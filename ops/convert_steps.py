@@ -20,11 +20,12 @@ from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import trio
 from safeimg.drivers.formats.api import Changes, Image, Patch
 from safeimg.drivers.formats.registry import lookup
 from safeimg.drivers.transfer.buffers import BufferPool
 from safeimg.drivers.transfer.copy import join
-from safeimg.drivers.transfer.core import CHUNK, Transfer, Turns
+from safeimg.drivers.transfer.core import Transfer, Turns
 from safeimg.drivers.transfer.view import Source, View
 from safeimg.ops.convert_plan import Chunk, Rules, chunks
 from safeimg.ops.convert_write import Ahead, Batch, Compress, Writer
@@ -33,6 +34,7 @@ from safeimg.ops.steps import Move, Step
 STEP_BYTES = 256 << 20
 STEP_SECONDS = 1.0
 STEP_CLUSTERS = 1 << 16  # bounds a step's metadata where clusters are small
+WINDOW = 2 << 20  # bytes that a worker takes at once: 1 to 2 MiB were best, and fewer turns are better
 PAGE = 4096  # blocks of a raw target that are tested for zeroes
 
 
@@ -72,7 +74,7 @@ class Convert:
         self._zero_budget = 4 * self._budget
         self._rules = Rules(
             unit=unit,
-            window=max(CHUNK, unit),
+            window=max(unit, min(WINDOW, policy.step_bytes) // unit * unit),
             everything=policy.sparse == 0,
             zero_below=min(policy.zero_below, source.size),
             skip_below=min(policy.skip_below, source.size),
@@ -128,6 +130,8 @@ class Convert:
             if batch.written or batch.moves or changes:
                 moves = join_moves(batch.moves)
                 yield Step("data", {"at": at}, at, join(batch.written), moves, [(0, changes)])
+        if self._writer.ahead is not None:
+            await trio.to_thread.run_sync(self._writer.ahead.trim)
         if "released" not in cursor:
             changes = self._planner.release()
             if changes:

@@ -52,6 +52,10 @@ class Ahead:
                 except StorageError:
                     self._until = 1 << 63  # the disk is nearly full: space for what is really written may do
 
+    def trim(self) -> None:
+        """Gives back what was not needed: space beyond the file's end."""
+        self._file.truncate(self._file.length())
+
 
 @dataclass(frozen=True, slots=True)
 class Writer:

@@ -1,0 +1,139 @@
+"""A convert as a job: made from its settings and open images, at first or again from the log.
+
+The job's layers are those of the target's chain, then those of each source's; `settings["layers"]` says how
+many each has. Its images, as steps and the log number them: the target (0), then all layers of the sources.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+from safeimg.drivers.errors import UsageError
+from safeimg.drivers.formats.api import Image
+from safeimg.drivers.formats.chain import close_chain, open_chain
+from safeimg.drivers.storage.api import FileSystem
+from safeimg.drivers.transfer.core import Transfer
+from safeimg.drivers.transfer.view import ConcatenatedView, Source, View
+from safeimg.journal.state import OperationState
+from safeimg.ops.convert_steps import Convert, Policy
+from safeimg.ops.convert_write import Compress
+from safeimg.ops.errors import Conflict
+from safeimg.ops.launch import Job
+from safeimg.ops.session import Touched
+
+_KINDS: dict[str, type | tuple[type, ...]] = {
+    "layers": list, "formats": list, "cache": str, "source_cache": str, "force_share": bool, "created": bool,
+    "undo": bool, "compress": bool, "sparse": int, "zero_below": int, "skip_below": int, "step_bytes": int,
+    "step_seconds": (int, float),
+}  # fmt: skip
+
+
+def open_layers(fs: FileSystem, home: str, state: OperationState) -> list[Image]:
+    """See `registry.Reopener`."""
+    settings = _settings(home, state)
+    paths = [image.path for image in state.declared.images]
+    found: list[Image] = []
+    try:
+        found += open_chain(
+            fs, home, format=settings["formats"][0], write=True, cache=settings["cache"], repair=True
+        )
+        _check_depth(home, len(found), settings["layers"][0])
+        top = 1
+        for depth, format in zip(settings["layers"][1:], settings["formats"][1:], strict=True):
+            path = os.path.join(os.path.dirname(home), paths[top])
+            chain = open_chain(
+                fs, path, format=format, cache=settings["source_cache"], force_share=settings["force_share"]
+            )
+            found += chain
+            _check_depth(path, len(chain), depth)
+            top += depth
+        return found
+    except BaseException:
+        close_chain(found)
+        raise
+
+
+def make_job(layers: list[Image], state: OperationState, transfer: Transfer) -> Job:
+    """See `registry.Reopener`."""
+    settings = _settings(layers[0].file.path, state)
+    unlinked = [(piece.offset, piece.length) for step in state.steps for piece in step.prepared.unlinked]
+    return job_of(layers, settings, transfer, unlinked=unlinked)
+
+
+def job_of(layers: Sequence[Image], settings: dict[str, Any], transfer: Transfer, *,
+           unlinked: Sequence[tuple[int, int]] = ()) -> Job:
+    """`unlinked`: by the steps that an earlier run has applied."""
+    chains: list[Sequence[Image]] = []
+    at = 0
+    for depth in settings["layers"]:
+        chains.append(layers[at : at + depth])
+        at += depth
+    target = chains[0]
+    source = joined(chains[1:])
+    policy = Policy(
+        sparse=settings["sparse"],
+        compress=compressor(target[0]) if settings["compress"] else None,
+        zero_below=settings["zero_below"],
+        skip_below=settings["skip_below"],
+        existing=not settings["created"],
+        undo=settings["undo"],
+        ahead=settings["created"] and target[0].cluster_size > 1 and not target[0].file.stat().is_device,
+        step_bytes=settings["step_bytes"],
+        step_seconds=settings["step_seconds"],
+    )
+    operation = Convert(source, target, transfer, policy, unlinked=unlinked)
+    images = [Touched("target", target[0].file.path, target[0].format, target[0].file, writes=True)]
+    for chain in chains[1:]:
+        for layer in chain:
+            role = "source" if layer is chain[0] else "backing"
+            images.append(Touched(role, layer.file.path, layer.format, layer.file, writes=False))
+    return Job(
+        "convert", operation, images, layers, source, settings, undo=settings["undo"],
+        created=(0,) if settings["created"] else (), total=source.size,
+    )  # fmt: skip
+
+
+def joined(chains: Sequence[Sequence[Image]]) -> Source:
+    """What the sources show, one after the other."""
+    views = [View(chain) for chain in chains]
+    return views[0] if len(views) == 1 else ConcatenatedView(views)
+
+
+def compressor(target: Image) -> Compress:
+    """Compresses a cluster as the target wants it. `UsageError` if its format has no compressed clusters."""
+    from safeimg.drivers.formats.qcow2.image import Qcow2Image
+
+    if not isinstance(target, Qcow2Image):
+        raise UsageError("Compression not supported for this file format")
+    from safeimg.drivers.formats.qcow2.compression import compress
+
+    packed: Callable[[memoryview], bytes | None] = partial(compress, target.header.compression_type)
+    return packed
+
+
+def _settings(home: str, state: OperationState) -> dict[str, Any]:
+    """What the operation was started with, checked: it comes from a file."""
+    settings = {} if state.started is None else state.started.settings
+    for name, kind in _KINDS.items():
+        if not isinstance(settings.get(name), kind):
+            raise Conflict(f"{home}: the log does not say with which '{name}' the convert was started")
+    layers, formats = settings["layers"], settings["formats"]
+    if (
+        len(layers) < 2
+        or len(layers) != len(formats)
+        or not all(isinstance(depth, int) and depth > 0 for depth in layers)
+        or not all(isinstance(format, str) for format in formats)
+        or sum(layers[1:]) != len(state.declared.images) - 1
+        or settings["step_bytes"] < 1
+        or min(settings["sparse"], settings["zero_below"], settings["skip_below"]) < 0
+    ):
+        raise Conflict(f"{home}: the log's settings do not fit a convert")
+    return settings
+
+
+def _check_depth(path: str, found: int, expected: int) -> None:
+    if found != expected:
+        raise Conflict(f"{path}: its chain has {found} images; it had {expected} when the convert began")
