@@ -261,6 +261,20 @@ def test_compressed_data_is_smaller_than_a_cluster(tmp_path: Path, stored: int) 
         planner.place_compressed(0, stored)
 
 
+@needs_qemu
+@pytest.mark.parametrize("preallocation", ["metadata", "falloc"])
+def test_preallocated_images(tmp_path: Path, preallocation: str) -> None:
+    path = image(tmp_path, f"cluster_size=4096,preallocation={preallocation}")
+    engine = Engine(path, random.Random(1))
+    engine.reserve(300)
+    engine.write(5000 & ~511, engine.rng.randbytes(300 << 10))
+    engine.zero(1 << 20, 64 << 10)
+    engine.apply(engine.planner.take())
+    engine.apply(engine.planner.release())
+    check(path, leaks=False)
+    assert guest(path) == engine.model
+
+
 # Damaged metadata: one line, no patches
 
 

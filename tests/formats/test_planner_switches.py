@@ -67,6 +67,19 @@ def test_emptying_is_taken_back(tmp_path: Path) -> None:
     assert path.read_bytes() == original
 
 
+def test_a_device_is_emptied_within_its_capacity(tmp_path: Path) -> None:
+    path = overlay(tmp_path, "cluster_size=4096")
+    with path.open("r+b") as file:
+        file.truncate(16 << 20)  # the device, much longer than what the image uses
+    engine = Engine(path, random.Random(0))
+    engine.planner.on_device = True
+    engine.model = guest(tmp_path / "base.qcow2")
+    engine.apply(engine.planner.empty(), crashes=3)
+    assert path.stat().st_size == 16 << 20
+    check(path, leaks=True)
+    assert guest(path) == engine.model
+
+
 def test_emptying_keeps_snapshots_and_bitmaps(tmp_path: Path) -> None:
     path = overlay(tmp_path, "cluster_size=4096")
     run("qemu-img", "snapshot", "-c", "one", path)

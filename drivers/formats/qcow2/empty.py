@@ -97,7 +97,9 @@ def _begin(planner: Qcow2Planner) -> None:
 
 
 def _end(planner: Qcow2Planner) -> int:
-    """The first cluster behind everything in the file."""
+    """The first cluster behind everything in the file; on a device, behind everything in use."""
+    if planner.on_device:
+        return count_everything(planner).end()
     return -(-planner.view.length // planner.cluster_size)
 
 

@@ -60,6 +60,7 @@ class Qcow2Planner:
         self.file = image.file
         self.path = image.file.path
         self.original_length = image.file.length()
+        self.on_device = image.file.stat().is_device  # its length says nothing about what is in use
         self.view = MetadataView(image.file, header.cluster_size)
         self.layout = RefcountLayout(header.cluster_bits, header.refcount_order)
         self.current_size = header.size & ~511  # as QEMU: whole sectors
