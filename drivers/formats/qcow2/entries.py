@@ -61,3 +61,8 @@ def encode_table(table: array[int]) -> bytes:
         table = table[:]
         table.byteswap()
     return table.tobytes()
+
+
+def hexadecimal(number: int) -> str:
+    """As QEMU's messages show numbers: zero has no prefix."""
+    return f"{number:#x}" if number else "0"

@@ -17,6 +17,7 @@ from safeimg.drivers.formats.qcow2.entries import (
     OFFSET_MASK,
     ZERO,
     decode_table,
+    hexadecimal,
 )
 from safeimg.drivers.formats.qcow2.header import Header
 from safeimg.drivers.storage.api import File
@@ -106,7 +107,7 @@ class Mapping:
     def _l2_batches(self, l2_offset: int, index: int, position: int, stop: int) -> Iterator[list[Extent]]:
         """The part of L2 table number `index` that maps [position, stop)."""
         if l2_offset % self._header.cluster_size:
-            problem = f"Image is corrupt: L2 table offset {l2_offset:#x} unaligned (L1 index: {index:#x})"
+            problem = f"Image is corrupt: L2 table offset {l2_offset:#x} unaligned (L1 index: {hexadecimal(index)})"
             raise self._error(problem)
         bits = self._header.cluster_bits
         table_start = index * self._header.l2_coverage
@@ -157,14 +158,14 @@ class Mapping:
                 kind = _ZERO
                 if header.version == 2:
                     raise self._error("Image is corrupt: Zero cluster entry found in pre-v3 image "
-                                      f"(L2 offset: {l2_offset:#x}, L2 index: {slice_index + i:#x})")
+                                      f"(L2 offset: {l2_offset:#x}, L2 index: {hexadecimal(slice_index + i)})")
             else:
                 kind = _DATA if host else _UNALLOCATED
             step = 0
             if host:
                 if host & (cluster_size - 1):
                     raise self._error(f"Image is corrupt: Cluster allocation offset {host:#x} unaligned "
-                                      f"(L2 offset: {l2_offset:#x}, L2 index: {slice_index + i:#x})")
+                                      f"(L2 offset: {l2_offset:#x}, L2 index: {hexadecimal(slice_index + i)})")
                 step = cluster_size
             first = i
             expected = entry + step
@@ -194,7 +195,7 @@ class Mapping:
         self._end = -(-self._file.length() // cluster_size) * cluster_size
         if offset + length > min(self._end, MAX_HOST_OFFSET):
             raise self._error(f"{what} at {offset:#x} lies past the end of the file "
-                              f"(L2 offset: {l2_offset:#x}, L2 index: {l2_index:#x})")
+                              f"(L2 offset: {l2_offset:#x}, L2 index: {hexadecimal(l2_index)})")
 
     def _load(self, offset: int, entries: int, name: str) -> array[int] | None:
         """A slice of a table; None if all its entries are zero. `FormatError` if it is not in the file."""
