@@ -18,7 +18,7 @@ huge.qcow2 cluster-bits.qcow2 missing.qcow2 folder
 
 COMMANDS = [
     "info", "info --backing-chain --output json", "map", "map --output=json --start-offset=9k", "check",
-    "check --output=json -q", "compare small.raw", "compare -s two-data.qcow2", "compare -p overlay.qcow2",
+    "check --output=json -q", "compare small.raw", "compare -s two-data.qcow2", "compare overlay.qcow2",
 ]  # fmt: skip
 
 LINES = """
@@ -123,6 +123,11 @@ compare --output small.qcow2 same.qcow2
 compare -U small.qcow2 same.qcow2
 compare -p small.qcow2 same.qcow2
 compare -p small.qcow2 ten.raw
+compare -p overlay.qcow2 small.qcow2
+compare -p overlay.qcow2 snapshots.qcow2
+compare -p mixed.qcow2 packed.qcow2
+compare -p small.qcow2 on-odd.qcow2
+compare -p small.qcow2 short.qcow2
 compare -p empty.qcow2 late.qcow2
 compare -p -s empty.qcow2 late.qcow2
 compare -p -q empty.qcow2 late.qcow2
