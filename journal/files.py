@@ -62,13 +62,13 @@ class Lockable(Protocol):
     """What a `File` may offer besides: a lock on the whole file against other processes."""
 
     def try_lock(self) -> bool:
-        """Takes the file's exclusive lock until it is closed (or the process ends); False if somebody else has it.
+        """Takes the file's exclusive lock until it is closed; False if somebody else has it.
 
         Where the file system has no locks: True."""
         ...
 
 
 def system_error(error: BaseException) -> int | None:
-    """The `errno` of a failed system call (the storage layer's errors carry it as `OSError` does), else None."""
+    """The `errno` of a failed system call (storage errors carry it as `OSError` does), else None."""
     number = getattr(error, "errno", None)
     return number if isinstance(number, int) else None
