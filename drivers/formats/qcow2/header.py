@@ -297,14 +297,14 @@ def parse_header_cluster(head: bytes, path: str, *, unfinished: bool = False) ->
     _check_compression(path, compression_type, bool(incompatible & COMPRESSION_TYPE))
     if refcount_order > 6:
         raise FormatError(path, "Reference count entry width too large; may not exceed 64 bits")
-    if crypt_method > 2:
-        raise FormatError(path, f"Unsupported encryption method {crypt_method}")
     header = Header(
         version, backing_offset, backing_size, cluster_bits, size, crypt_method, l1_size, l1_table_offset,
         reftable_offset, reftable_clusters, nb_snapshots, snapshots_offset, incompatible, compatible,
         autoclear, refcount_order, header_length, compression_type, unknown,
     )
     _check_tables(path, header)
+    if crypt_method > 2:
+        raise FormatError(path, f"Unsupported encryption method {crypt_method}")
     # A backing name in front of the extensions leaves no room for any.
     limit = max(header_length, backing_offset or cluster_size)
     extensions = _parse_extensions(path, head, header_length, limit, crypt_method)
@@ -464,11 +464,11 @@ def _parse_extensions(
         if offset + _EXTENSION.size > len(head):
             break
         kind, length = _EXTENSION.unpack_from(head, offset)
-        if kind == EXT_END:
-            break
         start = offset + _EXTENSION.size
         if start > limit or length > limit - start:
             raise FormatError(path, "Header extension too large")
+        if kind == EXT_END:
+            break
         data = head[start:start + length].ljust(length, b"\0")
         _check_extension(path, kind, data, crypt_method)
         extensions.append(Extension(kind, data))

@@ -107,8 +107,8 @@ class Mapping:
     def _l2_batches(self, l2_offset: int, index: int, position: int, stop: int) -> Iterator[list[Extent]]:
         """The part of L2 table number `index` that maps [position, stop)."""
         if l2_offset % self._header.cluster_size:
-            problem = f"Image is corrupt: L2 table offset {l2_offset:#x} unaligned (L1 index: {hexadecimal(index)})"
-            raise self._error(problem)
+            where = f"(L1 index: {hexadecimal(index)})"
+            raise self._error(f"Image is corrupt: L2 table offset {l2_offset:#x} unaligned {where}")
         bits = self._header.cluster_bits
         table_start = index * self._header.l2_coverage
         entries = self._slice_entries
@@ -157,15 +157,16 @@ class Mapping:
             if entry & ZERO:
                 kind = _ZERO
                 if header.version == 2:
-                    raise self._error("Image is corrupt: Zero cluster entry found in pre-v3 image "
-                                      f"(L2 offset: {l2_offset:#x}, L2 index: {hexadecimal(slice_index + i)})")
+                    where = _where(l2_offset, slice_index + i)
+                    raise self._error(f"Image is corrupt: Zero cluster entry found in pre-v3 image {where}")
             else:
                 kind = _DATA if host else _UNALLOCATED
             step = 0
             if host:
                 if host & (cluster_size - 1):
-                    raise self._error(f"Image is corrupt: Cluster allocation offset {host:#x} unaligned "
-                                      f"(L2 offset: {l2_offset:#x}, L2 index: {hexadecimal(slice_index + i)})")
+                    where = _where(l2_offset, slice_index + i)
+                    problem = f"Image is corrupt: Cluster allocation offset {host:#x} unaligned {where}"
+                    raise self._error(problem)
                 step = cluster_size
             first = i
             expected = entry + step
@@ -194,8 +195,8 @@ class Mapping:
         cluster_size = self._header.cluster_size
         self._end = -(-self._file.length() // cluster_size) * cluster_size
         if offset + length > min(self._end, MAX_HOST_OFFSET):
-            raise self._error(f"{what} at {offset:#x} lies past the end of the file "
-                              f"(L2 offset: {l2_offset:#x}, L2 index: {hexadecimal(l2_index)})")
+            where = _where(l2_offset, l2_index)
+            raise self._error(f"{what} at {offset:#x} lies past the end of the file {where}")
 
     def _load(self, offset: int, entries: int, name: str) -> array[int] | None:
         """A slice of a table; None if all its entries are zero. `FormatError` if it is not in the file."""
@@ -220,6 +221,10 @@ class Mapping:
 
     def _error(self, problem: str) -> FormatError:
         return FormatError(self._file.path, problem)
+
+
+def _where(l2_offset: int, l2_index: int) -> str:
+    return f"(L2 offset: {l2_offset:#x}, L2 index: {hexadecimal(l2_index)})"
 
 
 def _joined(first: Extent, second: Extent) -> Extent | None:
