@@ -131,7 +131,7 @@ class Writer:
                     batch.moves.append(Move(0, place.offset, place.length, None))
                 else:
                     self.file.write_zeroes(place.offset, place.length, unmap=True)
-                    found = zero_digests(place.length) if self.transfer.settings.digests else b""
+                    found = zero_digests(place.length) if self.transfer.digests else b""
                     batch.written.append(Written(0, place.offset, place.length, found))
                 continue
             for part in _parts(place, self.planner.cluster_size):
@@ -161,7 +161,7 @@ class Writer:
             self.ahead.cover(offset + len(content))
         self.file.pwrite(offset, content)
         self.transfer.hint(self.file, offset, len(content))
-        found = digests(content) if self.transfer.settings.digests else b""
+        found = digests(content) if self.transfer.digests else b""
         batch.written.append(Written(0, offset, len(content), found))
 
     def _write_compressed(self, chunk: Chunk, window: memoryview, data: list[Span], zero: list[Span],

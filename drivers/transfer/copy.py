@@ -64,7 +64,7 @@ async def write_moves(transfer: Transfer, view: Source | None, moves: Sequence[t
         view.read_into(move.source + part.start, buffer)
         file.pwrite(at, buffer)
         transfer.hint(file, at, part.length)
-        if transfer.settings.digests:
+        if transfer.digests:
             made[part.index][part.start] = digests(buffer)
 
     def planned() -> Iterator[Part]:
@@ -95,7 +95,7 @@ async def copy_fresh(transfer: Transfer, view: Source, image: int, file: File,
         view.read_into(place.start + part.start, buffer)
         file.pwrite(at, buffer)
         transfer.hint(file, at, part.length)
-        if transfer.settings.digests:
+        if transfer.digests:
             made[part.index][part.start] = digests(buffer)
         if part.start + part.length == place.length:
             zero_tail(file, place, cluster_size)

@@ -97,6 +97,7 @@ class Transfer:
     def __init__(self, settings: Settings | None = None, progress: Progress | None = None) -> None:
         self.settings = settings or Settings()
         self.progress = progress or Progress()
+        self.digests = self.settings.digests  # may change between calls: without a log, nobody wants them
         self._bucket = TokenBucket(self.settings.rate) if self.settings.rate else None
         self._idle: list[Buffers] = []
 
