@@ -19,10 +19,15 @@ def run(command: Command, arguments: Arguments) -> int:
     from safeimg.drivers.transfer.core import Settings
     from safeimg.ops.commit_job import commit
     from safeimg.ops.launch import Environment
+    from safeimg.recovery.gate import resumed
 
     settings = Settings(rate=arguments.last("rate") or None, writeback=cache != "unsafe")
 
     async def work(environment: Environment) -> None:
+        if await resumed(name, environment, "commit"):
+            return
+        if await resumed(name, environment, "commit"):
+            return
         await commit(
             environment,
             name,

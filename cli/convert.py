@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from safeimg.cli.common import image_options
 from safeimg.cli.create import print_option_help
 from safeimg.cli.errors import CommandError
@@ -39,6 +37,7 @@ def run(command: Command, arguments: Arguments) -> int:
     from safeimg.ops.convert import Options, convert
     from safeimg.ops.create_options import split_options
     from safeimg.ops.launch import Environment
+    from safeimg.recovery.gate import resumed, supersede
 
     request = Options(
         sources=tuple(sources),
@@ -66,7 +65,10 @@ def run(command: Command, arguments: Arguments) -> int:
     )
 
     async def work(environment: Environment) -> None:
-        await convert(environment, request)
+        if not await resumed(target, environment, "convert"):
+            await convert(
+                environment, request, supersede=lambda path: supersede(path, environment, "convert")
+            )
 
     with display(arguments) as shown:
         run_stoppable(arguments, shown, work, image=target, settings=settings)

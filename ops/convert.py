@@ -46,6 +46,7 @@ class Options:
     undo: bool = False  # an existing target: keep what is overwritten until it is settled
     step_bytes: int = STEP_BYTES
     step_seconds: float = STEP_SECONDS
+    defer: float = 1.0  # seconds of work on a new target after which its journal begins
 
     @property
     def format(self) -> str:
@@ -251,6 +252,7 @@ def _job(
         "skip_below": skip_below,
         "step_bytes": options.step_bytes,
         "step_seconds": options.step_seconds,
+        "defer": options.defer if created else 0.0,
     }
     layers = [*target, *(layer for chain in chains for layer in chain)]
     return job_of(layers, settings, transfer)

@@ -27,7 +27,7 @@ from safeimg.ops.session import Touched
 _KINDS: dict[str, type | tuple[type, ...]] = {
     "layers": list, "formats": list, "cache": str, "source_cache": str, "force_share": bool, "created": bool,
     "undo": bool, "compress": bool, "sparse": int, "zero_below": int, "skip_below": int, "step_bytes": int,
-    "step_seconds": (int, float),
+    "step_seconds": (int, float), "defer": (int, float),
 }  # fmt: skip
 
 
@@ -92,7 +92,7 @@ def job_of(layers: Sequence[Image], settings: dict[str, Any], transfer: Transfer
             images.append(Touched(role, layer.file.path, layer.format, layer.file, writes=False))
     return Job(
         "convert", operation, images, layers, source, settings, undo=settings["undo"],
-        created=(0,) if settings["created"] else (), total=source.size,
+        defer=settings["defer"], created=(0,) if settings["created"] else (), total=source.size,
     )  # fmt: skip
 
 

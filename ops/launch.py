@@ -6,6 +6,7 @@ from the log (`registry.py`). From there on nothing depends on the command any m
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -72,6 +73,8 @@ async def launch(job: Job, environment: Environment) -> None:
         for file in job.files:
             if file.writable:  # what was done without a journal is where the journal begins
                 file.sync()
+        for index in job.created:
+            environment.fs.sync_directory(os.path.dirname(job.images[index].path) or ".")
         opened.append(
             Session.begin(
                 environment.fs, environment.history, command=job.command, arguments=environment.arguments,

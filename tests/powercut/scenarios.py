@@ -10,6 +10,8 @@ from powercut.judge import STEP_BYTES, Scenario
 
 from safeimg.drivers.storage.simulated import SimulatedFileSystem
 from safeimg.ops.commit_job import commit
+from safeimg.ops.convert import convert
+from safeimg.ops.convert_job import Options
 from safeimg.ops.launch import Environment
 
 KIB = 1024
@@ -142,3 +144,65 @@ COMMITS = [
     ),
     Scenario("commit, compressed", compressed, _commit("/top.qcow2"), "/base.qcow2", "/top.qcow2", BASE_AND_TOP),
 ]
+
+
+def _convert(source: str, target: str, fmt: str, **options: object) -> Callable[[Environment], Awaitable[None]]:
+    async def run(env: Environment) -> None:
+        await convert(
+            env,
+            Options((source,), target, target_format=fmt, step_bytes=STEP_BYTES, defer=0.0, **options),  # type: ignore[arg-type]
+        )
+
+    return run
+
+
+def _existing_target(fs: SimulatedFileSystem) -> None:
+    qcow2_chain()(fs)
+    guest.create(fs, "/target.qcow2", "qcow2", 256 * KIB, cluster_size="4096")
+    guest.write(fs, "/target.qcow2", [(0, _data(41, 20 * KIB)), (50 * KIB, None), (100 * KIB, _data(42, 9 * KIB))])
+
+
+def _existing_raw(fs: SimulatedFileSystem) -> None:
+    qcow2_chain()(fs)
+    fs.write_file("/target.raw", _data(43, 256 * KIB))
+
+
+def _backed_target(fs: SimulatedFileSystem) -> None:
+    three_layers(fs)
+
+
+SMALL = {"cluster_size": "4096"}
+NEW_QCOW2 = (("/target.qcow2", "qcow2"),)
+
+CONVERSIONS = [
+    Scenario(
+        "convert to qcow2", qcow2_chain(), _convert("/top.qcow2", "/target.qcow2", "qcow2", create_options=SMALL),
+        "/target.qcow2", None, NEW_QCOW2, created=True,
+    ),
+    Scenario(
+        "convert to raw", qcow2_chain(), _convert("/top.qcow2", "/target.raw", "raw"), "/target.raw", None,
+        (("/target.raw", "raw"),), created=True,
+    ),
+    Scenario(
+        "convert -c", compressed, _convert("/top.qcow2", "/target.qcow2", "qcow2", compress=True, create_options=SMALL),
+        "/target.qcow2", None, NEW_QCOW2, created=True,
+    ),
+    Scenario(
+        "convert -B", _backed_target,
+        _convert(
+            "/top.qcow2", "/target.qcow2", "qcow2", backing="mid.qcow2", backing_format="qcow2", create_options=SMALL
+        ),
+        "/target.qcow2", None, NEW_QCOW2, created=True,
+    ),
+    Scenario(
+        "convert -n --undo to qcow2", _existing_target,
+        _convert("/top.qcow2", "/target.qcow2", "qcow2", create=False, undo=True), "/target.qcow2", None, NEW_QCOW2,
+    ),
+    Scenario(
+        "convert -n --undo to raw", _existing_raw,
+        _convert("/top.qcow2", "/target.raw", "raw", create=False, undo=True), "/target.raw", None,
+        (("/target.raw", "raw"),),
+    ),
+]
+
+SCENARIOS = [*COMMITS, *CONVERSIONS]
