@@ -26,8 +26,6 @@ def run(command: Command, arguments: Arguments) -> int:
     async def work(environment: Environment) -> None:
         if await resumed(name, environment, "commit"):
             return
-        if await resumed(name, environment, "commit"):
-            return
         await commit(
             environment,
             name,

@@ -11,9 +11,6 @@ from safeimg.cli.progress import display
 from safeimg.cli.running import run_stoppable
 from safeimg.cli.values import cache_mode
 
-if TYPE_CHECKING:
-    pass
-
 _LATER = (("bitmaps", "--bitmaps"), ("snapshot", "-l"), ("salvage", "--salvage"))
 
 

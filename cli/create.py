@@ -44,9 +44,9 @@ def run(command: Command, arguments: Arguments) -> int:
 def _supersede(path: str) -> None:
     """Gives up, on record, what is pending on a file that is about to be replaced."""
     from safeimg.cli.running import environment
-    from safeimg.recovery.settle import abandon
+    from safeimg.recovery.gate import supersede
 
-    abandon(path, environment(), reason="replaced by create")
+    supersede(path, environment(), "create")
 
 
 def print_option_help(options: list[str], fmt: str, filename: str | None) -> bool:
