@@ -69,7 +69,8 @@ class Recipe:
 RECIPES = (
     Recipe("cluster_size=65536", snapshots=2, bitmap=True),
     Recipe("cluster_size=512,refcount_bits=1", bitmap=True),
-    Recipe("cluster_size=4096,refcount_bits=2", snapshots=1),
+    Recipe("cluster_size=4096,refcount_bits=2"),
+    Recipe("cluster_size=16384,refcount_bits=4", snapshots=1),
     Recipe("cluster_size=1024,refcount_bits=64", snapshots=1, bitmap=True),
     Recipe("cluster_size=2097152,refcount_bits=32", snapshots=1),
     Recipe("cluster_size=65536,compat=0.10", snapshots=1),
@@ -82,9 +83,10 @@ def build(path: Path, recipe: Recipe) -> Path:
     """An image of about 100 clusters with every kind of cluster that its version has."""
     size = recipe.cluster_size
     qemu_img("create", "-q", "-f", "qcow2", "-o", recipe.options, path, str(100 * size - 512))
-    guest = [f"write -P 1 0 {6 * size}", f"write -c -P 3 {20 * size} {size}",
-    f"write -c -P 4 {21 * size} {size}",
-             f"write -P 5 {90 * size} {size}", f"write -P 6 {99 * size} {size - 512}"]
+    guest = [
+        f"write -P 1 0 {6 * size}", f"write -c -P 3 {20 * size} {size}", f"write -c -P 4 {21 * size} {size}",
+        f"write -P 5 {90 * size} {size}", f"write -P 6 {99 * size} {size - 512}",
+    ]
     if not recipe.is_v2:
         guest += [f"write -z {8 * size} {2 * size}", f"write -z {4 * size} {size}"]
     qemu_io(path, *guest)

@@ -65,7 +65,7 @@ def read_snapshots(file: File, header: Header, *, zero_fill: bool = False) -> tu
         icount = int.from_bytes(extra[16:24], "big") if extra_size >= 24 else None
         identifier = os.fsdecode(reader.take(id_size))
         name = os.fsdecode(reader.take(name_size))
-        reader.take(-(reader.position - start) % 8)
+        reader.position += -(reader.position - start) % 8  # QEMU does not write the last entry's padding
         if reader.position - position > MAX_TABLE_BYTES:
             raise FormatError(file.path, "Snapshot table too large")
         snapshots.append(
