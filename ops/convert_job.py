@@ -80,7 +80,7 @@ def job_of(layers: Sequence[Image], settings: dict[str, Any], transfer: Transfer
         skip_below=settings["skip_below"],
         existing=not settings["created"],
         undo=settings["undo"],
-        ahead=settings["created"] and target[0].cluster_size > 1 and not target[0].file.stat().is_device,
+        preallocate=settings["created"] and not target[0].file.stat().is_device,
         step_bytes=settings["step_bytes"],
         step_seconds=settings["step_seconds"],
     )

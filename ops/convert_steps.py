@@ -28,13 +28,13 @@ from safeimg.drivers.transfer.copy import join
 from safeimg.drivers.transfer.core import Transfer, Turns
 from safeimg.drivers.transfer.view import Source, View
 from safeimg.ops.convert_plan import Chunk, Rules, chunks
-from safeimg.ops.convert_write import Ahead, Batch, Compress, Writer
+from safeimg.ops.convert_write import Ahead, Batch, Compress, Exact, Writer
 from safeimg.ops.steps import Move, Step
 
 STEP_BYTES = 256 << 20
 STEP_SECONDS = 1.0
 STEP_CLUSTERS = 1 << 16  # bounds a step's metadata where clusters are small
-WINDOW = 2 << 20  # bytes that a worker takes at once: 1 to 2 MiB were best, and fewer turns are better
+WINDOW = 1 << 20  # bytes that a worker takes at once: with 2 MiB, writing was slower now and then
 PAGE = 4096  # blocks of a raw target that are tested for zeroes
 
 
@@ -48,7 +48,7 @@ class Policy:
     skip_below: int = 0  # guest offset below which the target's backing image supplies what the source's does
     existing: bool = False  # the target was there before: fence it, keep its bitmaps right
     undo: bool = False  # what lies in live places is to be kept
-    ahead: bool = False  # preallocate: a new file, which grows as it is written
+    preallocate: bool = False  # a new file: allocate its space before it is written
     step_bytes: int = STEP_BYTES
     step_seconds: float = STEP_SECONDS
 
@@ -90,7 +90,7 @@ class Convert:
             zero_below=self._rules.zero_below,
             compress=policy.compress,
             undo=policy.undo,
-            ahead=Ahead(target[0].file) if policy.ahead else None,
+            space=None if not policy.preallocate else (Ahead if unit > 1 else Exact)(target[0].file),
         )
 
     def total(self) -> int:
@@ -130,8 +130,8 @@ class Convert:
             if batch.written or batch.moves or changes:
                 moves = join_moves(batch.moves)
                 yield Step("data", {"at": at}, at, join(batch.written), moves, [(0, changes)])
-        if self._writer.ahead is not None:
-            await trio.to_thread.run_sync(self._writer.ahead.trim)
+        if self._writer.space is not None:
+            await trio.to_thread.run_sync(self._writer.space.trim)
         if "released" not in cursor:
             changes = self._planner.release()
             if changes:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from safeimg.drivers.errors import StorageError
 from safeimg.drivers.formats.api import Placement, Planner
@@ -20,6 +21,8 @@ from safeimg.ops.steps import Move
 
 AHEAD = 64 << 20  # bytes that a growing file is preallocated ahead of what is written
 
+WORTHWHILE = 128 << 10  # bytes of a write that are worth a call of their own to allocate
+
 Compress = Callable[[memoryview], bytes | None]
 
 
@@ -32,16 +35,29 @@ class Batch:
     moves: list[Move] = field(default_factory=list)
 
 
+class Space(Protocol):
+    other down by a factor of up to ten (ext4, with delayed allocation)."""
+    other down by a factor of up to ten (ext4, delayed allocation)."""
+
+    def cover(self, offset: int, length: int) -> None:
+        """Sees to it that the range is allocated, if the disk has room."""
+        ...
+
+    def trim(self) -> None:
+        """Gives back what was not needed."""
+        ...
+
+
 class Ahead:
-    """Preallocates a growing file in long strides: allocating with each write costs more, and scatters it."""
+    """Space of a growing file, in long strides."""
 
     def __init__(self, file: File) -> None:
         self._file = file
         self._lock = threading.Lock()
         self._until = file.length()
 
-    def cover(self, end: int) -> None:
-        """Makes sure that the file has space up to offset `end`, if there is any."""
+    def cover(self, offset: int, length: int) -> None:
+        end = offset + length
         if end <= self._until:
             return
         with self._lock:
@@ -53,8 +69,24 @@ class Ahead:
                     self._until = 1 << 63  # the disk is nearly full: space for what is really written may do
 
     def trim(self) -> None:
-        """Gives back what was not needed: space beyond the file's end."""
         self._file.truncate(self._file.length())
+
+
+class Exact:
+    """Space of a file with holes: only of what is written."""
+
+    def __init__(self, file: File) -> None:
+        self._file = file
+
+    def cover(self, offset: int, length: int) -> None:
+        if length >= WORTHWHILE:
+            try:
+                self._file.preallocate(offset, length, keep_size=True)
+            except StorageError:
+                pass  # the write will say why
+
+    def trim(self) -> None:
+        pass
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +103,7 @@ class Writer:
     zero_below: int  # guest offset below which zeroes have to be made
     compress: Compress | None
     undo: bool  # what is in live places is kept: data for them becomes moves
-    ahead: Ahead | None
+    space: Space | None  # of a new file
 
     def run(self, chunk: Chunk, buffers: BufferPool, batch: Batch, turns: Turns) -> None:
         """Writes one chunk, as far as that is possible before the step; the rest becomes moves of the
@@ -157,8 +189,8 @@ class Writer:
         return whole
 
     def _put(self, offset: int, content: memoryview | bytes, batch: Batch) -> None:
-        if self.ahead is not None:
-            self.ahead.cover(offset + len(content))
+        if self.space is not None:
+            self.space.cover(offset, len(content))
         self.file.pwrite(offset, content)
         self.transfer.hint(self.file, offset, len(content))
         found = digests(content) if self.transfer.digests else b""
