@@ -36,8 +36,8 @@ class Batch:
 
 
 class Space(Protocol):
-    other down by a factor of up to ten (ext4, with delayed allocation)."""
-    other down by a factor of up to ten (ext4, delayed allocation)."""
+    """Allocates a new file's space before it is written. Two threads that leave it to their writes slow each
+    other down by a factor of up to ten (ext4, with its delayed allocation)."""
 
     def cover(self, offset: int, length: int) -> None:
         """Sees to it that the range is allocated, if the disk has room."""
