@@ -1,0 +1,50 @@
+# make demo and make test each work as the only command on a fresh machine: they make .venv first.
+# Set PYTHON to choose an interpreter, APT=no to have nothing installed by apt-get.
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/installed
+JOBS ?= $(shell nproc 2>/dev/null || echo 2)
+SECONDS ?= 600
+SEED ?= 1
+KILLS ?= 200
+SIZE ?= 1G
+PACKAGES := cli drivers journal ops recovery
+
+.PHONY: help demo test lint crash-soak kill-soak clean
+
+help:
+	@echo "make demo        a commit killed twice: rolled back, then finished; two minutes at most"
+	@echo "make test        all tests"
+	@echo "make lint        ruff, and mypy --strict"
+	@echo "make crash-soak  simulated power cuts: SECONDS=$(SECONDS) SEED=$(SEED) JOBS=$(JOBS)"
+	@echo "make kill-soak   real commits killed: KILLS=$(KILLS) SIZE=$(SIZE) SEED=$(SEED)"
+	@echo "make clean       removes what these made"
+
+$(STAMP): pyproject.toml .ci/setup
+	@.ci/setup
+	@touch $@
+
+demo: $(STAMP)
+	@$(BIN)/python bench/demo.py
+
+# No test may take more than five minutes.
+test: $(STAMP)
+	$(BIN)/python -m pytest -q -n $(JOBS) --timeout 300
+
+# mypy does not follow editable installs of packages that lie elsewhere: it reads them through links.
+lint: $(STAMP)
+	@mkdir -p build/dev/safeimg
+	@for package in $(PACKAGES); do ln -sfn ../../../$$package build/dev/safeimg/$$package; done
+	$(BIN)/ruff check .
+	MYPYPATH=build/dev $(BIN)/mypy $(addprefix -p safeimg.,$(PACKAGES))
+
+crash-soak: $(STAMP)
+	cd tests && ../$(BIN)/python -m powercut.soak --seconds $(SECONDS) --seed $(SEED) --jobs $(JOBS)
+
+kill-soak: $(STAMP)
+	cd tests && ../$(BIN)/python -m kills.soak --kills $(KILLS) --seed $(SEED) --size $(SIZE)
+
+clean:
+	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
