@@ -75,19 +75,26 @@ class Engine:
         self._no_return = session is not None and session.state.past_return
 
     async def run(
-        self, operation: Operation, cursor: Any | None, *, begin: Callable[[Any], Session | None] = lambda cursor: None
+        self,
+        operation: Operation,
+        cursor: Any | None,
+        *,
+        begin: Callable[[Any, bool], Session | None] = lambda cursor, now: None,
     ) -> None:
         """Applies all steps from `cursor` on; everything is durable when this returns.
 
         Without a journal, `begin` is asked for one after each step, with the cursor behind it, when all steps so far
-        are durable. Raises `OperationPaused` when asked to stop; what stops a step is raised as it is, with its
-        reason in the log."""
+        are durable, and whether it is needed now, because the operation is about to stop. Raises `OperationPaused`
+        when asked to stop; what stops a step is raised as it is, with its reason in the log."""
         try:
             async for step in operation.steps(cursor):
                 await self.apply(step)
-                if self._session is None and step.cursor is not None:
-                    self._session = await trio.to_thread.run_sync(begin, step.cursor)
                 reason = self._stop()
+                if self._session is None and step.cursor is not None:
+                    self._session = await trio.to_thread.run_sync(begin, step.cursor, reason is not None)
+                    if self._session is not None:  # its first step comes next: the log knows of none before
+                        self._number = self._session.state.last_number
+                        self._unconfirmed = None
                 if reason is not None:
                     await trio.to_thread.run_sync(self._pause, reason)
                     raise OperationPaused(reason)

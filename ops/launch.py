@@ -67,8 +67,8 @@ async def launch(job: Job, environment: Environment) -> None:
     opened: list[Session] = []
     started = time.monotonic()
 
-    def begin(cursor: Any | None) -> Session | None:
-        if environment.journal == "off" or time.monotonic() - started < job.defer:
+    def begin(cursor: Any | None, now: bool) -> Session | None:
+        if environment.journal == "off" or not (now or time.monotonic() - started >= job.defer):
             return None
         for file in job.files:
             if file.writable:  # what was done without a journal is where the journal begins
@@ -85,7 +85,12 @@ async def launch(job: Job, environment: Environment) -> None:
         return opened[0]
 
     try:
-        await _run(job, environment, await trio.to_thread.run_sync(begin, None), None, begin)
+        await _run(job, environment, await trio.to_thread.run_sync(begin, None, False), None, begin)
+    except BaseException:
+        if not opened:  # nobody could go on with what was begun
+            for index in job.created:
+                environment.fs.unlink(job.images[index].path)
+        raise
     finally:
         for session in opened:
             session.close()
@@ -93,7 +98,7 @@ async def launch(job: Job, environment: Environment) -> None:
 
 async def go_on(job: Job, environment: Environment, session: Session) -> None:
     """Runs a pending operation to its end, from its cursor on."""
-    await _run(job, environment, session, session.state.cursor, lambda cursor: None)
+    await _run(job, environment, session, session.state.cursor, lambda cursor, now: None)
 
 
 async def _run(
@@ -101,7 +106,7 @@ async def _run(
     environment: Environment,
     session: Session | None,
     cursor: Any | None,
-    begin: Callable[[Any], Session | None],
+    begin: Callable[[Any, bool], Session | None],
 ) -> None:
     """Applies the operation's steps from `cursor` on, and completes it."""
     environment.transfer.progress.set_total(job.total)

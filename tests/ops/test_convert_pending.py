@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import trio
+from safeimg.drivers.errors import StorageError
 from safeimg.drivers.formats.chain import close_chain, open_chain
 from safeimg.drivers.storage.file import LocalFileSystem
 from safeimg.drivers.transfer.core import Settings, Transfer
@@ -71,10 +72,11 @@ def paused(environment: Environment, options: Options) -> None:
         trio.run(convert, environment, options)
 
 
-def to(target: Path, *sources: Path, format: str = "qcow2", create: bool = True, undo: bool = False,
-       compress: bool = False) -> Options:  # fmt: skip
-    return Options(tuple(map(str, sources)), str(target), source_format="raw", target_format=format,
-                   create=create, undo=undo, compress=compress, step_bytes=MIB // 2)  # fmt: skip
+def to(target: Path, *sources: Path, format: str = "qcow2", defer: float = 0.0, **more: bool) -> Options:
+    return Options(
+        tuple(map(str, sources)), str(target), source_format="raw", target_format=format, step_bytes=MIB // 2,
+        defer=defer, **more,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(("format", "compress"), [("raw", False), ("qcow2", False), ("qcow2", True)])
@@ -177,7 +179,34 @@ def test_replaced_wholly_what_was_pending_is_given_up(
     clean(target)
 
 
-def test_nothing_is_written_without_a_journal(tmp_path: Path, around: Callable[..., Environment]) -> None:
+def test_paused_before_its_journal_began(tmp_path: Path, around: Callable[..., Environment]) -> None:
+    source, target = tmp_path / "a.raw", tmp_path / "c.qcow2"
+    expected = make(source, 2 * MIB, 1)
+    paused(around(2), to(target, source, defer=60.0))
+    trio.run(resume, str(target), around())
+    assert content(target, "qcow2") == expected
+    clean(target)
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_failed_before_its_journal_began(
+    tmp_path: Path, around: Callable[..., Environment], monkeypatch: pytest.MonkeyPatch, there: bool
+) -> None:
+    source, target = tmp_path / "a.raw", tmp_path / "c.qcow2"
+    make(source, 2 * MIB, 1)
+    if there:
+        target.write_bytes(b"something else")
+
+    def full(self: object, step: object) -> None:
+        raise StorageError(str(target), "write", OSError(28, "No space left on device"))
+
+    monkeypatch.setattr("safeimg.ops.engine.Engine._allocate", full)
+    with pytest.raises(StorageError, match="No space left"):
+        trio.run(convert, around(), to(target, source, defer=60.0))
+    assert [path.name for path in tmp_path.iterdir()] == ["a.raw"]
+
+
+def test_without_a_journal(tmp_path: Path, around: Callable[..., Environment]) -> None:
     source, target = tmp_path / "a.raw", tmp_path / "c.qcow2"
     expected = make(source, MIB, 1)
     environment = around()
