@@ -86,6 +86,7 @@ class Engine:
         Without a journal, `begin` is asked for one after each step, with the cursor behind it, when all steps so far
         are durable, and whether it is needed now, because the operation is about to stop. Raises `OperationPaused`
         when asked to stop; what stops a step is raised as it is, with its reason in the log."""
+        self._transfer.digests = self._session is not None
         try:
             async for step in operation.steps(cursor):
                 await self.apply(step)
@@ -95,6 +96,7 @@ class Engine:
                     if self._session is not None:  # its first step comes next: the log knows of none before
                         self._number = self._session.state.last_number
                         self._unconfirmed = None
+                        self._transfer.digests = True
                 if reason is not None:
                     await trio.to_thread.run_sync(self._pause, reason)
                     raise OperationPaused(reason)
