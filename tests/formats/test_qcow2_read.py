@@ -346,3 +346,10 @@ def test_bitmaps_are_listed(tmp_path: Path, recipe: Recipe) -> None:
     ]
     assert image.bitmaps[1].granularity == 16384
     image.close()
+
+
+def test_one_table_used_as_l1_and_as_l2(plain: bytes, tmp_path: Path) -> None:
+    """Found by fuzzing: the two are read in pieces of different lengths."""
+    offset = u64(plain, 40)
+    problem = first_problem(tmp_path, patched(plain, (">Q", offset, COPIED | offset)))
+    assert problem is None  # its one entry is a data cluster that holds the table

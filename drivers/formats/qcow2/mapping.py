@@ -44,7 +44,7 @@ class Mapping:
         self._size = size
         self._slice_entries = min(SLICE_ENTRIES, header.l2_entries)
         self._capacity = max(4, cache_bytes // (8 * SLICE_ENTRIES))
-        self._cache: OrderedDict[int, array[int] | None] = OrderedDict()
+        self._cache: OrderedDict[tuple[int, int], array[int] | None] = OrderedDict()
         self._lock = Lock()
         self._end = 0  # the file's end, rounded up to a cluster, when last looked at
 
@@ -200,18 +200,20 @@ class Mapping:
 
     def _load(self, offset: int, entries: int, name: str) -> array[int] | None:
         """A slice of a table; None if all its entries are zero. `FormatError` if it is not in the file."""
+        # With their length: a damaged image may use the same bytes as an L1 and as an L2 table.
+        key = (offset, entries)
         with self._lock:
             cache = self._cache
-            if offset in cache:
-                cache.move_to_end(offset)
-                return cache[offset]
+            if key in cache:
+                cache.move_to_end(key)
+                return cache[key]
         length = 8 * entries
         data = self._file.pread(offset, length)
         if len(data) < length:
             raise FormatError(self._file.path, f"{name} table lies past the end of the file", offset=offset)
         table = decode_table(data) if data.strip(b"\0") else None
         with self._lock:
-            cache[offset] = table
+            cache[key] = table
             while len(cache) > self._capacity:
                 cache.popitem(last=False)
         return table
