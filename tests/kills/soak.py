@@ -151,8 +151,10 @@ class Soak:
         phase, expected = self.read_log()
         images.copy(self.work, self.folder / "crashed")
         self.as_it_is()
-        kills = self.settle(action)
-        if expected == "undecided":
+        kills = self.settle(action, self.commit(stepped))
+        if action == "again":
+            expected = "after"
+        elif expected == "undecided":
             expected = "after" if action == "resume" else "before"
         elif expected == "either":
             after = images.same(self.work / "base.qcow2", self.pristine / "top.qcow2")
@@ -189,19 +191,23 @@ class Soak:
             images.check(self.work / name, leaks=True)
         images.expect_same(self.work / "top.qcow2", self.pristine / "top.qcow2")
 
-    def settle(self, action: str) -> int:
-        """Resumes or rolls back, through whichever image; how often that was killed meanwhile."""
+    def settle(self, action: str, command: list[str]) -> int:
+        """Resumes (with "again": by the identical command) or rolls back; how often that was killed meanwhile."""
         kills = 0
         for _ in range(self.rng.choice((0, 0, 1, 2))):
             # A resume that was killed may be followed by a rollback, never the other way round.
             first = "resume" if action == "rollback" and not kills and self.rng.random() < 0.3 else action
-            if self.killed([*PLAIN, first, self.image()], self.recovery) is None:
+            words = command if first == "again" else [*PLAIN, first, self.image()]
+            if self.killed(words, self.recovery) is None:
                 break
             kills += 1
         started = time.monotonic()
-        said = self.finish(self.start([*PLAIN, action, self.image()]), (0, 6))
-        if "point of no return" in said or "resume" in said:
-            self.finish(self.start([*PLAIN, "resume", self.image()]))
+        if action == "again":
+            self.finish(self.start(command))
+        else:
+            said = self.finish(self.start([*PLAIN, action, self.image()]), (0, 6))
+            if "point of no return" in said:
+                self.finish(self.start([*PLAIN, "resume", self.image()]))
         self.recovery.learn(time.monotonic() - started)
         return kills
 
@@ -242,8 +248,7 @@ def run(folder: Path, kills: int, size: int, seed: int, *, quiet: bool = False) 
     """Raises `Wrong` at the first failure."""
     soak = Soak(folder, size, random.Random(seed))
     soak.prepare(seed)
-    actions = ["resume", "rollback"] * (kills // 2 + 1)
-    actions = actions[:kills]
+    actions = (["resume", "rollback", "again", "rollback"] * (kills // 4 + 1))[:kills]
     soak.rng.shuffle(actions)
     for number, action in enumerate(actions, 1):
         started = time.monotonic()
