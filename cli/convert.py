@@ -97,6 +97,8 @@ def _check(arguments: Arguments) -> None:
     if len(arguments.positional) < 2:
         raise CommandError("Must specify image file name")
     cache_mode(arguments.last("source-cache", "writeback"), "Invalid source cache option")
+    if flag("bitmaps") and arguments.last("target-format", "raw") == "raw":
+        raise CommandError("Format driver 'raw' does not support bitmaps")
     for name, option in _LATER:
         if flag(name):
             raise CommandError(f"convert {option} is not supported yet")

@@ -14,6 +14,7 @@ import typer
 from safeimg.cli.commands import COMMANDS
 from safeimg.cli.main import program_name
 from safeimg.cli.options import Argument, Command, Option
+from safeimg.drivers.formats.registry import names
 
 FILES = ("image", "filename", "first", "second", "source", "target", "path")
 
@@ -25,8 +26,12 @@ OVERVIEW = (
 
 
 def show(command: Command | None) -> int:
-    """Prints the help of a command, or of the program."""
-    return run_typer(["--help"] if command is None else [command.name, "--help"])
+    """Prints the help of a command, or of the program: that one ends, as qemu-img's, with the formats supported."""
+    if command is not None:
+        return run_typer([command.name, "--help"])
+    code = run_typer(["--help"])
+    print(f"Supported formats: {' '.join(sorted(names()))}")
+    return code
 
 
 def run_typer(words: list[str]) -> int:

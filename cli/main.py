@@ -104,7 +104,7 @@ def _explain(error: BaseException) -> CommandError:
     if isinstance(error, BaseExceptionGroup):  # trio's nurseries wrap what their children raise
         return _explain(error.exceptions[0])
     if isinstance(error, KeyboardInterrupt):
-        return CommandError("interrupted", code=130)
+        return CommandError(*(["interrupted"] if program_name() == "safeimg" else []), code=130)
     if isinstance(error, MemoryError):
         return CommandError("out of memory")
     if isinstance(error, RecursionError):
@@ -118,7 +118,10 @@ def _explain(error: BaseException) -> CommandError:
     )
     for module, kind in zip(known, ("DriverError", "JournalError", "OperationError"), strict=True):
         if module is not None and isinstance(error, getattr(module, kind)):
-            return CommandError(str(error), code=getattr(error, "exit_code", 1))
+            code = (
+                getattr(error, "exit_code", 1) if program_name() == "safeimg" else 1
+            )  # qemu-img has no others
+            return CommandError(str(error), code=code)
     if isinstance(error, OSError) and error.strerror:
         return CommandError(f"{error.filename}: {error.strerror}" if error.filename else error.strerror)
     return CommandError(f"internal error: {type(error).__name__}: {error} (SAFEIMG_DEBUG=1 shows where)")

@@ -13,7 +13,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from twin import qemu_io  # noqa: E402
+from twin import qemu_io
 
 
 @pytest.fixture(scope="session")
@@ -41,7 +41,9 @@ def _create(folder: Path, name: str, size: str, *options: str) -> None:
 
 def _plain(folder: Path) -> None:
     _create(folder, "small.qcow2", "1M", "-o", "cluster_size=4k")
-    qemu_io(folder, "-c", "write -P 5 8k 20k", "-c", "write -z 64k 8k", "-c", "write -P 3 100k 100", "small.qcow2")
+    qemu_io(
+        folder, "-c", "write -P 5 8k 20k", "-c", "write -z 64k 8k", "-c", "write -P 3 100k 100", "small.qcow2"
+    )
     _img(folder, "convert", "-c", "-O", "qcow2", "small.qcow2", "packed.qcow2")
     _img(folder, "convert", "-c", "-O", "qcow2", "-o", "compression_type=zstd", "small.qcow2", "zstd.qcow2")
     _img(folder, "convert", "-O", "raw", "small.qcow2", "small.raw")

@@ -186,7 +186,7 @@ def master(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "folder").mkdir()
     (folder / "junk.bin").write_bytes(b"junk")
     for line in (
-        "-f raw base.raw 10M", "-f qcow2 base.qcow2 10M", "-f qcow2 -b base.qcow2 -F qcow2 overlay.qcow2",
+        "-f raw base.raw 640k", "-f qcow2 base.qcow2 640k", "-f qcow2 -b base.qcow2 -F qcow2 overlay.qcow2",
         "-f qcow2 -u -b missing -F raw dangling.qcow2 1M",
     ):  # fmt: skip
         subprocess.run(["qemu-img", "create", "-q", *words(line)], cwd=folder, check=True)

@@ -7,14 +7,54 @@ from pathlib import Path
 import pytest
 from twin import qemu_img, safeimg, words
 
-IMAGES = """
-small.qcow2 packed.qcow2 zstd.qcow2 small.raw same.qcow2 empty.qcow2 zero.qcow2 tera.qcow2 tiny-clusters.qcow2
-lazy.qcow2 metadata.qcow2 falloc.qcow2 full.qcow2 mixed.qcow2 two-data.qcow2 swapped.qcow2 two-packed.qcow2 late.qcow2
-ten.raw odd.raw junk.bin x700.raw x701.raw nothing.raw overlay.qcow2 snapshots.qcow2 top.qcow2 on-odd.qcow2
-on-missing.qcow2 on-on-missing.qcow2 on-junk.qcow2 on-unknown.qcow2 folder/relative.qcow2 folder/dotted.qcow2
-leaking.qcow2 corrupt.qcow2 both.qcow2 corrupt-bit.qcow2 dirty.qcow2 unknown-feature.qcow2 short.qcow2 version.qcow2
-huge.qcow2 cluster-bits.qcow2 missing.qcow2 folder
-""".split()
+IMAGES = [
+    "small.qcow2",
+    "packed.qcow2",
+    "zstd.qcow2",
+    "small.raw",
+    "same.qcow2",
+    "empty.qcow2",
+    "zero.qcow2",
+    "tera.qcow2",
+    "tiny-clusters.qcow2",
+    "lazy.qcow2",
+    "metadata.qcow2",
+    "falloc.qcow2",
+    "full.qcow2",
+    "mixed.qcow2",
+    "two-data.qcow2",
+    "swapped.qcow2",
+    "two-packed.qcow2",
+    "late.qcow2",
+    "ten.raw",
+    "odd.raw",
+    "junk.bin",
+    "x700.raw",
+    "x701.raw",
+    "nothing.raw",
+    "overlay.qcow2",
+    "snapshots.qcow2",
+    "top.qcow2",
+    "on-odd.qcow2",
+    "on-missing.qcow2",
+    "on-on-missing.qcow2",
+    "on-junk.qcow2",
+    "on-unknown.qcow2",
+    "folder/relative.qcow2",
+    "folder/dotted.qcow2",
+    "leaking.qcow2",
+    "corrupt.qcow2",
+    "both.qcow2",
+    "corrupt-bit.qcow2",
+    "dirty.qcow2",
+    "unknown-feature.qcow2",
+    "short.qcow2",
+    "version.qcow2",
+    "huge.qcow2",
+    "cluster-bits.qcow2",
+    "missing.qcow2",
+    "folder",
+]
 
 COMMANDS = [
     "info", "info --backing-chain --output json", "map", "map --output=json --start-offset=9k", "check",

@@ -7,7 +7,6 @@ import getopt
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
 from safeimg.cli.commands import COMMANDS, find
 from safeimg.cli.errors import CommandError
 from safeimg.cli.options import Command, Option
@@ -16,16 +15,16 @@ from safeimg.cli.parser import parse
 TOY = Command(
     "toy", "", "", (),
     (
-        Option("flag", "a", "alpha", None, ""), Option("beta", "b", "beta", "x", ""), Option("bell", None, "bell", None, ""),
-        Option("gamma", "g", None, "x", ""),
+        Option("flag", "a", "alpha", None, ""), Option("beta", "b", "beta", "x", ""),
+        Option("bell", None, "bell", None, ""), Option("gamma", "g", None, "x", ""),
     ),
     (),
 )  # fmt: skip
 
 WORDS = st.lists(
     st.sampled_from(
-        ["-a", "-b", "-bx", "-ab", "-abx", "-ba", "-g", "-gz", "-z", "--alpha", "--al", "--be", "--bet", "--bet=y", "--bell",
-         "--beta=", "--alpha=x", "--zeta", "--", "-", "x", "y", "--beta"]
+        ["-a", "-b", "-bx", "-ab", "-abx", "-ba", "-g", "-gz", "-z", "--alpha", "--al", "--be", "--bet", "--bet=y",
+         "--bell", "--beta=", "--alpha=x", "--zeta", "--", "-", "x", "y", "--beta"]
     ),
     max_size=6,
 )  # fmt: skip
@@ -60,7 +59,7 @@ def test_the_table_is_unambiguous(command: Command) -> None:
     for _, line in command.examples:
         words = [word.strip("'") for word in line.split()]
         parsed, helped = parse(command, words)
-        assert parsed.positional and not helped or command.name in ("status", "abandon")
+        assert (parsed.positional and not helped) or command.name in ("status", "abandon")
 
 
 def test_find() -> None:

@@ -11,11 +11,14 @@ import time
 from pathlib import Path
 
 import pytest
+from twin import safeimg
 
 MAIN = "import sys; sys.argv[0] = {name!r}; from safeimg.cli.main import main; main()"
 
 
-def run(folder: Path, *arguments: str, name: str = "safeimg", **environment: str) -> subprocess.CompletedProcess[bytes]:
+def run(
+    folder: Path, *arguments: str, name: str = "safeimg", **environment: str
+) -> subprocess.CompletedProcess[bytes]:
     return subprocess.run(
         [sys.executable, "-c", MAIN.format(name=name), *arguments],
         cwd=folder, capture_output=True, timeout=60, env=_environment(folder) | environment,
@@ -23,7 +26,10 @@ def run(folder: Path, *arguments: str, name: str = "safeimg", **environment: str
 
 
 def _environment(folder: Path) -> dict[str, str]:
-    return {**os.environ, "SAFEIMG_STATE_DIR": str(folder / "state"), "TERM": "dumb"}
+    """With bytecode kept for the next process of this run, whatever the caller's environment says."""
+    kept = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    kept |= {"SAFEIMG_STATE_DIR": str(folder / "state"), "TERM": "dumb"}
+    return kept | {"PYTHONPYCACHEPREFIX": str(folder.parent / "bytecode")}
 
 
 @pytest.fixture
@@ -49,8 +55,12 @@ def test_nothing_heavy_is_imported(disk: Path, command: str) -> None:
 
 
 def test_names(tmp_path: Path) -> None:
-    assert run(tmp_path, "--foo").stderr.startswith(b"safeimg: unrecognized option '--foo'\nTry 'safeimg --help'")
-    assert run(tmp_path, "--foo", name="/usr/bin/qemu-img").stderr.startswith(b"qemu-img: unrecognized option")
+    assert run(tmp_path, "--foo").stderr.startswith(
+        b"safeimg: unrecognized option '--foo'\nTry 'safeimg --help'"
+    )
+    assert run(tmp_path, "--foo", name="/usr/bin/qemu-img").stderr.startswith(
+        b"qemu-img: unrecognized option"
+    )
     assert run(tmp_path, "--version").stdout.startswith(b"safeimg version ")
     assert run(tmp_path, "--version", name="qemu-img").stdout.startswith(b"qemu-img version 7.2")
 
@@ -59,6 +69,7 @@ def test_help(tmp_path: Path) -> None:
     overview = run(tmp_path, "--help").stdout.decode()
     for name in ("create", "commit", "resume", "rollback", "status"):
         assert name in overview
+    assert overview.endswith("\nSupported formats: qcow2 raw\n")
     commit = run(tmp_path, "commit", "-h")
     assert commit.returncode == 0
     assert b"safeimg commit -b base.qcow2 top.qcow2" in commit.stdout
@@ -114,20 +125,22 @@ def test_a_reader_that_goes_away(disk: Path) -> None:
 
 @pytest.fixture
 def chain(tmp_path: Path) -> Path:
-    """A raw base of 64 MiB and an overlay that was written to."""
-    (tmp_path / "base.raw").write_bytes(b"old." * (16 << 20))
-    top = "create -q -f qcow2 -b base.raw -F raw top.qcow2".split()
+    """A raw base of 16 MiB and an overlay that was written to."""
+    (tmp_path / "base.raw").write_bytes(b"old." * (4 << 20))
+    top = ["create", "-q", "-f", "qcow2", "-b", "base.raw", "-F", "raw", "top.qcow2"]
     assert run(tmp_path, *top).returncode == 0
     return tmp_path
 
 
 def _fill(folder: Path) -> None:
     subprocess.run(
-        ["qemu-io", "-c", "write -P 7 0 64M", "top.qcow2"], cwd=folder, check=True, capture_output=True
+        ["qemu-io", "-c", "write -P 7 0 16M", "top.qcow2"], cwd=folder, check=True, capture_output=True
     )
 
 
-@pytest.mark.skipif(not any((Path(p) / "qemu-io").exists() for p in os.environ["PATH"].split(":")), reason="no qemu-io")
+@pytest.mark.skipif(
+    not any((Path(p) / "qemu-io").exists() for p in os.environ["PATH"].split(":")), reason="no qemu-io"
+)
 class TestCommit:
     def test_progress_as_json(self, chain: Path) -> None:
         _fill(chain)
@@ -136,51 +149,64 @@ class TestCommit:
         *lines, last = done.stdout.decode().splitlines()
         assert last == "Image committed."
         assert json.loads(lines[-1])["percent"] == 100.0
-        assert (chain / "base.raw").read_bytes() == b"\7" * (64 << 20)
+        assert (chain / "base.raw").read_bytes() == b"\7" * (16 << 20)
 
-    def test_history(self, chain: Path) -> None:
+    def test_history(self, chain: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("SAFEIMG_STATE_DIR", str(chain / "state"))
         _fill(chain)
-        assert run(chain, "log", "base.raw").stdout == b"base.raw: nothing on record\n"
+        assert safeimg(["log", "base.raw"], chain).stdout == b"base.raw: nothing on record\n"
         assert run(chain, "commit", "--object", "secret,id=a,data=hunter2", "top.qcow2").returncode == 0
-        operations = json.loads(run(chain, "log", "--output=json", "base.raw").stdout)
+        operations = json.loads(safeimg(["log", "--output=json", "base.raw"], chain).stdout)
         assert [entry["outcome"] for entry in operations] == ["completed"]
         assert operations[0]["arguments"] == ["commit", "top.qcow2"]  # without the secret
-        shown = run(chain, "show", "base.raw", operations[0]["operation"][:8])
+        shown = safeimg(["show", "base.raw", operations[0]["operation"][:8]], chain)
         assert b"Declared" in shown.stdout and b"Completed" in shown.stdout
-        audited = json.loads(run(chain, "audit", "verify", "--output=json", "base.raw").stdout)
+        audited = json.loads(safeimg(["audit", "verify", "--output=json", "base.raw"], chain).stdout)
         assert audited["verified"] and audited["operations"] == 1
-        anchored = run(chain, "audit", "verify", "--anchor", audited["head"], "base.raw")
-        assert anchored.returncode == 0
-        foreign = run(chain, "audit", "verify", "--anchor", "00" * 32, "base.raw")
-        assert foreign.returncode == 4 and b"anchor" in foreign.stderr
+        assert safeimg(["audit", "verify", "--anchor", audited["head"], "base.raw"], chain).code == 0
+        foreign = safeimg(["audit", "verify", "--anchor", "00" * 32, "base.raw"], chain)
+        assert foreign.code == 4 and b"anchor" in foreign.stderr
 
     @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-    def test_signals_pause(self, chain: Path, number: signal.Signals) -> None:
+    def test_signals_pause(
+        self, chain: Path, number: signal.Signals, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("SAFEIMG_STATE_DIR", str(chain / "state"))
         _fill(chain)
         before = (chain / "base.raw").read_bytes()
-        process = self._start(chain, "commit", "-r", "8M", "top.qcow2")
+        process = self._start(chain, "commit", "-r", "4M", "top.qcow2")
         self._interrupt(chain, process, number)
         out, err = process.communicate(timeout=60)
         assert process.returncode == 128 + number, err
         assert b"safeimg resume top.qcow2" in err and b"safeimg rollback top.qcow2" in err
         assert err.count(b"\n") == 1
         assert out == b""
+        for where in (["base.raw"], ["top.qcow2"], ["."], ["--all"], [], ["--scan", "."]):
+            status = safeimg(["status", "--output=json", *where], chain)
+            assert status.code == 3
+            (pending,) = json.loads(status.stdout)
+            assert (pending["command"], pending["condition"]) == ("commit", "paused")
+            assert pending["image"].endswith("base.raw")
+        assert b"safeimg rollback base.raw" in safeimg(["status", "base.raw"], chain).stdout
         refused = run(chain, "create", "-f", "raw", "base.raw", "1M")
         assert refused.returncode == 3 and b"safeimg resume" in refused.stderr
         taken_back = run(chain, "rollback", "--output=json", "base.raw")
         assert taken_back.returncode == 0, taken_back.stderr
         assert json.loads(taken_back.stdout)["outcome"] == "done"
         assert (chain / "base.raw").read_bytes() == before
-        assert run(chain, "resume", "base.raw").stdout == b"base.raw: nothing is pending\n"
+        assert safeimg(["resume", "base.raw"], chain).stdout == b"base.raw: nothing is pending\n"
+        assert safeimg(["status", "--all"], chain) == (0, b"nothing is pending\n", b"")
 
     def test_a_killed_commit_is_resumed(self, chain: Path) -> None:
         _fill(chain)
-        process = self._start(chain, "commit", "-r", "8M", "top.qcow2")
+        process = self._start(chain, "commit", "-r", "4M", "top.qcow2")
         self._interrupt(chain, process, signal.SIGKILL)
         process.communicate(timeout=60)
+        pending = json.loads(safeimg(["status", "--output=json", "top.qcow2"], chain).stdout)
+        assert [each["condition"] for each in pending] == ["interrupted"]
         done = run(chain, "resume", "top.qcow2")
         assert done.returncode == 0, done.stderr
-        assert (chain / "base.raw").read_bytes() == b"\7" * (64 << 20)
+        assert (chain / "base.raw").read_bytes() == b"\7" * (16 << 20)
 
     @staticmethod
     def _start(folder: Path, *arguments: str) -> subprocess.Popen[bytes]:
@@ -198,12 +224,12 @@ class TestCommit:
         process.send_signal(number)
 
 
-def test_recovery_of_nothing(disk: Path) -> None:
+def test_recovery_of_nothing(disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SAFEIMG_STATE_DIR", str(disk / "state"))
     for verb in ("resume", "rollback", "abandon"):
-        done = run(disk, verb, "disk.qcow2")
-        assert (done.returncode, done.stdout) == (0, b"disk.qcow2: nothing is pending\n")
-        assert run(disk, verb).returncode == 2
-        assert run(disk, verb, "missing.qcow2").returncode in (0, 1)
+        assert safeimg([verb, "disk.qcow2"], disk) == (0, b"disk.qcow2: nothing is pending\n", b"")
+        assert safeimg([verb], disk).code == 2
+    assert safeimg(["resume", "missing.qcow2"], disk).code == 1
 
 
 def test_sigusr1_shows_progress(tmp_path: Path) -> None:

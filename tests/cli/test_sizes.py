@@ -7,7 +7,6 @@ import json
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
 from safeimg.cli.common import _json
 from safeimg.ops.create_options import asks_for_help, split_options
 from safeimg.ops.sizes import human_size, parse_size
