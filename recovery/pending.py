@@ -62,10 +62,18 @@ class Pending:
         self._job = reopener(self.session.home, state).make_job(layers, state, self._environment.transfer)
         return self._job
 
-    def used_end(self, image: int) -> int | None:
-        """Where the last byte ends that anything in the image refers to, as it is on disk now."""
+    def used_end(self, image: int, length: int) -> int | None:
+        """Where the last byte ends that anything in the image refers to, as it is on disk now.
+
+        `length`: of the file when the operation started. QEMU leaves files that end within their last cluster; what
+        filled it since counts only if there is something in it."""
         driver = lookup(self.session.state.declared.images[image].format)
-        return driver.used_end(driver.open(self.files[image], repair=True))
+        opened = driver.open(self.files[image], repair=True)
+        end = driver.used_end(opened)
+        if end is not None and length < end < length + opened.cluster_size:
+            behind = self.files[image].pread(length, end - length)
+            return end if behind.strip(b"\0") else length
+        return end
 
     def fences(self) -> tuple[FinishRecord, ...]:
         """What it takes to take the fences of all images down, from what is on disk now."""

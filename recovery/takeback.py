@@ -58,19 +58,19 @@ def _sync(files: Mapping[int, File], step: StepPrepared) -> None:
         files[image].sync()
 
 
-def shorten(session: Session, files: Mapping[int, File], used: Callable[[int], int | None]) -> list[str]:
+def shorten(session: Session, files: Mapping[int, File], used: Callable[[int, int], int | None]) -> list[str]:
     """Rollback's last change: files get back the length they had when the operation started.
 
-    Only what is ours is cut (hazard 9). `used(image)`: where the last byte ends that anything in the image refers
-    to; None for a format that cannot tell, such as raw: there a file longer than any step made it is somebody
-    else's. Returns a line for each file that keeps its length."""
+    Only what is ours is cut (hazard 9). `used(image, length)`: where the last byte ends that anything in the image
+    refers to, whose file had `length` then; None for a format that cannot tell, such as raw: there a file longer
+    than any step made it is somebody else's. Returns a line for each file that keeps its length."""
     started = session.state.started
     kept: list[str] = []
     for image, length in enumerate(started.lengths if started is not None else ()):
         file = files[image]
         if not session.state.declared.images[image].writes or file.length() <= length:
             continue
-        end = used(image)
+        end = used(image, length)
         if end is None:
             end = length if file.length() <= session.state.longest.get(image, 0) else file.length()
         if end < file.length():
