@@ -22,10 +22,14 @@ from safeimg.drivers.storage.powercut import CrashState, crash_states, power_cut
 from safeimg.drivers.storage.simulated import SimulatedFileSystem
 from safeimg.drivers.transfer.core import Settings, Transfer
 from safeimg.drivers.transfer.view import View
+from safeimg.journal import find
 from safeimg.journal.errors import JournalError
+from safeimg.journal.events import StepPrepared
 from safeimg.journal.history import MemoryHistory
-from safeimg.ops.errors import Impossible, OperationError
+from safeimg.journal.log import read_events
+from safeimg.ops.errors import Impossible, OperationError, SomethingPending
 from safeimg.ops.launch import Environment
+from safeimg.ops.session import refuse_pending_on
 from safeimg.recovery.pending import NothingPending
 from safeimg.recovery.settle import resume, rollback
 
@@ -181,6 +185,34 @@ class Judge:
                 expected = self.before[path]
                 if expected is not None and look.content != expected.content:
                     raise Violation(f"G1: {path} shows other content")
+        self._is_guarded(fs)
+
+    def _is_guarded(self, fs: SimulatedFileSystem) -> None:
+        """G4: while the operation is pending every image that it changes is refused, here and by QEMU's rules."""
+        found = find.find(fs, self.scenario.home)
+        if not isinstance(found, find.LogFound) or not found.started or found.outcome is not None:
+            return
+        begun = [event for event in read_events(fs, found.path) if isinstance(event, StepPrepared)]
+        for path, fmt in self.scenario.images:
+            try:
+                refuse_pending_on(fs.clone(), path)
+            except SomethingPending:
+                pass
+            else:
+                raise Violation(f"G4: a change of {path} is not refused")
+            if any(step.name not in ("fence", "reserve") for step in begun) and not self._is_fenced(fs, path, fmt):
+                raise Violation(f"G4: {path} is half-changed and not fenced")
+
+    def _is_fenced(self, fs: SimulatedFileSystem, path: str, fmt: str) -> bool:
+        chain = open_chain(fs, path, format=fmt, backing=False)
+        close_chain(chain)
+        if fmt == "raw" or chain[0].header.version < 3:  # type: ignore[attr-defined]
+            return True  # there is no fence in this format
+        try:
+            close_chain(open_chain(fs, path, format=fmt, backing=False, write=True))
+        except DriverError:
+            return True
+        return False
 
     def settles(self, fs: SimulatedFileSystem, action: str) -> SimulatedFileSystem:
         """G2 or G3 on a copy of `fs`, which is returned with the trace of the recovery."""

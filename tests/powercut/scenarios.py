@@ -10,8 +10,7 @@ from powercut.judge import STEP_BYTES, Scenario
 
 from safeimg.drivers.storage.simulated import SimulatedFileSystem
 from safeimg.ops.commit_job import commit
-from safeimg.ops.convert import convert
-from safeimg.ops.convert_job import Options
+from safeimg.ops.convert import Options, convert
 from safeimg.ops.launch import Environment
 
 KIB = 1024

@@ -1,0 +1,217 @@
+"""Deliberate faults in the protocol, each of which the simulation has to catch: `python -m powercut.mutations`.
+
+Every entry breaks one rule by replacing one function for a while. A simulation that stays silent about any of them
+would not be worth believing when it stays silent about the real thing.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+from unittest.mock import patch
+
+from powercut.judge import Judge, Scenario, Violation
+from powercut.scenarios import SCENARIOS
+
+from safeimg.drivers.errors import DriverError
+from safeimg.drivers.formats.api import Changes
+from safeimg.drivers.formats.qcow2.driver import Qcow2Driver
+from safeimg.drivers.formats.qcow2.metadata import Phase
+from safeimg.drivers.formats.qcow2.planner import Qcow2Planner
+from safeimg.drivers.storage.api import File
+from safeimg.journal.errors import JournalError
+from safeimg.journal.events import Completed, PatchRecord, StepPrepared
+from safeimg.journal.log import Log
+from safeimg.journal.undo import UndoFile
+from safeimg.ops import engine, launch, session, tidy
+from safeimg.ops.engine import Engine
+from safeimg.ops.errors import OperationError
+from safeimg.ops.session import Session
+from safeimg.recovery import takeback
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """One broken rule, and the scenario whose crash states show it."""
+
+    name: str
+    scenario: str
+    apply: Callable[[ExitStack], None]
+
+
+def _replace(target: object, name: str, function: Any) -> Callable[[ExitStack], None]:
+    return lambda stack: stack.enter_context(patch.object(target, name, function))  # type: ignore[func-returns-value]
+
+
+def _no_sync_of(target: type) -> Callable[[ExitStack], None]:
+    return _replace(target, "sync", lambda self: None)
+
+
+def _log_never_synced(stack: ExitStack) -> None:
+    def sync(self: Log) -> None:
+        self._scan.durable, self._synced_end = self._scan.sequence, self._scan.end
+
+    stack.enter_context(patch.object(Log, "sync", sync))
+
+
+def _images_not_synced_before_links(self: Engine) -> None:
+    self._dirty.clear()
+    if self._unconfirmed is not None and self._session is not None:
+        self._session.record(self._unconfirmed)
+    self._unconfirmed = None
+
+
+_take = Qcow2Planner.take
+
+
+def _links_first(self: Qcow2Planner) -> Changes:
+    changes = _take(self)
+    return replace(changes, allocate=changes.link, link=changes.allocate)
+
+
+async def _nothing_kept(transfer: Any, moves: Any, files: Any, undo: Any) -> tuple[()]:
+    return ()
+
+
+_unlink = Qcow2Planner.unlink_clusters
+
+
+def _freed_at_once(self: Qcow2Planner, first: int, count: int) -> None:
+    """Refcounts go down, and the space may be used again, in the step that unlinks it."""
+    self.refcounts.lower_run(first, count, Phase.ALLOCATE)
+    self.allocator._next_free = 0  # type: ignore[attr-defined]
+
+
+def _restore_only_what_differs(files: Mapping[int, File], patches: Sequence[PatchRecord]) -> None:
+    for record in reversed(patches):
+        file = files[record.image]
+        if record.before is not None and file.pread(record.offset, len(record.before)) != record.before:
+            file.pwrite(record.offset, record.before)
+
+
+def _no_sync(files: Mapping[int, File], step: StepPrepared) -> None:
+    """Taking back without a sync between links, allocations and the record of it."""
+
+
+_record = Session.record
+
+
+def _not_recorded(kind: type) -> Callable[[ExitStack], None]:
+    def record(self: Session, event: Any) -> None:
+        if not isinstance(event, kind):
+            _record(self, event)
+
+    return _replace(Session, "record", record)
+
+
+def _completed_before_the_last_sync(self: Engine) -> None:
+    """`barrier` that records, and leaves the sync to later."""
+    if self._unconfirmed is not None and self._session is not None:
+        self._session.record(self._unconfirmed)
+        self._session.sync()
+    self._unconfirmed = None
+
+
+def _truncated_before_the_switch_is_durable(self: Engine) -> None:
+    if self._unconfirmed is not None and self._session is not None:
+        self._session.record(self._unconfirmed)
+    self._unconfirmed = None
+    self._dirty.clear()
+    if self._session is not None and not self._no_return:
+        from safeimg.journal.events import PointOfNoReturn
+
+        self._session.record(PointOfNoReturn(self._number, time.time()))
+        self._no_return = True
+
+
+def _fence_down_first(stack: ExitStack) -> None:
+    def complete(active: Any, files: Any, finish: Any, discards: Any) -> None:
+        from safeimg.journal.events import FinishRecord
+
+        records = [FinishRecord(image, item.offset, item.before or b"", item.after) for image, item in finish]
+        tidy.finish_images(files, records)
+        if active is not None:
+            active.record(Completed((), time.time()))
+            active.settle()
+
+    stack.enter_context(patch.object(launch, "complete", complete))
+
+
+def _log_removed_first(self: Session) -> None:
+    self.log.remove()
+    self._remove_pointers()
+    if self.undo is not None:
+        self.undo.close()
+    session.remove_undo(self.fs, self.log.path + "-undo")
+
+
+MUTATIONS = [
+    Mutation("the log is never synced", "commit", _log_never_synced),
+    Mutation("before-images are not synced before the event that names them", "commit into raw", _no_sync_of(UndoFile)),
+    Mutation("no before-images of live data", "commit into raw", _replace(
+        engine, "save_before", _nothing_kept)),
+    Mutation("no sync between allocations and links", "commit", _replace(
+        Engine, "_sync_images", _images_not_synced_before_links)),
+    Mutation("links before allocations", "commit", _replace(Qcow2Planner, "take", _links_first)),
+    Mutation("freed clusters are free at once", "commit, compressed", _replace(
+        Qcow2Planner, "unlink_clusters", _freed_at_once)),
+    Mutation("taking back skips bytes that look right", "commit", _replace(
+        takeback, "_restore_patches", _restore_only_what_differs)),
+    Mutation("no syncs while taking back", "commit", _replace(takeback, "_sync", _no_sync)),
+    Mutation("completed before the last sync", "commit into raw", _replace(
+        Engine, "barrier", _completed_before_the_last_sync)),
+    Mutation("the file is cut before the switch is durable", "commit", _replace(
+        Engine, "_pass_no_return", _truncated_before_the_switch_is_durable)),
+    Mutation("the fence comes down before the outcome is durable", "commit", _fence_down_first),
+    Mutation("no fence", "commit", _replace(
+        Qcow2Driver, "fence", lambda self, image: Changes())),
+    Mutation("no pointers beside participants", "commit", _replace(Session, "_point", lambda self, images: None)),
+    Mutation("the log is removed before the pointers and the history", "commit", _replace(
+        Session, "settle", _log_removed_first)),
+]
+
+
+@contextmanager
+def broken(mutation: Mutation) -> Iterator[None]:
+    with ExitStack() as stack:
+        mutation.apply(stack)
+        yield
+
+
+PREFIXES = 24  # of a trace, sampled anew with each seed
+
+
+def caught(mutation: Mutation, *, seeds: Sequence[int] = (1, 2, 3, 4, 5, 6)) -> tuple[int, str | None]:
+    """How many crash states were judged, and what the first violation was."""
+    scenario: Scenario = next(each for each in SCENARIOS if each.name == mutation.scenario)
+    judged = 0
+    with broken(mutation):
+        try:
+            judge = Judge(scenario)
+            for seed in seeds:
+                for state in judge.states(seed=seed, prefixes=PREFIXES, subsets_per_prefix=3, singles_per_prefix=3):
+                    judge.judge(state)
+                    judged += 1
+                    if judged % 6 == 0:
+                        judge.crash_again(state, seed=seed, count=6)
+        except (Violation, DriverError, JournalError, OperationError) as error:
+            return judged, f"{type(error).__name__}: {error}"
+    return judged, None
+
+
+def main() -> int:
+    missed = 0
+    for mutation in MUTATIONS:
+        judged, violation = caught(mutation)
+        missed += violation is None
+        what = "MISSED" if violation is None else violation.replace("\n", " ")[-110:]
+        print(f"{mutation.name:<64} {judged:>5} states  {what}", flush=True)
+    print(f"{len(MUTATIONS) - missed} of {len(MUTATIONS)} caught")
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
