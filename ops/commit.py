@@ -92,7 +92,8 @@ class Commit:
         self._planner: Planner = lookup(self._base.format).planner(self._base)
         self._planner.recall(unlinked)
         self._cluster = self._planner.cluster_size
-        self._budget = max(min(step_bytes, STEP_CLUSTERS * self._cluster), self._cluster)
+        most = step_bytes if self._cluster == 1 else min(step_bytes, STEP_CLUSTERS * self._cluster)
+        self._budget = max(most, self._cluster)
         self.view = View(layers, size=max(self._top.size, self._base.size), floor=base)
         self.images: tuple[Image, ...] = (self._base, *layers[:base])
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from safeimg.drivers.errors import DriverError, UsageError
@@ -28,13 +28,14 @@ async def commit(
     cache: str = "writeback",
     undo: bool = True,
     step_bytes: int = STEP_BYTES,
+    warn: Callable[[str], None] | None = None,
 ) -> None:
     """Commits `filename` into its backing image, or into `base` further down (which implies `drop`).
 
     `drop`: the committed image keeps its content. Raises what opening raises, `SomethingPending`, `OperationPaused`."""
     job = open_job(
         environment.fs, filename, environment.transfer, base=base, fmt=fmt, drop=drop or base is not None,
-        cache=cache, undo=undo, step_bytes=step_bytes,
+        cache=cache, undo=undo, step_bytes=step_bytes, warn=warn,
     )
     try:
         await launch(job, environment)
@@ -53,10 +54,13 @@ def open_job(
     cache: str,
     undo: bool,
     step_bytes: int,
+    warn: Callable[[str], None] | None = None,
 ) -> Job:
     """The chain is opened twice: read-only to find the base, then with the base and the top for writing."""
     depth = 1 if base is None else _depth(fs, filename, base, fmt)
-    layers = open_chain(fs, filename, format=fmt, write=lambda level, _: level in (0, depth), cache=cache)
+    layers = open_chain(
+        fs, filename, format=fmt, write=lambda level, _: level in (0, depth), cache=cache, warn=warn
+    )
     try:
         if depth >= len(layers):
             raise UsageError("Image does not have a backing file")

@@ -196,6 +196,14 @@ class Session:
             if self.fs.stat(path + NEW_SUFFIX) is not None:
                 remove_pointer(self.fs, path + NEW_SUFFIX)
 
+    def owns(self, index: int) -> bool:
+        """Whether the image says itself that it takes part: the home by its log, others by their pointer."""
+        if index == 0:
+            return True
+        path = place.beside(self.fs, self.path_of(self.state.declared.images[index]))
+        found = find.look(self.fs, path)
+        return isinstance(found, find.PointerFound) and found.operation == self.state.declared.operation
+
     def path_of(self, image: ImageRecord) -> str:
         """Where an image of the operation is looked for: relative to where the home image lies now."""
         return os.path.join(os.path.dirname(self.fs.resolve(self.home)), image.path)

@@ -119,7 +119,8 @@ def open_pending(
     """What is pending on the image at `path`, its home or a participant, opened and locked.
 
     `fenced`: an owner that nobody here can see is known to be dead. `adopt`: the images are copies, bound to the log
-    by their paths alone. `bare`: when only the files are wanted, whatever they hold, if they are there. Raises `NothingPending`,
+    by their paths alone. `bare`: when only the files are wanted, whatever they hold, if they are there.
+    Participants without a pointer to this operation are never written (hazard 13). Raises `NothingPending`,
     `OwnerAlive`, `Conflict`, `LogForeign`, `LogDamaged`."""
     home, log_path = _locate(path, environment)
     try:
@@ -177,6 +178,12 @@ def _check_owner(path: str, session: Session, fenced: bool) -> None:
 
 
 def _open_job(session: Session, environment: Environment) -> Job:
+    for index, image in enumerate(session.state.declared.images):
+        if image.writes and not session.owns(index):
+            raise Conflict(
+                f"{session.path_of(image)}: has no pointer to the operation pending on {session.home}, so nothing is "
+                f"written to it; put both back together, or give the operation up with 'safeimg abandon'"
+            )
     module = reopener(session.home, session.state)
     layers = module.open_layers(session.fs, session.home, session.state)
     try:
@@ -193,7 +200,7 @@ def _open_files(session: Session) -> dict[int, File]:
     try:
         for index, image in enumerate(session.state.declared.images):
             path = session.home if index == 0 else session.path_of(image)
-            if image.writes and session.fs.stat(path) is not None:
+            if image.writes and session.fs.stat(path) is not None and session.owns(index):
                 files[index] = session.fs.open(path, write=True, locking=True)
     except BaseException:
         for file in files.values():

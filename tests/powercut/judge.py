@@ -24,9 +24,9 @@ from safeimg.drivers.transfer.core import Settings, Transfer
 from safeimg.drivers.transfer.view import View
 from safeimg.journal import find
 from safeimg.journal.errors import JournalError
-from safeimg.journal.events import StepPrepared
 from safeimg.journal.history import MemoryHistory
 from safeimg.journal.log import read_events
+from safeimg.journal.state import fold
 from safeimg.ops.errors import Impossible, OperationError, SomethingPending
 from safeimg.ops.launch import Environment
 from safeimg.ops.session import refuse_pending_on
@@ -192,7 +192,7 @@ class Judge:
         found = find.find(fs, self.scenario.home)
         if not isinstance(found, find.LogFound) or not found.started or found.outcome is not None:
             return
-        begun = [event for event in read_events(fs, found.path) if isinstance(event, StepPrepared)]
+        live = fold(read_events(fs, found.path)).steps
         for path, fmt in self.scenario.images:
             try:
                 refuse_pending_on(fs.clone(), path)
@@ -200,7 +200,8 @@ class Judge:
                 pass
             else:
                 raise Violation(f"G4: a change of {path} is not refused")
-            if any(step.name not in ("fence", "reserve") for step in begun) and not self._is_fenced(fs, path, fmt):
+            changed = any(step.prepared.name not in ("fence", "reserve") for step in live)
+            if changed and not self._is_fenced(fs, path, fmt):
                 raise Violation(f"G4: {path} is half-changed and not fenced")
 
     def _is_fenced(self, fs: SimulatedFileSystem, path: str, fmt: str) -> bool:
