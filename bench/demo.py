@@ -28,7 +28,7 @@ from pathlib import Path
 MIB = 1 << 20
 ROOTS = ("/usr/share", "/usr/lib", "/usr/bin")  # where the files come from
 SMALLEST, LARGEST = 8192, 16 * MIB  # bytes of a file that is taken
-COPIES = 7  # times the files' bytes that have to be free: tree, two disks, two images, base's growth, undo file
+COPIES = 7  # tree, two disks, two images, the base's growth, undo file: so much must be free for each byte
 COMMIT_SECONDS = 6  # that a commit is slowed down to, so that there is time to kill it
 UUID = "5afe1396-0000-4000-8000-000000000001"
 BASE, TOP = "base.qcow2", "top.qcow2"
@@ -95,7 +95,9 @@ def build(stage: Stage, budget: int) -> bool:
     stage.note(f"{count} files of this machine, {size // MIB} MiB")
     ext4 = shutil.which("mke2fs") is not None
     if not ext4:
-        stage.note("mke2fs (e2fsprogs) is not installed: the disk holds a tar archive instead of an ext4 file system")
+        stage.note(
+            "mke2fs (e2fsprogs) is not installed: the disk holds a tar archive instead of an ext4 file system"
+        )
     capacity = (size + count * 8192 + 96 * MIB) // MIB * MIB
     make_disk(stage, tree, OLD, capacity, count, ext4)
     changed, removed, added = change(tree)
@@ -322,7 +324,9 @@ def workplace(budget: int, parent: str | None) -> tuple[Path, int]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="A commit killed twice: rolled back, then finished.")
-    parser.add_argument("--size", type=int, default=384, metavar="MIB", help="how much of files the disk holds (384)")
+    parser.add_argument(
+        "--size", type=int, default=384, metavar="MIB", help="how much of files the disk holds (384)"
+    )
     parser.add_argument("--dir", help="where the temporary folder goes")
     parser.add_argument("--keep", action="store_true", help="do not remove the temporary folder")
     options = parser.parse_args()
