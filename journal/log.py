@@ -151,8 +151,8 @@ class Log:
         besides the caller's and root's.
 
         With `write` it is locked, the torn tail is overwritten with zeroes, and all that remains is made
-        durable: recovery may rely on it. Raises `LogVoid`, `LogForeign`, `LogDamaged`, `LogBusy` (only with
-        `write`).
+        durable (hazards 7 and 8): recovery may rely on it. Raises `LogVoid`, `LogForeign`, `LogDamaged`,
+        `LogBusy` (only with `write`).
         """
         file = _open_trusted(files, path, write, image_owner)
         try:
@@ -290,11 +290,25 @@ class Log:
 
     def _drop_tail(self) -> None:
         """Makes what was read durable, and what was not read gone, before anything is appended in its
-        place."""
+        place.
+
+        Events that may not be durable are written again: if it was a failed sync that ended their writer, the
+        system takes them for clean, and no later sync covers them."""
         scan = self._scan
+        for start in range(self._durable_end(), scan.end, CHUNK):
+            self._file.pwrite(start, self._file.pread(start, min(CHUNK, scan.end - start)))
         for start in range(scan.end, scan.tail.used, CHUNK):
             self._file.pwrite(start, bytes(min(CHUNK, scan.tail.used - start)))
         self.sync()
+
+    def _durable_end(self) -> int:
+        """Where the last event ends that a later one says is durable."""
+        scan = _Scan(self._file)
+        if self._scan.durable:
+            for _ in scan.events():
+                if scan.sequence == self._scan.durable:
+                    break
+        return scan.end
 
 
 def read_events(files: FileSystem, path: str, *, image_owner: int | None = None) -> list[Event]:
