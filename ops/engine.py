@@ -30,6 +30,7 @@ from safeimg.drivers.storage.api import File
 from safeimg.drivers.transfer.copy import write_moves
 from safeimg.drivers.transfer.core import Transfer
 from safeimg.drivers.transfer.view import Source
+from safeimg.journal.errors import JournalError
 from safeimg.journal.events import (
     BeforeRecord,
     LengthRecord,
@@ -234,5 +235,5 @@ class Engine:
         try:
             self._session.record(Paused(str(error), time.time()))
             self._session.sync()
-        except StorageError:
+        except (StorageError, JournalError):  # the log itself is what failed
             pass
