@@ -11,13 +11,14 @@ KILLS ?= 200
 SIZE ?= 1G
 PACKAGES := cli drivers journal ops recovery
 
-.PHONY: help demo test lint crash-soak kill-soak clean
+.PHONY: help demo test lint crash-soak mutations kill-soak clean
 
 help:
 	@echo "make demo        a commit killed twice: rolled back, then finished; two minutes at most"
 	@echo "make test        all tests"
 	@echo "make lint        ruff, and mypy --strict"
 	@echo "make crash-soak  simulated power cuts: SECONDS=$(SECONDS) SEED=$(SEED) JOBS=$(JOBS)"
+	@echo "make mutations   the power-cut simulation on a protocol with deliberate faults: it has to catch each"
 	@echo "make kill-soak   real commits killed: KILLS=$(KILLS) SIZE=$(SIZE) SEED=$(SEED)"
 	@echo "make clean       removes what these made"
 
@@ -41,6 +42,9 @@ lint: $(STAMP)
 
 crash-soak: $(STAMP)
 	cd tests && ../$(BIN)/python -m powercut.soak --seconds $(SECONDS) --seed $(SEED) --jobs $(JOBS)
+
+mutations: $(STAMP)
+	cd tests && ../$(BIN)/python -m powercut.mutations
 
 kill-soak: $(STAMP)
 	cd tests && ../$(BIN)/python -m kills.soak --kills $(KILLS) --seed $(SEED) --size $(SIZE)
