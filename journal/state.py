@@ -65,7 +65,7 @@ class OperationState:
     events: int = 1
     started: Started | None = None
     identities: dict[int, Identity] = field(default_factory=dict)  # by image index; as declared or observed later
-    observed: frozenset[int] = frozenset()  # images whose identity was observed after `Started`
+    observed: set[int] = field(default_factory=set)  # images observed since the operation last wrote to them
     steps: list[LiveStep] = field(default_factory=list)  # oldest first
     last_number: int = 0
     longest: dict[int, int] = field(default_factory=dict)  # by image: the greatest file length any step asked for
@@ -148,7 +148,7 @@ def _apply_started(
 ) -> str | None:
     if isinstance(event, Observed):
         state.identities.update(event.identities)
-        state.observed = state.observed.union(index for index, _ in event.identities)
+        state.observed.update(index for index, _ in event.identities)
         return None
     if isinstance(event, StepPrepared):
         if state.rolling_back:
@@ -159,6 +159,7 @@ def _apply_started(
         for record in event.lengths:
             state.longest[record.image] = max(state.longest.get(record.image, 0), record.after)
         state.steps.append(LiveStep(event))
+        state.observed -= step_images(event)
         return None
     if isinstance(event, PointOfNoReturn):
         state.no_return = event.number
@@ -187,8 +188,15 @@ def _apply_to_step(state: OperationState, event: StepApplied | TakingBack | Take
         return f"step {event.number} is taken back before the ones that build on it"
     if isinstance(event, TakingBack):
         step.taking_back = True
+        state.observed -= step_images(step.prepared)
         return None
     if not step.taking_back:
         return f"step {event.number} is taken back without notice"
     state.steps.pop()
     return None
+
+
+def step_images(step: StepPrepared) -> set[int]:
+    """The images that a step writes to."""
+    groups = (step.allocate, step.link, step.moves, step.fresh, step.lengths)
+    return {record.image for group in groups for record in group}

@@ -46,16 +46,20 @@ class Sector:
     earlier: list[_Value] = field(default_factory=list)
 
     def write(self, start: int, before: bytes | None, after: bytes, *, in_flux: bool) -> None:
-        """Applies a patch's bytes from `start` of the sector on."""
+        """Applies a patch's bytes from `start` of the sector on: certain ones to every value, others make a new one."""
         end = start + len(after)
+        changed = [self.current]
         if in_flux:
             old = self.current.copy()
             if before is not None:
                 for value in (*self.earlier, old):
                     _fill(value, start, before)
             self.earlier.append(old)
-        self.current.data[start:end] = after
-        self.current.mask[start:end] = b"\xff" * len(after)
+        else:
+            changed += self.earlier
+        for value in changed:
+            value.data[start:end] = after
+            value.mask[start:end] = b"\xff" * len(after)
 
     def allows(self, sector: bytes) -> bool:
         return self.current.matches(sector) or any(value.matches(sector) for value in self.earlier)
@@ -70,14 +74,17 @@ def _fill(value: _Value, start: int, known: bytes) -> None:
 
 
 def composite(steps: Sequence[LiveStep], image: int) -> dict[int, Sector]:
-    """The sectors of `image` that the steps (oldest first) patched, by sector number."""
+    """The sectors of `image` that the steps (oldest first) patched, by sector number.
+
+    A fence may be down although its step is solid: `qemu-img check -r` takes it down (hazard 19)."""
     sectors: dict[int, Sector] = {}
     for step in steps:
+        uncertain = step.in_flux or step.prepared.name == "fence"
         for patch in _patches(step, image):
             for number, start, low, high in _pieces(patch.offset, len(patch.after)):
                 sector = sectors.setdefault(number, Sector())
                 before = None if patch.before is None else patch.before[low:high]
-                sector.write(start, before, patch.after[low:high], in_flux=step.in_flux)
+                sector.write(start, before, patch.after[low:high], in_flux=uncertain)
     return sectors
 
 

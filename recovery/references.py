@@ -7,7 +7,7 @@ taken back the image is opened with the operation's links undone in memory, and 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from safeimg.drivers.formats.registry import lookup
 from safeimg.drivers.storage.api import File
@@ -31,6 +31,35 @@ def verify_unreferenced(state: OperationState, files: Mapping[int, File]) -> Non
                 f"{files[image].path}: somebody else uses {length} bytes at offset {offset:#x} that the pending "
                 f"{state.declared.command} had prepared; nothing was written. Give the operation up with "
                 f"'safeimg abandon'"
+            )
+
+
+def verify_kept(state: OperationState, files: Mapping[int, File], wanted: Callable[[LiveStep], bool]) -> None:
+    """Raises `Conflict` if space that the newest `wanted` steps had unlinked was freed by somebody: they cannot be
+    taken back then. `qemu-img check -r` takes that space for leaks and discards it (hazard 19)."""
+    steps = list(state.steps)
+    newest: list[LiveStep] = []
+    while steps and wanted(steps[-1]):
+        newest.insert(0, steps.pop())
+    for image, record in enumerate(state.declared.images):
+        ranges = [
+            (piece.offset, piece.length)
+            for step in newest
+            for piece in step.prepared.unlinked
+            if piece.image == image
+        ]
+        if not ranges or any(step.prepared.name == "release" for step in newest):
+            continue
+        driver = lookup(record.format)
+        undone = PatchedFile(files[image], _links_undone(newest, image))
+        freed = driver.undercounted(
+            driver.open(files[image], repair=True), driver.open(undone, repair=True), ranges
+        )
+        for offset, length in freed:
+            raise Conflict(
+                f"{files[image].path}: {length} bytes at offset {offset:#x}, which the {state.declared.command} had "
+                f"replaced, were freed while it was pending (by 'check -r'?) and may be gone; nothing was written. "
+                f"Finish it with 'safeimg resume' if that is possible, or give it up with 'safeimg abandon'"
             )
 
 

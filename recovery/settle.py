@@ -11,18 +11,19 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 
 import trio
 
 from safeimg.journal.events import Abandoned, Completed, Observed, RecoveryStarted, RolledBack
 from safeimg.journal.owner import current_owner
-from safeimg.journal.state import OperationState
+from safeimg.journal.state import LiveStep, OperationState
 from safeimg.ops.errors import Impossible
 from safeimg.ops.launch import Environment, go_on
 from safeimg.ops.tidy import finish_images
 from safeimg.recovery.pending import Pending, open_pending
-from safeimg.recovery.references import verify_unreferenced
-from safeimg.recovery.takeback import shorten, take_back
+from safeimg.recovery.references import verify_kept, verify_unreferenced
+from safeimg.recovery.takeback import raise_fences, shorten, take_back
 from safeimg.recovery.verify import verify, verify_sources
 
 
@@ -41,12 +42,11 @@ async def resume(path: str, environment: Environment, *, fenced: bool = False, a
                 f"{path}: the {state.declared.command} is being rolled back, which cannot be turned around: "
                 f"finish that with 'safeimg rollback {path}'"
             )
-        await trio.to_thread.run_sync(_begin, pending, "resume")
-        await trio.to_thread.run_sync(
-            lambda: take_back(pending.session, pending.files, lambda step: not step.settled)
-        )
+        await trio.to_thread.run_sync(_begin, pending, "resume", adopt, _unsettled)
+        await trio.to_thread.run_sync(take_back, pending.session, pending.files, _unsettled)
+        raise_fences(pending.session, pending.files)
         job = pending.fresh_job()
-        if state.steps and not state.observed:  # the power went before that was durable
+        if state.steps:  # their fences are up, and what was taken back is on disk
             pending.session.record(Observed(pending.session.observe(job.files)))
         environment.transfer.progress.set_done(state.done)
         await go_on(job, environment, pending.session)
@@ -82,13 +82,21 @@ def _rollback(path: str, environment: Environment, fenced: bool, adopt: bool) ->
                 f"{path}: the {command} ran without keeping what it overwrote: finish it with 'safeimg resume {path}'"
             )
         else:
-            _begin(pending, "rollback")
-            take_back(session, pending.files, lambda step: True)
+            _begin(pending, "rollback", adopt, _any)
+            take_back(session, pending.files, _any)
             lost = shorten(session, pending.files, pending.used_end)
         session.record(RolledBack(tuple(lost), time.time()))
         session.sync()
         session.settle()
         return "; ".join([f"{command} rolled back", *lost])
+
+
+def _unsettled(step: LiveStep) -> bool:
+    return not step.settled
+
+
+def _any(step: LiveStep) -> bool:
+    return True
 
 
 def _removes(state: OperationState) -> bool:
@@ -111,12 +119,16 @@ def _remove_created(pending: Pending) -> list[str]:
     return lost
 
 
-def _begin(pending: Pending, action: str) -> None:
-    """Checks before touching; then records that recovery begins, durably."""
+def _begin(pending: Pending, action: str, adopt: bool, wanted: Callable[[LiveStep], bool]) -> None:
+    """Checks before touching; then records that recovery begins, durably. Copies have times of their own.
+
+    `wanted`: the steps that will be taken back."""
     session, job = pending.session, pending.job
-    verify_sources(session.state, pending.files)
+    if not adopt:
+        verify_sources(session.state, pending.files)
     verify(session.state, pending.files, session.undo, job.view)
     verify_unreferenced(session.state, pending.files)
+    verify_kept(session.state, pending.files, wanted)
     session.record(RecoveryStarted(action, current_owner(), time.time()))
     session.sync()
 

@@ -35,6 +35,15 @@ def take_back(session: Session, files: Mapping[int, File], wanted: Callable[[Liv
     session.sync()
 
 
+def raise_fences(session: Session, files: Mapping[int, File]) -> None:
+    """Puts fences up again that somebody took down while the operation was pending."""
+    for step in session.state.steps:
+        if step.prepared.name == "fence":
+            for patch in step.prepared.link:
+                files[patch.image].pwrite(patch.offset, patch.after)
+            _sync(files, step.prepared)
+
+
 def _restore_patches(files: Mapping[int, File], patches: Sequence[PatchRecord]) -> None:
     for patch in reversed(patches):
         if patch.before is not None:  # else nobody refers to that space any more

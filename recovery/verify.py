@@ -44,29 +44,16 @@ def verify(state: OperationState, files: Mapping[int, File], undo: UndoFile | No
 def verify_sources(state: OperationState, files: Mapping[int, File]) -> None:
     """Raises `Conflict` if an image that the operation has only read, or only fenced, was changed by somebody else.
 
-    A fenced image is recorded as it looked behind its fence; while the fence goes up or comes down, and once the
-    operation itself has changed it, its ranges are what counts."""
-    fenced = any(step.prepared.name == "fence" and not step.in_flux for step in state.steps)
+    An image that it writes to is known by its looks from when they are observed (behind its fence) until the
+    operation itself changes it; then its ranges are what counts."""
     for index, file in files.items():
-        record = state.declared.images[index]
-        if record.writes and not (fenced and index in state.observed and not _changed_by_us(state, index)):
+        if state.declared.images[index].writes and index not in state.observed:
             continue
         if not unchanged(state.identities[index], identify(file)):
             raise Conflict(
                 f"{file.path}: somebody else wrote to it while the {state.declared.command} was pending; nothing was "
                 f"written. Give the operation up with 'safeimg abandon'"
             )
-
-
-def _changed_by_us(state: OperationState, image: int) -> bool:
-    """Whether a step other than the fence wrote to the image."""
-    return any(
-        record.image == image
-        for step in state.steps
-        if step.prepared.name != "fence"
-        for group in (step.prepared.allocate, step.prepared.link, step.prepared.moves, step.prepared.fresh)
-        for record in group
-    )
 
 
 def _limit(state: OperationState, image: int) -> int | None:

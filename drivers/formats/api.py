@@ -244,6 +244,13 @@ class Driver(Protocol):
         """Where the last byte ends that the image's metadata refers to; None where there is no telling (raw)."""
         ...
 
+    def undercounted(
+        self, image: Image, wanted: Image, ranges: Sequence[tuple[int, int]]
+    ) -> Sequence[tuple[int, int]]:
+        """Those of the host ranges whose refcounts in `image` are below the references that `wanted` makes (the same
+        file as it will be); none where there are no refcounts."""
+        ...
+
     def check(self, image: Image) -> CheckResult: ...
     def specific_info(self, image: Image) -> Mapping[str, object] | None:
         """What `info` prints under "Format specific information" (the JSON's `data`)."""

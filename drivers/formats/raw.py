@@ -178,6 +178,11 @@ class RawDriver:
     def used_end(self, image: Image) -> int | None:
         return None
 
+    def undercounted(
+        self, image: Image, wanted: Image, ranges: Sequence[tuple[int, int]]
+    ) -> Sequence[tuple[int, int]]:
+        return ()
+
     def check(self, image: Image) -> CheckResult:
         raise UnsupportedError("This image format does not support checks")
 

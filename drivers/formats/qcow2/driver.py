@@ -84,6 +84,13 @@ class Qcow2Driver:
 
         return used_end(_own(image))
 
+    def undercounted(
+        self, image: Image, wanted: Image, ranges: Sequence[tuple[int, int]]
+    ) -> Sequence[tuple[int, int]]:
+        from safeimg.drivers.formats.qcow2.usage import undercounted
+
+        return undercounted(_own(image), _own(wanted), ranges)
+
     def check(self, image: Image) -> CheckResult:
         from safeimg.drivers.formats.qcow2.check import check
 

@@ -23,3 +23,16 @@ def referenced(image: Qcow2Image, ranges: Sequence[tuple[int, int]]) -> list[tup
 def used_end(image: Qcow2Image) -> int:
     """Where the last cluster ends that anything refers to."""
     return count_everything(Qcow2Planner(image)).end() << image.header.cluster_bits
+
+
+def undercounted(image: Qcow2Image, wanted: Qcow2Image, ranges: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Those of the host ranges with fewer references counted in `image` than `wanted`, the same file as it will be,
+    makes."""
+    bits = image.header.cluster_bits
+    references = count_everything(Qcow2Planner(wanted))
+    refcounts = Qcow2Planner(image).refcounts
+    return [
+        (start, size)
+        for start, size in ranges
+        if any(refcounts.get(c) < references.get(c) for c in range(start >> bits, -(-(start + size) >> bits)))
+    ]
