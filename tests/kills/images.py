@@ -105,16 +105,28 @@ def _write(image: Path, commands: list[str]) -> None:
         raise Wrong(f"qemu-io {image}: {(failed or [done.stderr.strip()])[0]}")
 
 
-def copy(source: Path, target: Path) -> None:
-    """All files of a folder into another one, as new files, durably; reflinked where the file system can."""
+def copy(source: Path, target: Path, *, durable: bool = True) -> None:
+    """All files of a folder into another one, as new files where they differ (by size and time); reflinked where the
+    file system can."""
     target.mkdir(exist_ok=True)
     for old in target.iterdir():
-        old.unlink()
+        if not _unchanged(source / old.name, old):
+            old.unlink()
     for file in sorted(source.iterdir()):
-        subprocess.run(["cp", "--reflink=auto", file, target / file.name], check=True)
-        descriptor = os.open(target / file.name, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
+        if (target / file.name).exists():
+            continue
+        subprocess.run(["cp", "--reflink=auto", "--preserve=timestamps", file, target / file.name], check=True)
+        if durable:
+            descriptor = os.open(target / file.name, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.close(descriptor)
+
+
+def _unchanged(source: Path, copied: Path) -> bool:
+    if not source.exists():
+        return False
+    one, other = source.stat(), copied.stat()
+    return (one.st_size, one.st_mtime_ns) == (other.st_size, other.st_mtime_ns)
 
 
 def check(image: Path, *, leaks: bool = False) -> None:

@@ -149,7 +149,7 @@ class Soak:
                 break
             self.early += 1
         phase, expected = self.read_log()
-        images.copy(self.work, self.folder / "crashed")
+        images.copy(self.work, self.folder / "crashed", durable=False)
         self.as_it_is()
         kills = self.settle(action, self.commit(stepped))
         if action == "again":
