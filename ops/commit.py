@@ -214,7 +214,9 @@ class Commit:
 
     async def _compact(self, cursor: dict[str, Any]) -> AsyncIterator[Step]:
         if not self._drop:
-            changes, length = lookup(self._top.format).planner(self._top).compact()
+            driver = lookup(self._top.format)
+            emptied = driver.open(self._top.file, write=True, repair=True)  # its header is another one now
+            changes, length = driver.planner(emptied).compact()
             yield Step("compact", {"phase": "trim", "length": length}, 0, changes=[(1, changes)], no_return=True)
             yield Step("trim", {"phase": "end"}, 0, truncate=[(1, length)], no_return=True)
 
