@@ -36,12 +36,17 @@ def take_back(session: Session, files: Mapping[int, File], wanted: Callable[[Liv
 
 
 def raise_fences(session: Session, files: Mapping[int, File]) -> None:
-    """Puts fences up again that somebody took down while the operation was pending."""
+    """Puts fences up again that somebody took down while the operation was pending.
+
+    One that is up is durable and not touched: the image's times tell whether somebody wrote to it."""
     for step in session.state.steps:
-        if step.prepared.name == "fence":
-            for patch in step.prepared.link:
-                files[patch.image].pwrite(patch.offset, patch.after)
-            _sync(files, step.prepared)
+        if step.prepared.name != "fence":
+            continue
+        for patch in step.prepared.link:
+            file = files[patch.image]
+            if file.pread(patch.offset, len(patch.after)) != patch.after:
+                file.pwrite(patch.offset, patch.after)
+                file.sync()
 
 
 def _restore_patches(files: Mapping[int, File], patches: Sequence[PatchRecord]) -> None:
