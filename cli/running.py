@@ -26,18 +26,24 @@ PAUSED = 3  # exit code of safeimg's own commands: something is pending
 
 
 class Stop:
-    """Whether a signal asked to stop. The second one does not wait for the end of the step."""
+    """Whether a signal asked to stop. The second one does not wait for the end of the step, only for what worker
+    threads are at; the third one for nothing."""
 
     def __init__(self) -> None:
         self.signal: int | None = None
+        self.cancel: Callable[[], None] | None = None
 
     def reason(self) -> str | None:
         return None if self.signal is None else signal.Signals(self.signal).name
 
     def ask(self, number: int, frame: FrameType | None) -> None:
-        if self.signal is not None:
+        if self.signal is None:
+            self.signal = number
+        elif self.cancel is not None:
+            cancel, self.cancel = self.cancel, None
+            cancel()
+        else:
             raise KeyboardInterrupt
-        self.signal = number
 
 
 @contextmanager
@@ -75,13 +81,29 @@ def run_stoppable(
         around = environment(arguments, settings, stop)
         try:
             with shown.watching(around.transfer.progress):
-                return trio.run(work, around)
+                return trio.run(_cancellable, stop, work, around)
         except (OperationPaused, KeyboardInterrupt) as error:
             raise paused(image, error, stop, own) from error
         except BaseExceptionGroup as group:
             if only(group, (OperationPaused, KeyboardInterrupt)):
                 raise paused(image, group.exceptions[0], stop, own) from group
             raise
+
+
+async def _cancellable(
+    stop: Stop, work: Callable[[Environment], Awaitable[Result]], around: Environment
+) -> Result:
+    """Runs `work` until `stop` cancels it; then raises `KeyboardInterrupt`."""
+    import trio
+
+    token = trio.lowlevel.current_trio_token()
+    with trio.CancelScope() as scope:
+        stop.cancel = lambda: token.run_sync_soon(scope.cancel)  # what a signal handler may call
+        try:
+            return await work(around)
+        finally:
+            stop.cancel = None
+    raise KeyboardInterrupt
 
 
 def environment(
