@@ -1,0 +1,225 @@
+"""A running commit as a process: signals pause it, QEMU and other safeimg processes are kept away."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from safeimg.drivers.storage.file import LocalFileSystem
+from safeimg.journal.errors import JournalError
+from safeimg.journal.events import Event, Paused, StepPrepared
+from safeimg.journal.log import read_events
+
+SIZE = 4 << 20
+STEP = 512 << 10
+# The program with small steps: at `-r 4M`, each takes an eighth of a second, all of them one.
+PROGRAM = (
+    "from safeimg.cli.main import main; from safeimg.ops.commit_job import commit\n"
+    f"commit.__kwdefaults__['step_bytes'] = {STEP}; main()"
+)
+SLOW = ("commit", "-r", "4M", "top.qcow2")
+
+needs_qemu = pytest.mark.skipif(shutil.which("qemu-io") is None, reason="qemu-io is not installed")
+
+
+class Folder:
+    """A base of "old" and an overlay of "new", and the processes at work on them."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.base = path / "base.raw"
+        self.log = path / "base.raw.safeimg"
+        self.old = os.urandom(SIZE)
+        self.new = os.urandom(SIZE)
+        self.processes: list[subprocess.Popen[bytes]] = []
+        self.base.write_bytes(self.old)
+        (path / "new.raw").write_bytes(self.new)
+        for words in ("convert -O qcow2 new.raw top.qcow2", "rebase -u -b base.raw -F raw top.qcow2"):
+            subprocess.run(["qemu-img", *words.split()], cwd=path, check=True)
+        (path / "new.raw").unlink()
+
+    def start(self, *words: str) -> subprocess.Popen[bytes]:
+        process = subprocess.Popen(
+            [sys.executable, "-c", PROGRAM, *words],
+            cwd=self.path,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env={**os.environ, "SAFEIMG_STATE_DIR": str(self.path / "state")},
+        )
+        self.processes.append(process)
+        return process
+
+    def done(self, *words: str) -> str:
+        """Runs a command that has to succeed; what it printed."""
+        process = self.start(*words)
+        out, err = process.communicate(timeout=60)
+        assert (process.returncode, err) == (0, b"")
+        return out.decode()
+
+    def events(self) -> list[Event]:
+        try:
+            return read_events(LocalFileSystem(), str(self.log)) if self.log.exists() else []
+        except (JournalError, OSError):
+            return []
+
+    def begun(self, *words: str, steps: int = 3) -> subprocess.Popen[bytes]:
+        """A command that has prepared so many steps, and has more still to come."""
+        process = self.start(*words)
+        while sum(isinstance(event, StepPrepared) for event in self.events()) < steps:
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.02)
+        return process
+
+    def left(self) -> list[str]:
+        return sorted(name for name in os.listdir(self.path) if ".safeimg" in name)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Iterator[Folder]:
+    if shutil.which("qemu-img") is None:
+        pytest.skip("qemu-img is not installed")
+    made = Folder(tmp_path)
+    yield made
+    for process in made.processes:
+        if process.poll() is None:
+            process.kill()
+            process.communicate()
+
+
+def line_of(process: subprocess.Popen[bytes], code: int) -> str:
+    """The one line on stderr of a process that ends with `code` and prints nothing else."""
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (code, b""), err
+    assert err.count(b"\n") == 1, err.decode()
+    (line,) = err.decode().splitlines()
+    return line
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_pauses_and_the_identical_command_goes_on(folder: Folder, number: signal.Signals) -> None:
+    process = folder.begun(*SLOW)
+    process.send_signal(number)
+    line = line_of(process, 128 + number)
+    assert number.name in line
+    assert "'safeimg resume top.qcow2'" in line and "'safeimg rollback top.qcow2'" in line
+    events = folder.events()
+    assert isinstance(events[-1], Paused) and events[-1].reason == number.name
+    prepared = sum(isinstance(event, StepPrepared) for event in events)
+    halfway = folder.base.read_bytes()
+    assert halfway not in (folder.old, folder.new)
+    assert folder.done(*SLOW) == "Image committed.\n"
+    assert folder.base.read_bytes() == folder.new
+    assert prepared < SIZE // STEP and folder.left() == []
+
+
+def test_a_second_signal_does_not_wait_for_the_step(folder: Folder) -> None:
+    process = folder.begun("commit", "-r", "64k", "top.qcow2", steps=2)
+    for _ in range(2):
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.2)
+    line = line_of(process, 128 + signal.SIGINT)
+    assert "'safeimg resume top.qcow2'" in line
+    folder.done("rollback", "top.qcow2")
+    assert folder.base.read_bytes() == folder.old and folder.left() == []
+
+
+def test_a_resume_is_paused_too(folder: Folder) -> None:
+    process = folder.begun(*SLOW)
+    process.kill()
+    process.communicate()
+    resumed = folder.start(*SLOW)
+    before = len(folder.events())
+    while len(folder.events()) < before + 4:
+        assert resumed.poll() is None, resumed.communicate()
+        time.sleep(0.02)
+    resumed.send_signal(signal.SIGTERM)
+    line_of(resumed, 128 + signal.SIGTERM)
+    assert "commit finished" in folder.done("resume", "base.raw")
+    assert folder.base.read_bytes() == folder.new and folder.left() == []
+
+
+def test_sigusr1_prints_progress(folder: Folder) -> None:
+    process = folder.begun(*SLOW)
+    process.send_signal(signal.SIGUSR1)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (0, b"Image committed.\n")
+    found = re.fullmatch(r"    \((\d+\.\d\d)/100%\)\n", err.decode())
+    assert found is not None and 0 < float(found[1]) < 100
+
+
+def test_one_of_two_commits_gets_the_image(folder: Folder) -> None:
+    both = [folder.start(*SLOW) for _ in range(2)]
+    ends = [process.communicate(timeout=60) for process in both]
+    codes = [process.returncode for process in both]
+    assert sorted(codes) in ([0, 1], [0, 5]), ends
+    refused = ends[codes.index(max(codes))][1].decode()
+    assert "another safeimg process is working on it" in refused or "Is another process using the" in refused
+    assert refused.startswith("safeimg: ") and len(refused.splitlines()) <= 2
+    assert folder.base.read_bytes() == folder.new and folder.left() == []
+
+
+@pytest.mark.parametrize("words", [("resume", "base.raw"), ("rollback", "top.qcow2")])
+def test_what_runs_is_left_alone(folder: Folder, words: tuple[str, ...]) -> None:
+    running = folder.begun(*SLOW)
+    other = folder.start(*words)
+    out, err = other.communicate(timeout=60)
+    assert other.returncode in (1, 5) and out == b"", err
+    assert err.startswith(b"safeimg: ") and b"internal error" not in err and len(err.splitlines()) <= 2
+    assert running.communicate(timeout=60)[0] == b"Image committed.\n"
+    assert folder.base.read_bytes() == folder.new
+
+
+def test_one_of_two_recoveries_gets_it(folder: Folder) -> None:
+    process = folder.begun(*SLOW)
+    process.kill()
+    process.communicate()
+    both = [folder.start("resume", "base.raw"), folder.start("rollback", "top.qcow2")]
+    ends = [other.communicate(timeout=60) for other in both]
+    codes = [other.returncode for other in both]
+    assert 0 in codes and set(codes) <= {0, 1, 5, 6}, ends
+    for code, (out, err) in zip(codes, ends, strict=True):
+        assert len((err if code else out).splitlines()) in (1, 2) and b"internal error" not in err
+    assert folder.base.read_bytes() in (folder.old, folder.new) and folder.left() == []
+
+
+@needs_qemu
+def test_a_guest_that_has_the_image_keeps_it(folder: Folder) -> None:
+    guest = subprocess.Popen(
+        ["qemu-io", "-f", "qcow2", "top.qcow2"], cwd=folder.path, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    folder.processes.append(guest)
+    assert guest.stdin is not None and guest.stdout is not None
+    guest.stdin.write(b"read 0 512\n")
+    guest.stdin.flush()
+    while b"512/512" not in guest.stdout.readline():
+        pass
+    refused = folder.start("commit", "top.qcow2")
+    out, err = refused.communicate(timeout=60)
+    assert (refused.returncode, out) == (1, b"")
+    theirs = subprocess.run(["qemu-img", "commit", "top.qcow2"], cwd=folder.path, capture_output=True, check=False)
+    assert err.replace(b"safeimg:", b"qemu-img:") == theirs.stderr
+    assert folder.left() == []
+    guest.communicate(b"quit\n", timeout=60)
+    assert guest.returncode == 0
+    folder.done(*SLOW)
+    assert folder.base.read_bytes() == folder.new
+
+
+@needs_qemu
+@pytest.mark.parametrize(("image", "fmt"), [("base.raw", "raw"), ("top.qcow2", "qcow2")])
+def test_no_guest_gets_an_image_of_a_running_commit(folder: Folder, image: str, fmt: str) -> None:
+    running = folder.begun(*SLOW)
+    guest = subprocess.run(
+        ["qemu-io", "-f", fmt, "-c", "write -P 1 0 512", image], cwd=folder.path, capture_output=True, check=False
+    )
+    assert guest.returncode == 1 and b'Failed to get "write" lock' in guest.stderr, guest
+    assert running.communicate(timeout=60)[0] == b"Image committed.\n"
+    assert folder.base.read_bytes() == folder.new
