@@ -1,4 +1,4 @@
-"""What the journal asks of a file system. `drivers.storage.api.FileSystem` answers it; the two never import each other."""
+"""What the journal asks of a file system. `drivers.storage.api.FileSystem` answers it; neither imports the other."""
 
 from __future__ import annotations
 

@@ -104,7 +104,9 @@ class Commit:
     def finish(self) -> Sequence[tuple[int, Patch]]:
         """Takes the fences down."""
         return tuple(
-            (index, patch) for index, image in enumerate(self.images[:2]) for patch in lookup(image.format).unfence(image)
+            (index, patch)
+            for index, image in enumerate(self.images[:2])
+            for patch in lookup(image.format).unfence(image)
         )
 
     def discards(self) -> Sequence[tuple[int, int, int]]:

@@ -23,7 +23,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import trio
-
 from safeimg.drivers.errors import StorageError, SyncFailed
 from safeimg.drivers.formats.api import Changes, Patch
 from safeimg.drivers.storage.api import File

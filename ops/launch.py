@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import trio
-
 from safeimg.drivers.formats.api import Image
 from safeimg.drivers.storage.api import File, FileSystem
 from safeimg.drivers.transfer.core import Transfer

@@ -14,7 +14,6 @@ from safeimg.ops.errors import Impossible
 from safeimg.ops.launch import Job
 
 
-
 class Reopener(Protocol):
     """What a command's module offers to recovery."""
 

@@ -1,4 +1,4 @@
-"""An operation is a generator of steps; the engine makes any operation's steps durable (DESIGN, "The step protocol")."""
+"""An operation is a generator of steps; the engine makes any operation's steps durable (docs/design.md)."""
 
 from __future__ import annotations
 

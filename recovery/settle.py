@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable
 
 import trio
-
 from safeimg.journal.events import Abandoned, Completed, Observed, RecoveryStarted, RolledBack
 from safeimg.journal.owner import current_owner
 from safeimg.journal.state import LiveStep, OperationState

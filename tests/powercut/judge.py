@@ -14,7 +14,6 @@ from pathlib import Path
 
 import trio
 from blake3 import blake3
-
 from safeimg.drivers.errors import DriverError
 from safeimg.drivers.formats.chain import close_chain, open_chain
 from safeimg.drivers.formats.registry import lookup
@@ -130,8 +129,8 @@ class Counter:
 
     def __str__(self) -> str:
         return (
-            f"{self.states} states: {self.resumed} resumed, {self.rolled_back} rolled back, {self.refused} past return, "
-            f"{self.nothing} nothing pending; {self.second} of crashed recoveries; {self.qemu} by qemu-img"
+            f"{self.states} states: {self.resumed} resumed, {self.rolled_back} rolled back, "
+            f"{self.refused} past return, {self.nothing} nothing pending; {self.second} of crashed recoveries; {self.qemu} by qemu-img"
         )
 
 

@@ -15,7 +15,6 @@ from unittest.mock import patch
 
 from powercut.judge import Judge, Scenario, Violation
 from powercut.scenarios import SCENARIOS
-
 from safeimg.drivers.errors import DriverError
 from safeimg.drivers.formats.api import Changes
 from safeimg.drivers.formats.qcow2.driver import Qcow2Driver

@@ -7,7 +7,6 @@ from collections.abc import Awaitable, Callable
 
 from powercut import guest
 from powercut.judge import STEP_BYTES, Scenario
-
 from safeimg.drivers.storage.simulated import SimulatedFileSystem
 from safeimg.ops.commit_job import commit
 from safeimg.ops.convert import Options, convert
@@ -110,7 +109,8 @@ def compressed(fs: SimulatedFileSystem) -> None:
         fs, "/top.qcow2", "qcow2", 256 * KIB, cluster_size="4096", backing_file="base.qcow2", backing_fmt="qcow2"
     )
     guest.write(fs, "/top.qcow2", [(6 * KIB, _data(31, 20 * KIB)), (40 * KIB, None), (100 * KIB, _data(32, 3 * KIB))])
-    guest.write_compressed(fs, "/top.qcow2", [(200 * KIB + number * 4096, _text(50 + number, 4096)) for number in range(4)])
+    pieces = [(200 * KIB + number * 4096, _text(50 + number, 4096)) for number in range(4)]
+    guest.write_compressed(fs, "/top.qcow2", pieces)
 
 
 BASE_AND_TOP = (("/base.qcow2", "qcow2"), ("/top.qcow2", "qcow2"))
@@ -119,7 +119,8 @@ COMMITS = [
     Scenario("commit", qcow2_chain(), _commit("/top.qcow2"), "/base.qcow2", "/top.qcow2", BASE_AND_TOP),
     Scenario("commit -d", qcow2_chain(), _commit("/top.qcow2", drop=True), "/base.qcow2", "/top.qcow2", BASE_AND_TOP),
     Scenario(
-        "commit, version 2", qcow2_chain(compat="0.10"), _commit("/top.qcow2"), "/base.qcow2", "/top.qcow2", BASE_AND_TOP
+        "commit, version 2", qcow2_chain(compat="0.10"), _commit("/top.qcow2"), "/base.qcow2", "/top.qcow2",
+        BASE_AND_TOP,
     ),
     Scenario(
         "commit, 512-byte clusters", qcow2_chain(512, refcount_bits="1"), _commit("/top.qcow2"), "/base.qcow2",

@@ -13,7 +13,6 @@ import trio
 from powercut import guest
 from powercut.judge import Judge, Look, Scenario, environment, sidecars
 from powercut.scenarios import SCENARIOS, STEP_BYTES
-
 from safeimg.drivers.errors import DriverError, SyncFailed
 from safeimg.drivers.formats.chain import close_chain, open_chain
 from safeimg.drivers.formats.registry import lookup
@@ -124,7 +123,7 @@ def test_hazard_03_an_older_backup_is_restored_over_a_pending_image() -> None:
     file.sync_all()
     file.close()
     for action in ("resume", "rollback"):
-        with pytest.raises(Conflict, match="/base.raw"):
+        with pytest.raises(Conflict, match=r"/base\.raw"):
             settle(fs, action, "/base.raw")
     assert fs.read_file("/base.raw")[: len(old)] == old
 
