@@ -7,6 +7,7 @@ STAMP := $(VENV)/installed
 JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 SECONDS ?= 600
 SEED ?= 1
+STATES ?=
 KILLS ?= 200
 SIZE ?= 1G
 PACKAGES := cli drivers journal ops recovery
@@ -17,7 +18,7 @@ help:
 	@echo "make demo        a commit killed twice: rolled back, then finished; two minutes at most"
 	@echo "make test        all tests"
 	@echo "make lint        ruff, and mypy --strict"
-	@echo "make crash-soak  simulated power cuts: SECONDS=$(SECONDS) SEED=$(SEED) JOBS=$(JOBS)"
+	@echo "make crash-soak  simulated power cuts: SECONDS=$(SECONDS) SEED=$(SEED) JOBS=$(JOBS) STATES= of each"
 	@echo "make mutations   the power-cut simulation on a protocol with deliberate faults: it has to catch each"
 	@echo "make kill-soak   real commits killed: KILLS=$(KILLS) SIZE=$(SIZE) SEED=$(SEED)"
 	@echo "make clean       removes what these made"
@@ -41,7 +42,7 @@ lint: $(STAMP)
 	MYPYPATH=build/dev $(BIN)/mypy $(addprefix -p safeimg.,$(PACKAGES))
 
 crash-soak: $(STAMP)
-	cd tests && ../$(BIN)/python -m powercut.soak --seconds $(SECONDS) --seed $(SEED) --jobs $(JOBS)
+	cd tests && ../$(BIN)/python -m powercut.soak --seconds $(SECONDS) --seed $(SEED) --jobs $(JOBS) $(addprefix --states ,$(STATES))
 
 mutations: $(STAMP)
 	cd tests && ../$(BIN)/python -m powercut.mutations
