@@ -22,7 +22,7 @@ from safeimg.ops.launch import Environment, go_on
 from safeimg.ops.tidy import finish_images
 from safeimg.recovery.pending import Pending, open_pending
 from safeimg.recovery.references import verify_kept, verify_unreferenced
-from safeimg.recovery.takeback import raise_fences, shorten, take_back
+from safeimg.recovery.takeback import keep_lengths, raise_fences, shorten, take_back
 from safeimg.recovery.verify import verify, verify_sources
 
 
@@ -42,7 +42,9 @@ async def resume(path: str, environment: Environment, *, fenced: bool = False, a
                 f"finish that with 'safeimg rollback {path}'"
             )
         await trio.to_thread.run_sync(_begin, pending, "resume", adopt, _unsettled)
+        steps = [step.prepared for step in state.steps]
         await trio.to_thread.run_sync(take_back, pending.session, pending.files, _unsettled)
+        await trio.to_thread.run_sync(keep_lengths, pending.files, steps[len(state.steps) :])
         raise_fences(pending.session, pending.files)
         job = pending.fresh_job()
         if state.steps:  # their fences are up, and what was taken back is on disk

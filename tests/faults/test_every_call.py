@@ -26,7 +26,7 @@ from faults.faulting import (
     sync_fails,
 )
 from powercut.judge import sidecars
-from safeimg.drivers.errors import StorageError
+from safeimg.drivers.errors import StorageError, SyncFailed
 from safeimg.drivers.storage.faults import READS
 
 NAMES = ("commit", "commit into raw")
@@ -74,6 +74,15 @@ def test_hazard_08_data_that_a_failed_sync_lost_is_written_again() -> None:
     judge = judge_of("commit")
     for number in (14, 22):
         judge.crash_again(crash(sync_fails(judge, number), number), seed=number, count=3)
+
+
+def test_hazard_08_a_length_that_a_failed_sync_lost_is_made_sure() -> None:
+    """The sync behind a raw base's growth: nothing else is written there."""
+    judge = judge_of("commit into raw")
+    grown = next(n for n, entry in enumerate(judge.trace_of.trace.entries, 1) if entry.kind == "truncate")
+    fs, error = fail_once(judge, grown + 1, errno.EIO)
+    assert isinstance(error, SyncFailed)
+    settles_everywhere(judge, fs, seed=grown)
 
 
 def _is_base(path: str) -> bool:
