@@ -8,16 +8,18 @@ JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 SECONDS ?= 600
 SEED ?= 1
 STATES ?=
+RUNS ?= 3
 KILLS ?= 200
 SIZE ?= 1G
 PACKAGES := cli drivers journal ops recovery
 
-.PHONY: help demo test lint crash-soak mutations kill-soak clean
+.PHONY: help demo test lint bench crash-soak mutations kill-soak clean
 
 help:
 	@echo "make demo        a commit killed twice: rolled back, then finished; two minutes at most"
 	@echo "make test        all tests"
 	@echo "make lint        ruff, and mypy --strict"
+	@echo "make bench       safeimg against qemu-img, wall time: RUNS=$(RUNS)"
 	@echo "make crash-soak  simulated power cuts: SECONDS=$(SECONDS) SEED=$(SEED) JOBS=$(JOBS) STATES= of each"
 	@echo "make mutations   the power-cut simulation on a protocol with deliberate faults: it has to catch each"
 	@echo "make kill-soak   real commits killed: KILLS=$(KILLS) SIZE=$(SIZE) SEED=$(SEED)"
@@ -40,6 +42,9 @@ lint: $(STAMP)
 	@for package in $(PACKAGES); do ln -sfn ../../../$$package build/dev/safeimg/$$package; done
 	$(BIN)/ruff check .
 	MYPYPATH=build/dev $(BIN)/mypy $(addprefix -p safeimg.,$(PACKAGES))
+
+bench: $(STAMP)
+	@$(BIN)/python bench/speed.py --runs $(RUNS)
 
 crash-soak: $(STAMP)
 	cd tests && ../$(BIN)/python -m powercut.soak --seconds $(SECONDS) --seed $(SEED) --jobs $(JOBS) $(addprefix --states ,$(STATES))
