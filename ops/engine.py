@@ -24,7 +24,7 @@ from typing import Any
 
 import trio
 from safeimg.drivers.errors import StorageError, SyncFailed
-from safeimg.drivers.formats.api import Changes, Patch
+from safeimg.drivers.formats.api import Patch
 from safeimg.drivers.storage.api import File
 from safeimg.drivers.transfer.copy import write_moves
 from safeimg.drivers.transfer.core import Transfer
@@ -171,25 +171,29 @@ class Engine:
         return tuple(digests for digests, move in zip(made, step.moves, strict=True) if move.source is not None)
 
     def _lengths(self, step: Step) -> list[LengthRecord]:
-        wanted = [(image, changes.length) for image, changes in step.changes if changes.length is not None]
-        records = []
-        for image, length in wanted:
-            before = self._files[image].length()
-            if length > before:
-                records.append(LengthRecord(image, before, length))
+        records = [
+            LengthRecord(image, self._files[image].length(), length) for image, length in self._growth(step).items()
+        ]
         records += [LengthRecord(image, self._files[image].length(), length) for image, length in step.truncate]
         return records
 
-    def _allocate(self, step: Step) -> None:
-        for image, changes in step.changes:
-            self._extend(image, changes)
-            self._patch(image, changes.allocate)
+    def _growth(self, step: Step) -> dict[int, int]:
+        """The lengths, by image, of files that have to be longer than they are before anything is linked or written
+        in place: a sector that lies across the end of a file is neither old nor new if its length can be lost."""
+        wanted = [(image, changes.length) for image, changes in step.changes if changes.length is not None]
+        wanted += [(move.image, move.offset + move.length) for move in step.moves]
+        longest: dict[int, int] = {}
+        for image, length in wanted:
+            if length > max(self._files[image].length(), longest.get(image, 0)):
+                longest[image] = length
+        return longest
 
-    def _extend(self, image: int, changes: Changes) -> None:
-        file = self._files[image]
-        if changes.length is not None and changes.length > file.length():
-            file.truncate(changes.length)
+    def _allocate(self, step: Step) -> None:
+        for image, length in self._growth(step).items():
+            self._files[image].truncate(length)
             self._dirty.add(image)
+        for image, changes in step.changes:
+            self._patch(image, changes.allocate)
 
     def _patch(self, image: int, patches: Sequence[Patch]) -> None:
         for patch in patches:

@@ -19,16 +19,20 @@ async def save_before(
 ) -> tuple[BeforeRecord, ...]:
     """Copies what the moves will overwrite to the undo file, chunk by chunk in workers.
 
-    Holes and zeroes take no space there. What lies beyond the end of a file has no before. The space for all data
-    is reserved first, so that a full disk is found before anything is begun."""
+    Holes and zeroes take no space there. What lies beyond the end of a file is a hole. The space for all data is
+    reserved first, so that a full disk is found before anything is begun."""
     records: list[BeforeRecord] = []  # appended to from several threads
     ranges: list[tuple[int, int, int]] = []  # image, offset, length of what is data
     for move in moves:
+        end = move.offset
         for start, length, is_data in files[move.image].spans(move.offset, move.length):
+            end = start + length
             if is_data:
                 ranges.append((move.image, start, length))
             else:
                 records.append(BeforeRecord(move.image, start, length, None, True, b""))
+        if end < move.offset + move.length:
+            records.append(BeforeRecord(move.image, end, move.offset + move.length - end, None, True, b""))
     undo.reserve(sum(length for _, _, length in ranges))
 
     def work(part: Part, buffers: BufferPool) -> None:

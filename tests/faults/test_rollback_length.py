@@ -31,3 +31,39 @@ def test_a_file_that_ends_within_a_cluster_gets_its_length_back() -> None:
         if guest.content(after, "/base.qcow2") == judge.before["/base.qcow2"].content:
             rolled_back.add(after.stat("/base.qcow2").size)
     assert rolled_back == {length}
+
+
+def _data_cut_short(fs: SimulatedFileSystem) -> None:
+    """The file ends within a data cluster, which reads as zeroes from there on, and which is overwritten in place."""
+    guest.create(fs, "/base.qcow2", "qcow2", 64 << 10, cluster_size="4096")
+    guest.write(fs, "/base.qcow2", [(0, b"a" * 4096), (8192, b"b" * 300)])
+    file = fs.open("/base.qcow2", write=True)
+    end = file.length()
+    assert file.pread(end - 4096, 4096) == b"b" * 300 + bytes(3796)
+    file.truncate(end - 3796)
+    file.sync_all()
+    file.close()
+    guest.create(
+        fs, "/top.qcow2", "qcow2", 64 << 10, cluster_size="4096", backing_file="base.qcow2", backing_fmt="qcow2"
+    )
+    guest.write(fs, "/top.qcow2", [(8192, b"new!" * 1024)])
+
+
+def test_in_place_data_across_the_end_of_the_file_is_taken_back() -> None:
+    scenario = Scenario(
+        "data cut short", _data_cut_short, COMMITS[0].run, "/base.qcow2", "/top.qcow2", BASE_AND_TOP
+    )
+    judge = Judge(scenario)
+    before = judge.initial.stat("/base.qcow2")
+    assert before is not None
+    length = before.size
+    changes = [
+        number
+        for number, entry in enumerate(judge.trace_of.trace.entries, 1)
+        if entry.node == before.inode and entry.kind in ("write", "truncate")
+    ]
+    for state in judge.states(prefixes=changes, subsets_per_prefix=0, singles_per_prefix=2):
+        judge.judge(state)
+        after = judge.settles(state.fs, "rollback")
+        if guest.content(after, "/base.qcow2") == judge.before["/base.qcow2"].content:
+            assert after.stat("/base.qcow2").size == length
