@@ -151,7 +151,10 @@ class Soak:
         phase, expected = self.read_log()
         images.copy(self.work, self.folder / "crashed", durable=False)
         self.as_it_is()
-        kills = self.settle(action, self.commit(stepped))
+        first, kills = self.recover_and_kill(action, self.commit(stepped))
+        if first != action and expected == "undecided":  # a resume, to its end or to the point of no return
+            expected = self.read_log()[1]
+        self.settle(action, self.commit(stepped))
         if action == "again":
             expected = "after"
         elif expected == "undecided":
@@ -159,7 +162,7 @@ class Soak:
         elif expected == "either":
             after = images.same(self.work / "base.qcow2", self.pristine / "top.qcow2")
             expected = "after" if after else "before"
-            phase += " (settled)" if after else ""
+            phase += " (settled)" if after and phase == "no log" else ""
         self.settled_as(expected)
         self.phases[phase] += 1
         self.outcomes[f"{action}: {expected}"] += 1
@@ -191,16 +194,21 @@ class Soak:
             images.check(self.work / name, leaks=True)
         images.expect_same(self.work / "top.qcow2", self.pristine / "top.qcow2")
 
-    def settle(self, action: str, command: list[str]) -> int:
-        """Resumes (with "again": by the identical command) or rolls back; how often that was killed meanwhile."""
+    def recover_and_kill(self, action: str, command: list[str]) -> tuple[str, int]:
+        """Begins to settle, and kills that a few times (or never). With what it began, and how often it was killed.
+
+        A resume that was killed may be followed by a rollback, never the other way round."""
+        first = "resume" if action == "rollback" and self.rng.random() < 0.2 else action
         kills = 0
         for _ in range(self.rng.choice((0, 0, 1, 2))):
-            # A resume that was killed may be followed by a rollback, never the other way round.
-            first = "resume" if action == "rollback" and not kills and self.rng.random() < 0.3 else action
             words = command if first == "again" else [*PLAIN, first, self.image()]
             if self.killed(words, self.recovery) is None:
                 break
             kills += 1
+        return first, kills
+
+    def settle(self, action: str, command: list[str]) -> None:
+        """Resumes (with "again": by the identical command) or rolls back, where that can still be done."""
         started = time.monotonic()
         if action == "again":
             self.finish(self.start(command))
@@ -209,7 +217,6 @@ class Soak:
             if "point of no return" in said:
                 self.finish(self.start([*PLAIN, "resume", self.image()]))
         self.recovery.learn(time.monotonic() - started)
-        return kills
 
     def image(self) -> str:
         return self.rng.choice(images.NAMES)
