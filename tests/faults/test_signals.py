@@ -86,7 +86,8 @@ class Folder:
             process.send_signal(signal.SIGTERM)
             time.sleep(0.1)
         out, err = process.communicate(timeout=60)
-        assert (process.returncode, out) == (128 + signal.SIGTERM, b""), err
+        # The second one may find it on its way out, its own handlers gone: a shell sees the same status.
+        assert process.returncode in (128 + signal.SIGTERM, -signal.SIGTERM) and out == b"", err
         self.done("rollback", "top.qcow2")
         assert self.base.read_bytes() == self.old and self.left() == []
         return err.decode()
