@@ -130,7 +130,8 @@ class Counter:
     def __str__(self) -> str:
         return (
             f"{self.states} states: {self.resumed} resumed, {self.rolled_back} rolled back, "
-            f"{self.refused} past return, {self.nothing} nothing pending; {self.second} of crashed recoveries; {self.qemu} by qemu-img"
+            f"{self.refused} past return, {self.nothing} nothing pending; "
+            f"{self.second} of crashed recoveries; {self.qemu} by qemu-img"
         )
 
 
