@@ -117,7 +117,7 @@ class Soak:
     def finish(self, process: subprocess.Popen[str], accept: tuple[int, ...] = (0,)) -> str:
         out, err = process.communicate()
         if process.returncode not in accept or (process.returncode and len(err.splitlines()) != 1):
-            raise Wrong(f"{process.args}: exit code {process.returncode}: {out.strip()} {err.strip()}")
+            raise Wrong(f"{process.args!r}: exit code {process.returncode}: {out.strip()} {err.strip()}")
         return err if process.returncode else out
 
     def killed(self, words: Sequence[str], timing: Timing) -> float | None:
