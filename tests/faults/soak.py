@@ -11,6 +11,7 @@ import multiprocessing
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 
 from faults.faulting import (
     ACTIONS,
@@ -44,25 +45,22 @@ def cases(judge: Judge, stride: int) -> Iterator[tuple[str, Callable[[], object]
     """Everything to be tried, with a name."""
     for code in CODES:
         for number in range(1, calls(judge) + 1, stride):
-            yield f"call {number} fails with {code}", lambda n=number, c=code: _fails(judge, n, c, forever=False)
+            yield f"call {number} fails with {code}", partial(_fails, judge, number, code, forever=False)
         for number in range(1, count(judge) + 1, stride):
-            yield f"calls from {number} on fail with {code}", lambda n=number, c=code: _fails(judge, n, c, forever=True)
+            yield f"calls from {number} on fail with {code}", partial(_fails, judge, number, code, forever=True)
     for number in range(1, count(judge, SYNCS) + 1, stride):
-        yield f"sync {number} fails", lambda n=number: _sync_fails(judge, n)
+        yield f"sync {number} fails", partial(_sync_fails, judge, number)
     for number in range(1, count(judge, READS) + 1, 4 * stride):
-        yield f"read {number} fails", lambda n=number: read_fails(judge, n)
+        yield f"read {number} fails", partial(read_fails, judge, number)
     for room in range(0, ROOM, 4096 * 5 * stride):
-        yield f"room for {room} bytes", lambda n=room: _full(judge, n)
+        yield f"room for {room} bytes", partial(_full, judge, room)
     for number in range(1, calls(judge) + 1, stride):
-        yield f"a full disk after call {number}", lambda n=number: settle_on_full_disk(judge, killed(judge, n))
+        yield f"a full disk after call {number}", partial(_full_after, judge, number)
     for number in (int(far * calls(judge)) for far in KILLS):
         for action in ACTIONS:
-            for kinds in (CHANGES, READS):
-                what = "reads" if kinds is READS else "calls"
-                yield (
-                    f"{what} of the {action} after call {number} fail",
-                    lambda n=number, a=action, k=kinds: recovery_fails(judge, killed(judge, n), a, k, stride=stride),
-                )
+            for what, kinds in (("calls", CHANGES), ("reads", READS)):
+                case = partial(_recovery_fails, judge, number, action, kinds, stride)
+                yield f"{what} of the {action} after call {number} fail", case
 
 
 def _fails(judge: Judge, number: int, code: int, *, forever: bool) -> None:
@@ -79,6 +77,14 @@ def _sync_fails(judge: Judge, number: int) -> None:
 def _full(judge: Judge, room: int) -> None:
     fs, error = run_on_full_disk(judge, room)
     acknowledged_or_pending(judge, fs, error, seed=room)
+
+
+def _full_after(judge: Judge, number: int) -> None:
+    settle_on_full_disk(judge, killed(judge, number))
+
+
+def _recovery_fails(judge: Judge, number: int, action: str, kinds: frozenset[str], stride: int) -> None:
+    recovery_fails(judge, killed(judge, number), action, kinds, stride=stride)
 
 
 def soak(name: str, stride: int) -> tuple[str, int, list[str]]:
