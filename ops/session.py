@@ -13,9 +13,10 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, NamedTuple
 
+from safeimg.drivers.errors import StorageError, SyncFailed
 from safeimg.drivers.storage.api import File, FileSystem
 from safeimg.journal import find, place
-from safeimg.journal.errors import LogForeign
+from safeimg.journal.errors import JournalError, LogForeign
 from safeimg.journal.events import Declared, Event, Identity, ImageRecord, Started
 from safeimg.journal.history import History, PendingRow
 from safeimg.journal.identity import identify
@@ -110,13 +111,14 @@ class Session:
         )
         explicit = None if journal in ("auto", "require") else journal
         log = place.create_log(fs, home, operation, explicit=explicit)
+        session: Session | None = None
         try:
             declared = Declared(
                 operation, command, tuple(arguments), package_version(), current_owner(), records, time.time()
             )
+            session = cls(fs, history, home, log, fold([declared]), None)
             log.append(declared)
             log.sync()
-            session = cls(fs, history, home, log, fold([declared]), None)
             session._point(images)
             if undo:
                 session.undo = UndoFile.create(fs, log.path + SUFFIX, operation, images[0].file.stat())
@@ -127,9 +129,19 @@ class Session:
                 operation, command, log.path, fs.resolve(home), declared.owner.machine, declared.time
             ))
             return session
-        except BaseException:
+        except BaseException as error:
+            if session is not None and isinstance(error, StorageError) and not isinstance(error, SyncFailed):
+                session._withdraw()
             log.close()
             raise
+
+    def _withdraw(self) -> None:
+        """Best effort: what could not begin leaves nothing behind. Once it is started, it is pending."""
+        if self.state.started is None:
+            try:
+                self.settle()
+            except (StorageError, JournalError):
+                pass
 
     @classmethod
     def reopen(cls, fs: FileSystem, history: History, home: str, log_path: str) -> Session:

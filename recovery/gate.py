@@ -10,18 +10,18 @@ from safeimg.recovery.settle import abandon, resume
 async def resumed(path: str, environment: Environment, command: str) -> bool:
     """Whether the identical command was pending on the image at `path`, and has been finished instead of begun.
 
-    Of an operation whose outcome is on record the rest is tidied up; any other stays pending, and the command will
-    be refused. Raises what `resume` raises."""
+    An operation that never began, or whose outcome is on record, is tidied up; any other stays pending, and the
+    command will be refused. Raises what `resume` raises."""
     found = find.find(environment.fs, path)
     if found is None or isinstance(found, find.VoidFound):
         return False
     log = find.resolve_pointer(environment.fs, found).log if isinstance(found, find.PointerFound) else found
     if log is None:
         return False
-    if log.outcome is not None:
+    if log.outcome is not None or not log.started:
         await resume(path, environment)
         return False
-    if log.started and (log.declared.command, log.declared.arguments) == (command, environment.arguments):
+    if (log.declared.command, log.declared.arguments) == (command, environment.arguments):
         await resume(path, environment)
         return True
     return False

@@ -18,6 +18,7 @@ from safeimg.journal.errors import JournalError
 from safeimg.journal.log import read_events
 from safeimg.journal.state import OperationState, fold
 from safeimg.ops.errors import OperationError
+from safeimg.recovery.gate import resumed
 from safeimg.recovery.settle import resume, rollback
 
 CODES = (errno.ENOSPC, errno.EIO)
@@ -36,12 +37,15 @@ def judge_of(name: str) -> Judge:
 
 
 def attempt(judge: Judge, fs: FileSystem, action: str = "run") -> Exception | None:
-    """Runs the operation, or settles it, on `fs` itself. The error that it ended with, which must be a clean one:
-    whatever else comes out is a traceback in the user's terminal, and goes through."""
+    """Runs the operation (with "again" as the identical command), or settles it, on `fs` itself. The error that it
+    ended with, which must be a clean one: whatever else comes out is a traceback in the user's terminal, and goes
+    through."""
 
     async def main() -> None:
         around = environment(fs)  # type: ignore[arg-type]
-        if action == "run":
+        if action == "again" and await resumed(judge.scenario.home, around, "commit"):
+            return
+        if action in ("run", "again"):
             await judge.scenario.run(around)
         else:
             await (resume if action == "resume" else rollback)(judge.scenario.home, around)

@@ -10,11 +10,13 @@ from collections.abc import Callable
 import pytest
 from faults.faulting import (
     acknowledged_or_pending,
+    attempt,
     calls,
     count,
     crash,
     fail_on,
     fail_once,
+    is_done,
     judge_of,
     killed,
     log_state,
@@ -28,6 +30,7 @@ from faults.faulting import (
 from powercut.judge import sidecars
 from safeimg.drivers.errors import StorageError, SyncFailed
 from safeimg.drivers.storage.faults import READS
+from safeimg.journal.errors import JournalUnavailable
 
 NAMES = ("commit", "commit into raw")
 
@@ -60,6 +63,22 @@ def test_the_reason_is_on_record() -> None:
             assert state.paused == str(error)
             reasons.add(state.paused)
     assert any("No space left on device" in reason for reason in reasons)
+
+
+def test_what_could_not_begin_is_out_of_the_way() -> None:
+    """It leaves nothing behind, but what a failed sync forbids to remove; the identical command begins anew."""
+    judge = judge_of("commit")
+    seen = set()
+    for number in range(1, 40):
+        fs, error = fail_once(judge, number, errno.ENOSPC)
+        state = log_state(fs, judge.scenario.home)
+        if error is None or (state is not None and state.started is not None):
+            continue
+        seen.add(type(error))
+        if not isinstance(error, SyncFailed):
+            assert sidecars(fs) == [], f"call {number}: {error}"
+        assert attempt(judge, fs, "again") is None and is_done(judge, fs)
+    assert seen == {JournalUnavailable, StorageError, SyncFailed}
 
 
 def test_hazard_08_nothing_is_written_after_a_failed_sync() -> None:
