@@ -20,7 +20,7 @@ help:
 	@echo "make test        all tests"
 	@echo "make lint        ruff, and mypy --strict"
 	@echo "make bench       safeimg against qemu-img, wall time: RUNS=$(RUNS)"
-	@echo "make crash-soak  simulated power cuts: SECONDS=$(SECONDS) SEED=$(SEED) JOBS=$(JOBS) STATES= of each"
+	@echo "make crash-soak  simulated power cuts: SECONDS=$(SECONDS) SEED=$(SEED) JOBS=$(JOBS) STATES= enough"
 	@echo "make mutations   the power-cut simulation on a protocol with deliberate faults: it has to catch each"
 	@echo "make kill-soak   real commits killed: KILLS=$(KILLS) SIZE=$(SIZE) SEED=$(SEED)"
 	@echo "make clean       removes what these made"
