@@ -286,7 +286,7 @@ def main() -> int:
     started = time.monotonic()
     try:
         soak = run(folder, options.kills, options.size, options.seed)
-    except Wrong as error:
+    except (Wrong, subprocess.CalledProcessError) as error:
         print(f"FAILED: {error}\nthe evidence is in {folder}", flush=True)
         return 1
     shutil.rmtree(folder)
