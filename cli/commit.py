@@ -19,22 +19,23 @@ def run(command: Command, arguments: Arguments) -> int:
     from safeimg.drivers.transfer.core import Settings
     from safeimg.ops.commit_job import commit
     from safeimg.ops.launch import Environment
-    from safeimg.recovery.gate import resumed
+    from safeimg.recovery.gate import begin_or_resume
 
     settings = Settings(rate=arguments.last("rate") or None, writeback=cache != "unsafe")
 
     async def work(environment: Environment) -> None:
-        if await resumed(name, environment, "commit"):
-            return
-        await commit(
-            environment,
-            name,
-            base=arguments.last("base"),
-            fmt=fmt,
-            drop=arguments.flag("drop"),
-            cache=cache,
-            undo=not arguments.flag("no-undo"),
-        )
+        async def begin() -> None:
+            await commit(
+                environment,
+                name,
+                base=arguments.last("base"),
+                fmt=fmt,
+                drop=arguments.flag("drop"),
+                cache=cache,
+                undo=not arguments.flag("no-undo"),
+            )
+
+        await begin_or_resume(name, environment, "commit", begin)
 
     with display(arguments) as shown:
         run_stoppable(arguments, shown, work, image=name, settings=settings)

@@ -2,9 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
+
 from safeimg.journal import find
+from safeimg.ops.errors import SomethingPending
 from safeimg.ops.launch import Environment
 from safeimg.recovery.settle import abandon, resume
+
+
+async def begin_or_resume(
+    path: str, environment: Environment, command: str, begin: Callable[[], Awaitable[None]]
+) -> None:
+    """Runs `begin`, which does `command` to the image at `path`, unless the identical command is pending there.
+
+    The operation's home may be another image (of a commit, the base), and a crash just before its start or just
+    before its very end leaves a log there and no pointer to it: `begin` is refused then, and tried again once that
+    is tidied up. Raises what `begin` and `resume` raise."""
+    if await resumed(path, environment, command):
+        return
+    try:
+        await begin()
+    except SomethingPending as pending:
+        if not await resumed(pending.home, environment, command):
+            await begin()
 
 
 async def resumed(path: str, environment: Environment, command: str) -> bool:

@@ -18,7 +18,7 @@ from safeimg.journal.errors import JournalError
 from safeimg.journal.log import read_events
 from safeimg.journal.state import OperationState, fold
 from safeimg.ops.errors import OperationError
-from safeimg.recovery.gate import resumed
+from safeimg.recovery.gate import begin_or_resume
 from safeimg.recovery.settle import resume, rollback
 
 CODES = (errno.ENOSPC, errno.EIO)
@@ -43,10 +43,11 @@ def attempt(judge: Judge, fs: FileSystem, action: str = "run") -> Exception | No
 
     async def main() -> None:
         around = environment(fs)  # type: ignore[arg-type]
-        if action == "again" and await resumed(judge.scenario.home, around, "commit"):
-            return
-        if action in ("run", "again"):
+        if action == "run":
             await judge.scenario.run(around)
+        elif action == "again":
+            assert judge.scenario.top is not None
+            await begin_or_resume(judge.scenario.top, around, "commit", lambda: judge.scenario.run(around))
         else:
             await (resume if action == "resume" else rollback)(judge.scenario.home, around)
 

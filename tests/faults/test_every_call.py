@@ -81,6 +81,15 @@ def test_what_could_not_begin_is_out_of_the_way() -> None:
     assert seen == {JournalUnavailable, StorageError, SyncFailed}
 
 
+def test_the_identical_command_ends_what_was_killed_anywhere() -> None:
+    """Also where the home image has a log and the overlay no pointer to it: at its beginning and at its end."""
+    judge = judge_of("commit")
+    for number in [*range(1, 30), *range(30, calls(judge) - 15, 7), *range(calls(judge) - 15, calls(judge) + 1)]:
+        fs = killed(judge, number)
+        assert attempt(judge, fs, "again") is None, number
+        assert is_done(judge, fs), number
+
+
 def test_hazard_08_nothing_is_written_after_a_failed_sync() -> None:
     judge = judge_of("commit")
     for number in range(1, count(judge, {"sync", "sync_all"}) + 1, 7):
