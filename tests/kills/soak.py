@@ -213,9 +213,12 @@ class Soak:
         if action == "again":
             self.finish(self.start(command))
         else:
-            said = self.finish(self.start([*PLAIN, action, self.image()]), (0, 6))
+            image = self.image()
+            said = self.finish(self.start([*PLAIN, action, image]), (0, 6))
             if "point of no return" in said:
-                self.finish(self.start([*PLAIN, "resume", self.image()]))
+                said = self.finish(self.start([*PLAIN, "resume", image]))
+            if "nothing is pending" in said:  # killed before the overlay had its pointer, or when it had lost it
+                self.finish(self.start([*PLAIN, "resume", "base.qcow2"]))
         self.recovery.learn(time.monotonic() - started)
 
     def image(self) -> str:
