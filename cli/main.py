@@ -62,7 +62,10 @@ def dispatch(words: list[str]) -> int:
     command = find(name)
     if command is None:
         raise usage(f"Command not found: {name}")
-    own, wants_help = parse(command, arguments.positional)
+    try:
+        own, wants_help = parse(command, arguments.positional)
+    except CommandError as error:
+        raise CommandError(*error.messages, code=2, hint=error.hint) if command.new else error from None
     if wants_help:
         return show_help(command)
     return int(import_module(f"safeimg.cli.{command.module}").run(command, own))

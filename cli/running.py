@@ -71,10 +71,12 @@ def run_stoppable(
     settings: Settings | None = None,
     own: bool = False,
 ) -> Result:
-    """Runs `work` with progress shown. If a signal pauses it, says how to go on with `image`.
+    """Runs `work` with progress shown. If a signal pauses it, or it fails with something pending, says how to go on
+    with `image`.
 
     `own`: one of safeimg's own commands, whose exit codes tell that something is pending."""
     import trio
+    from safeimg.drivers.errors import DriverError
     from safeimg.ops.errors import OperationPaused
 
     with stoppable() as stop:
@@ -84,6 +86,10 @@ def run_stoppable(
                 return trio.run(_cancellable, stop, work, around)
         except (OperationPaused, KeyboardInterrupt) as error:
             raise paused(image, error, stop, own) from error
+        except DriverError as error:
+            if not _is_pending(image):
+                raise
+            raise CommandError(f"{error}; {ways_out(image)}") from error
         except BaseExceptionGroup as group:
             if only(group, (OperationPaused, KeyboardInterrupt)):
                 raise paused(image, group.exceptions[0], stop, own) from group
@@ -142,6 +148,22 @@ def paused(image: str, error: BaseException, stop: Stop, own: bool) -> CommandEr
     if program_name() == "qemu-img" and stop.signal is not None:  # which says nothing then
         return CommandError(code=code)
     return CommandError(f"{image}: {why}; {ways_out(image)}", code=code)
+
+
+def _is_pending(image: str) -> bool:
+    """Whether there is something to settle; called as qemu-img, nothing is said of it."""
+    from safeimg.cli.main import program_name
+    from safeimg.drivers.errors import DriverError
+    from safeimg.journal import find
+    from safeimg.journal.errors import JournalError
+
+    if program_name() == "qemu-img":
+        return False
+    try:
+        found = find.find(filesystem(), image)
+    except (DriverError, JournalError):
+        return False
+    return found is not None and not isinstance(found, find.VoidFound)
 
 
 def ways_out(image: str) -> str:

@@ -15,7 +15,7 @@ from safeimg.journal.state import OperationState
 from safeimg.ops.commit import STEP_BYTES, Commit
 from safeimg.ops.errors import Conflict
 from safeimg.ops.launch import Environment, Job, launch
-from safeimg.ops.session import Touched
+from safeimg.ops.session import Touched, refuse_pending_on
 
 
 async def commit(
@@ -56,8 +56,9 @@ def open_job(
     step_bytes: int,
     warn: Callable[[str], None] | None = None,
 ) -> Job:
-    """The chain is opened twice: read-only to find the base, then with the base and the top for writing."""
-    depth = 1 if base is None else _depth(fs, filename, base, fmt)
+    """The chain is opened twice: read-only to find the base, and what may be pending there; then the base and the top
+    for writing, which a pending operation's fence would refuse in less helpful words."""
+    depth = _depth(fs, filename, base, fmt)
     layers = open_chain(
         fs, filename, format=fmt, write=lambda level, _: level in (0, depth), cache=cache, warn=warn
     )
@@ -127,19 +128,27 @@ def _job(
     )
 
 
-def _depth(fs: FileSystem, filename: str, base: str, fmt: str | None) -> int:
-    """How far down the chain the image called `base` is."""
-    layers = open_chain(fs, filename, format=fmt)
+def _depth(fs: FileSystem, filename: str, base: str | None, fmt: str | None) -> int:
+    """How far down the chain the image called `base` is; 1 if None. Raises `SomethingPending` for it or the top."""
+    layers = open_chain(fs, filename, format=fmt, force_share=True)
     try:
-        wanted = _resolved(fs, base)
-        for depth, image in enumerate(layers[1:], start=1):
-            if image.file.path == base or layers[depth - 1].backing_file == base or (
-                _resolved(fs, image.file.path) == wanted
-            ):
-                return depth
+        depth = 1 if base is None else _find(fs, layers, base)
+        if depth is None:
+            raise UsageError(f"Did not find '{base}' in the backing chain of '{filename}'")
+        for layer in (layers[0], *layers[depth : depth + 1]):
+            refuse_pending_on(fs, layer.file.path)
+        return depth
     finally:
         close_chain(layers)
-    raise UsageError(f"Did not find '{base}' in the backing chain of '{filename}'")
+
+
+def _find(fs: FileSystem, layers: Sequence[Image], base: str) -> int | None:
+    wanted = _resolved(fs, base)
+    for depth, image in enumerate(layers[1:], start=1):
+        names = (image.file.path, layers[depth - 1].backing_file)
+        if base in names or _resolved(fs, image.file.path) == wanted:
+            return depth
+    return None
 
 
 def _resolved(fs: FileSystem, name: str) -> str:
