@@ -70,6 +70,7 @@ class Generator:
             ["qemu-img", "info", "--output=json", path], capture_output=True, text=True, check=True
         ).stdout.split('"cluster-size": ')[1].split(",")[0])
         words: list[str] = []
+        packed: list[str] = []
         for number in range(count):
             kind = self.rng.choice(("data", "data", "data", "zero", "unmap", "compressed"))
             length = min(self.rng.randrange(1, 512) * 512, size)
@@ -78,14 +79,13 @@ class Generator:
                 start = start // cluster * cluster
                 if start + cluster > size:
                     continue
-                words += ["-c", f"write -c -P {number % 255 + 1} {start} {cluster}"]
+                packed += ["-c", f"write -c -P {number % 255 + 1} {start} {cluster}"]
             else:
                 flag = {"data": f"-P {number % 255 + 1}", "zero": "-z", "unmap": "-z -u"}[kind]
                 words += ["-c", f"write {flag} {start} {length}"]
-        # QEMU refuses to compress over an allocated cluster and goes on with the next command.
-        subprocess.run(["qemu-io", "-f", "qcow2", *words, path], capture_output=True, check=False)
-        # Compressing over what was discarded makes QEMU 7.2 leave images that its own check finds fault with.
-        subprocess.run(["qemu-img", "check", "-q", "-r", "all", path], capture_output=True, check=False)
+        # Compressed ones come first: compressing over what was discarded makes QEMU 7.2 leave images that it finds
+        # fault with itself. It refuses to compress over an allocated cluster and goes on with the next command.
+        subprocess.run(["qemu-io", "-f", "qcow2", *packed, *words, path], capture_output=True, check=False)
         qemu("qemu-img", "check", "-q", path)
 
 
@@ -131,9 +131,9 @@ def test_commit(tmp_path: Path, seed: int) -> None:
     size = made.size()
     base = made.create("base", size)
     made.write(base, size, 20)
-    if made.rng.random() < 0.4:  # narrow refcounts have no room for one
-        subprocess.run(["qemu-img", "snapshot", "-c", "kept", base], capture_output=True, check=False)
-        subprocess.run(["qemu-img", "check", "-q", "-r", "all", base], capture_output=True, check=False)
+    bits = int(qemu("qemu-img", "info", "--output=json", base).split('"refcount-bits": ')[1].split(",")[0])
+    if made.rng.random() < 0.4 and bits >= 16:  # narrow ones have no room to count a snapshot
+        qemu("qemu-img", "snapshot", "-c", "kept", base)
     larger = size + (made.rng.randrange(0, 4 << 11) * 512 if made.rng.random() < 0.4 else 0)
     if '"snapshots"' in qemu("qemu-img", "info", "--output=json", base):
         larger = size  # version 2 images with snapshots do not grow
