@@ -4,11 +4,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
@@ -32,6 +34,10 @@ def qemu(*words: object) -> str:
     done = subprocess.run([str(word) for word in words], capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"{words}: {done.returncode} {done.stdout[-500:]}{done.stderr[-500:]}"
     return done.stdout
+
+
+def info(path: Path) -> Any:
+    return json.loads(qemu("qemu-img", "info", "--output=json", path))
 
 
 def environment() -> Environment:
@@ -66,9 +72,7 @@ class Generator:
 
     def write(self, path: Path, size: int, count: int) -> None:
         """Data, zeroes, discards and compressed clusters anywhere, aligned or not."""
-        cluster = int(subprocess.run(
-            ["qemu-img", "info", "--output=json", path], capture_output=True, text=True, check=True
-        ).stdout.split('"cluster-size": ')[1].split(",")[0])
+        cluster = info(path)["cluster-size"]
         words: list[str] = []
         packed: list[str] = []
         for number in range(count):
@@ -131,11 +135,11 @@ def test_commit(tmp_path: Path, seed: int) -> None:
     size = made.size()
     base = made.create("base", size)
     made.write(base, size, 20)
-    bits = int(qemu("qemu-img", "info", "--output=json", base).split('"refcount-bits": ')[1].split(",")[0])
+    bits = info(base)["format-specific"]["data"]["refcount-bits"]
     if made.rng.random() < 0.4 and bits >= 16:  # narrow ones have no room to count a snapshot
         qemu("qemu-img", "snapshot", "-c", "kept", base)
     larger = size + (made.rng.randrange(0, 4 << 11) * 512 if made.rng.random() < 0.4 else 0)
-    if '"snapshots"' in qemu("qemu-img", "info", "--output=json", base):
+    if "snapshots" in info(base):
         larger = size  # version 2 images with snapshots do not grow
     top = made.create("top", larger, "-b", "base", "-F", "qcow2")
     made.write(top, larger, 12)
