@@ -31,7 +31,7 @@ class LogBusy(JournalError):
 
     def __init__(self, path: str) -> None:
         self.path = path
-        super().__init__(f"{path}: another safeimg process is at work here")
+        super().__init__(f"{path}: another safeimg process is working on it")
 
 
 class LogForeign(JournalError):
