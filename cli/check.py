@@ -6,16 +6,50 @@ import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from safeimg.cli import values
 from safeimg.cli.common import filesystem, image_name, print_json
 from safeimg.cli.errors import CommandError, usage
-from safeimg.cli.options import Command
+from safeimg.cli.options import Command, Option
 from safeimg.cli.parser import Arguments
+from safeimg.cli.shared import (
+    FORCE_SHARE,
+    FORMAT,
+    HELP,
+    IMAGE,
+    IMAGE_OPTS,
+    OBJECT,
+    OUTPUT,
+    QUIET,
+    SOURCE_CACHE,
+)
 from safeimg.cli.values import cache_mode, output_format
 
 if TYPE_CHECKING:
     from safeimg.drivers.formats.api import CheckResult
 
 CORRUPT, LEAKS, UNSUPPORTED = 2, 3, 63
+
+COMMANDS = (
+    Command(
+        "check",
+        "Check an image's metadata.",
+        (IMAGE,),
+        (
+            HELP,
+            FORMAT,
+            Option("repair", "r", "repair", "leaks|all", "Not supported yet.", values.repair),
+            OUTPUT,
+            OBJECT,
+            IMAGE_OPTS,
+            QUIET,
+            SOURCE_CACHE,
+            FORCE_SHARE,
+        ),
+        (("Is the image in order?", "check disk.qcow2"), ("For programs", "check --output=json disk.qcow2")),
+        "Exit code 0: no errors; 1: not checked; 2: corruptions; 3: leaked clusters only; 63: the format "
+        "has no checks.",
+    ),
+)
 
 
 def run(command: Command, arguments: Arguments) -> int:

@@ -4,11 +4,62 @@ from __future__ import annotations
 
 from safeimg.cli.common import image_name
 from safeimg.cli.errors import usage
-from safeimg.cli.options import Command
+from safeimg.cli.options import Command, Option
 from safeimg.cli.parser import Arguments
 from safeimg.cli.progress import display
 from safeimg.cli.running import run_stoppable
+from safeimg.cli.shared import (
+    CACHE,
+    HELP,
+    IMAGE,
+    IMAGE_OPTS,
+    JOURNAL,
+    LONG_PROGRESS,
+    NO_JOURNAL,
+    OBJECT,
+    PROGRESS,
+    QUIET,
+    RATE,
+    SHORT_FORMAT,
+)
 from safeimg.cli.values import cache_mode
+
+COMMANDS = (
+    Command(
+        "commit",
+        "Write an image's changes into its backing image.",
+        (IMAGE,),
+        (
+            HELP,
+            OBJECT,
+            IMAGE_OPTS,
+            SHORT_FORMAT,
+            CACHE,
+            Option("base", "b", None, "base", "The image of the chain to commit to (the one below)."),
+            Option("drop", "d", None, None, "Do not empty the image afterwards."),
+            PROGRESS,
+            LONG_PROGRESS,
+            QUIET,
+            RATE,
+            Option(
+                "no-undo",
+                None,
+                "no-undo",
+                None,
+                "Keep no before-images: faster, but it cannot be rolled back.",
+            ),
+            JOURNAL,
+            NO_JOURNAL,
+        ),
+        (
+            ("Into the backing image, and empty the overlay", "commit overlay.qcow2"),
+            ("Several layers at once", "commit -b base.qcow2 top.qcow2"),
+            ("At 50 MiB a second, with progress", "commit -p -r 50M overlay.qcow2"),
+        ),
+        "Killed, it leaves a readable image: `safeimg resume BASE` (or the same command again) finishes it, "
+        "`safeimg rollback BASE` takes it back.",
+    ),
+)
 
 
 def run(command: Command, arguments: Arguments) -> int:

@@ -6,15 +6,53 @@ from typing import TYPE_CHECKING
 
 from safeimg.cli.common import filesystem, image_name, print_text
 from safeimg.cli.errors import CommandError, usage
-from safeimg.cli.options import Command
+from safeimg.cli.options import Argument, Command, Option
 from safeimg.cli.parser import Arguments
 from safeimg.cli.progress import Display, display
+from safeimg.cli.shared import (
+    FORCE_SHARE,
+    HELP,
+    IMAGE_OPTS,
+    LONG_PROGRESS,
+    OBJECT,
+    PROGRESS,
+    QUIET,
+    SHORT_FORMAT,
+    SOURCE_CACHE,
+)
 from safeimg.cli.values import cache_mode
 
 if TYPE_CHECKING:
     from safeimg.drivers.formats.api import Image
 
 DIFFERENT, CANNOT_OPEN, UNMAPPED, UNREADABLE = 1, 2, 3, 4
+
+COMMANDS = (
+    Command(
+        "compare",
+        "Compare the content of two images.",
+        (Argument("first", "An image."), Argument("second", "Another one.")),
+        (
+            HELP,
+            OBJECT,
+            IMAGE_OPTS,
+            SHORT_FORMAT._replace(help="Format of the first image."),
+            Option("second-format", "F", None, "fmt", "Format of the second image."),
+            SOURCE_CACHE,
+            PROGRESS,
+            LONG_PROGRESS,
+            QUIET,
+            Option("strict", "s", None, None, "Sizes and allocation must be the same too."),
+            FORCE_SHARE,
+        ),
+        (
+            ("The same content?", "compare disk.raw disk.qcow2"),
+            ("With progress", "compare -p a.qcow2 b.qcow2"),
+        ),
+        "Exit code 0: identical; 1: different; 2: an image cannot be opened; 3, 4: its metadata or data "
+        "cannot be read.",
+    ),
+)
 
 
 def run(command: Command, arguments: Arguments) -> int:

@@ -2,16 +2,119 @@
 
 from __future__ import annotations
 
+from safeimg.cli import values
 from safeimg.cli.common import image_options
 from safeimg.cli.create import print_option_help
 from safeimg.cli.errors import CommandError
-from safeimg.cli.options import Command
+from safeimg.cli.options import Argument, Command, Option
 from safeimg.cli.parser import Arguments
 from safeimg.cli.progress import display
 from safeimg.cli.running import run_stoppable
+from safeimg.cli.shared import (
+    BACKING_FORMAT,
+    CACHE,
+    FORCE_SHARE,
+    HELP,
+    IMAGE_OPTS,
+    JOURNAL,
+    LONG_PROGRESS,
+    NO_JOURNAL,
+    OBJECT,
+    OPTIONS,
+    PROGRESS,
+    QUIET,
+    RATE,
+    SHORT_FORMAT,
+    SOURCE_CACHE,
+)
 from safeimg.cli.values import cache_mode
 
 _LATER = (("bitmaps", "--bitmaps"), ("snapshot", "-l"), ("salvage", "--salvage"))
+
+COMMANDS = (
+    Command(
+        "convert",
+        "Copy images into a new one of any format.",
+        (
+            Argument("source", "The images to copy, joined in this order.", several=True),
+            Argument("target", "The image to write."),
+        ),
+        (
+            HELP,
+            OBJECT,
+            IMAGE_OPTS,
+            Option(
+                "target-image-opts",
+                None,
+                "target-image-opts",
+                None,
+                "Take the target's name as driver=…,file.filename=… options (with -n).",
+            ),
+            FORCE_SHARE,
+            Option("salvage", None, "salvage", None, "Go on after read errors; what cannot be read is zero."),
+            Option("target-is-zero", None, "target-is-zero", None, "The target (-n) reads as zeroes."),
+            Option("bitmaps", None, "bitmaps", None, "Copy the top image's persistent bitmaps."),
+            Option(
+                "skip-broken-bitmaps",
+                None,
+                "skip-broken-bitmaps",
+                None,
+                "With --bitmaps: leave inconsistent ones out.",
+            ),
+            SHORT_FORMAT._replace(help="Format of the sources."),
+            Option("target-format", "O", None, "fmt", "Format of the target (raw if not given)."),
+            Option(
+                "backing",
+                "B",
+                None,
+                "file",
+                "Backing image of the target: what is equal there is not copied.",
+            ),
+            BACKING_FORMAT,
+            Option("copy-offloading", "C", None, None, "Let the file system copy where it can."),
+            Option("compress", "c", None, None, "Compress the target."),
+            OPTIONS,
+            Option("snapshot", "l", None, "snapshot", "Convert an internal snapshot.", values.snapshot),
+            Option(
+                "sparse",
+                "S",
+                None,
+                "size",
+                "Runs of zeroes of that size (4k) become holes; 0: none do.",
+                values.sparse_size,
+            ),
+            PROGRESS,
+            LONG_PROGRESS,
+            QUIET,
+            Option("no-create", "n", None, None, "The target exists; write into it."),
+            Option("undo", None, "undo", None, "With -n: keep what is overwritten until it is settled."),
+            Option(
+                "coroutines",
+                "m",
+                None,
+                "count",
+                "Copies that run in parallel (1 to 16, 8).",
+                values.coroutines,
+            ),
+            Option("out-of-order", "W", None, None, "Write in any order."),
+            RATE,
+            CACHE,
+            SOURCE_CACHE,
+            JOURNAL,
+            NO_JOURNAL,
+        ),
+        (
+            ("raw to qcow2", "convert -p -O qcow2 disk.raw disk.qcow2"),
+            (
+                "Compressed, for shipping",
+                "convert -c -O qcow2 -o compression_type=zstd disk.qcow2 small.qcow2",
+            ),
+            ("A chain flattened into a raw image", "convert -O raw top.qcow2 disk.raw"),
+        ),
+        "Killed, it goes on where it was when the same command is run anew, or with `safeimg resume TARGET`: "
+        "`safeimg rollback TARGET` removes what was begun.",
+    ),
+)
 
 
 def run(command: Command, arguments: Arguments) -> int:

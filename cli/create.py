@@ -4,9 +4,46 @@ from __future__ import annotations
 
 from safeimg.cli.common import filesystem, print_text
 from safeimg.cli.errors import CommandError, usage
-from safeimg.cli.options import Command
+from safeimg.cli.options import Argument, Command, Option
 from safeimg.cli.parser import Arguments
+from safeimg.cli.shared import BACKING_FORMAT, HELP, OBJECT, OPTIONS, QUIET, SHORT_FORMAT
 from safeimg.cli.values import size, warn
+
+COMMANDS = (
+    Command(
+        "create",
+        "Create a disk image.",
+        (
+            Argument("filename", "The image to create."),
+            Argument(
+                "size",
+                "Virtual size: bytes, or with k, M, G, T, P, E. Taken from the backing image if left out.",
+                False,
+            ),
+        ),
+        (
+            HELP,
+            OBJECT,
+            Option("backing", "b", None, "file", "Backing image."),
+            BACKING_FORMAT,
+            SHORT_FORMAT._replace(help="Format of the image (raw if not given)."),
+            OPTIONS,
+            QUIET,
+            Option("unsafe", "u", None, None, "Do not look at the backing image; it need not exist."),
+        ),
+        (
+            ("A growing image of 20 GiB", "create -f qcow2 disk.qcow2 20G"),
+            (
+                "An overlay, of its backing image's size",
+                "create -f qcow2 -b base.qcow2 -F qcow2 overlay.qcow2",
+            ),
+            (
+                "Small clusters, wide refcounts",
+                "create -f qcow2 -o cluster_size=16k,refcount_bits=64 disk.qcow2 1T",
+            ),
+        ),
+    ),
+)
 
 
 def run(command: Command, arguments: Arguments) -> int:

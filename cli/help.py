@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from safeimg.cli.commands import COMMANDS
+from safeimg.cli import commands
 from safeimg.cli.main import program_name
 from safeimg.cli.options import Argument, Command, Option
 from safeimg.drivers.formats.registry import names
@@ -65,7 +65,7 @@ def build() -> typer.Typer:
     ) -> None:
         """Options in front of the command."""
 
-    for command in COMMANDS:
+    for command in filter(None, map(commands.find, commands.names())):
         app.command(
             command.name,
             help=_description(command),

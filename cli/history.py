@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from safeimg.cli.common import filesystem, print_json, print_text
 from safeimg.cli.errors import CommandError
-from safeimg.cli.options import Command
+from safeimg.cli.options import Argument, Command, Option
 from safeimg.cli.parser import Arguments
+from safeimg.cli.shared import HELP, IMAGE, OUTPUT
 from safeimg.cli.values import output_format
 
 if TYPE_CHECKING:
@@ -18,6 +19,40 @@ if TYPE_CHECKING:
     from safeimg.journal.events import Identity
 
 CONFLICT = 4
+
+ANCHOR = Option(
+    "anchor", None, "anchor", "HASH", "A head that `audit verify` printed before: was the history cut since?"
+)
+
+COMMANDS = (
+    Command(
+        "log",
+        "Show what safeimg did to an image.",
+        (IMAGE,),
+        (HELP, OUTPUT),
+        (("The operations, newest last", "log disk.qcow2"),),
+        "",
+        True,
+    ),
+    Command(
+        "show",
+        "Show the events of one operation.",
+        (IMAGE, Argument("operation", "Its id, or the beginning of it.")),
+        (HELP, OUTPUT),
+        (("All events of an operation", "show disk.qcow2 4f1c"),),
+        "",
+        True,
+    ),
+    Command(
+        "audit",
+        "Verify an image's history.",
+        (Argument("verify", "The word verify."), IMAGE),
+        (HELP, OUTPUT, ANCHOR),
+        (("Is the history complete, and the image as it left it?", "audit verify disk.qcow2"),),
+        "Exit code 0: it verifies; 4: an event was edited, removed or swapped, or the image changed.",
+        True,
+    ),
+)
 
 
 def run(command: Command, arguments: Arguments) -> int:

@@ -8,9 +8,32 @@ from typing import Any
 
 from safeimg.cli.common import filesystem, image_name, print_json, print_text
 from safeimg.cli.errors import usage
-from safeimg.cli.options import Command
+from safeimg.cli.options import Command, Option
 from safeimg.cli.parser import Arguments
+from safeimg.cli.shared import FORCE_SHARE, FORMAT, HELP, IMAGE, IMAGE_OPTS, OBJECT, OUTPUT
 from safeimg.cli.values import output_format
+
+COMMANDS = (
+    Command(
+        "info",
+        "Show what an image is.",
+        (IMAGE,),
+        (
+            HELP,
+            FORMAT,
+            OUTPUT,
+            Option("backing-chain", None, "backing-chain", None, "Show its backing images too."),
+            OBJECT,
+            IMAGE_OPTS,
+            FORCE_SHARE,
+        ),
+        (
+            ("One image", "info disk.qcow2"),
+            ("A whole chain, for programs", "info --backing-chain --output=json top.qcow2"),
+            ("An image that a guest is using", "info -U disk.qcow2"),
+        ),
+    ),
+)
 
 
 def run(command: Command, arguments: Arguments) -> int:

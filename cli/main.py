@@ -6,7 +6,7 @@ import os
 import sys
 from importlib import import_module
 
-from safeimg.cli.commands import PROGRAM, find
+from safeimg.cli.commands import PROGRAM, find, module
 from safeimg.cli.errors import CommandError, usage
 from safeimg.cli.options import Command
 from safeimg.cli.parser import parse
@@ -68,7 +68,7 @@ def dispatch(words: list[str]) -> int:
         raise CommandError(*error.messages, code=2, hint=error.hint) if command.new else error from None
     if wants_help:
         return show_help(command)
-    return int(import_module(f"safeimg.cli.{command.module}").run(command, own))
+    return int(module(name).run(command, own))
 
 
 def show_help(command: Command | None) -> int:
@@ -119,8 +119,8 @@ def _explain(error: BaseException) -> CommandError:
         sys.modules.get("safeimg.journal.errors"),
         sys.modules.get("safeimg.ops.errors"),
     )
-    for module, kind in zip(known, ("DriverError", "JournalError", "OperationError"), strict=True):
-        if module is not None and isinstance(error, getattr(module, kind)):
+    for holder, kind in zip(known, ("DriverError", "JournalError", "OperationError"), strict=True):
+        if holder is not None and isinstance(error, getattr(holder, kind)):
             code = (
                 getattr(error, "exit_code", 1) if program_name() == "safeimg" else 1
             )  # qemu-img has no others

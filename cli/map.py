@@ -6,10 +6,12 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from safeimg.cli import values
 from safeimg.cli.common import filesystem, image_name, print_text
 from safeimg.cli.errors import CommandError, usage
-from safeimg.cli.options import Command
+from safeimg.cli.options import Command, Option
 from safeimg.cli.parser import Arguments
+from safeimg.cli.shared import FORCE_SHARE, FORMAT, HELP, IMAGE, IMAGE_OPTS, OBJECT, OUTPUT
 from safeimg.cli.values import MAX_SIZE, output_format
 
 if TYPE_CHECKING:
@@ -17,6 +19,30 @@ if TYPE_CHECKING:
     from safeimg.ops.map import Entry
 
 HEADING = f"{'Offset':<16}{'Length':<16}{'Mapped to':<16}File"
+
+COMMANDS = (
+    Command(
+        "map",
+        "Show where an image's data lies.",
+        (IMAGE,),
+        (
+            HELP,
+            FORMAT,
+            OUTPUT,
+            OBJECT,
+            IMAGE_OPTS,
+            FORCE_SHARE,
+            Option("start-offset", "s", "start-offset", "offset", "Where to start.", values.start_offset),
+            Option(
+                "max-length", "l", "max-length", "len", "How much of the image to show.", values.max_length
+            ),
+        ),
+        (
+            ("Which file holds what", "map top.qcow2"),
+            ("All ranges, for programs", "map --output=json top.qcow2"),
+        ),
+    ),
+)
 
 
 def run(command: Command, arguments: Arguments) -> int:

@@ -28,10 +28,9 @@ class Argument(NamedTuple):
 
 
 class Command(NamedTuple):
-    """A command: `module` has `run(arguments) -> int`."""
+    """A command, as its module (`commands.module`) describes it."""
 
     name: str
-    module: str
     summary: str
     arguments: tuple[Argument, ...]
     options: tuple[Option, ...]

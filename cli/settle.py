@@ -4,13 +4,57 @@ from __future__ import annotations
 
 from safeimg.cli.common import filesystem, print_json, print_text
 from safeimg.cli.errors import CommandError
-from safeimg.cli.options import Command
+from safeimg.cli.options import Argument, Command, Option
 from safeimg.cli.parser import Arguments
 from safeimg.cli.progress import display
 from safeimg.cli.running import run_stoppable
+from safeimg.cli.shared import HELP, LONG_PROGRESS, OUTPUT, PROGRESS, QUIET
 from safeimg.cli.values import output_format
 
 OUTCOMES = {1: "error", 3: "pending", 4: "conflict", 5: "owner", 6: "impossible"}
+
+PENDING_IMAGE = Argument("image", "The image with something pending, or any image that takes part in it.")
+FENCED = Option(
+    "fenced", None, "fenced", None, "Assert that the owner is dead (it runs on another machine, say)."
+)
+ADOPT = Option(
+    "adopt", None, "adopt", None, "The image and its log were copied or restored together: bind them anew."
+)
+REASON = Option("reason", None, "reason", "TEXT", "Why; kept in the history.")
+
+COMMANDS = (
+    Command(
+        "resume",
+        "Finish a pending operation.",
+        (PENDING_IMAGE,),
+        (HELP, OUTPUT, PROGRESS, LONG_PROGRESS, QUIET, FENCED, ADOPT),
+        (("Go on where it stopped", "resume base.qcow2"), ("With progress", "resume -p base.qcow2")),
+        "Everything is checked before anything is written. Exit code 0: done, or nothing to do; 4: an "
+        "image was changed meanwhile, nothing was written; 5: its owner is alive, or on another machine "
+        "(--fenced); 6: impossible.",
+        True,
+    ),
+    Command(
+        "rollback",
+        "Take a pending operation back.",
+        (PENDING_IMAGE,),
+        (HELP, OUTPUT, PROGRESS, LONG_PROGRESS, QUIET, FENCED, ADOPT),
+        (("Restore every image it touched", "rollback base.qcow2"),),
+        "Everything is checked before anything is written. Exit codes as of resume; 6 behind the point of no "
+        "return.",
+        True,
+    ),
+    Command(
+        "abandon",
+        "Give a pending operation up: images stay as they are.",
+        (PENDING_IMAGE,),
+        (HELP, OUTPUT, QUIET, FENCED, REASON),
+        (("After restoring the images from a backup", "abandon base.qcow2 --reason 'restored from backup'"),),
+        "For when neither resume nor rollback is possible or wanted. What was done so far stays, and nothing "
+        "can take it back.",
+        True,
+    ),
+)
 
 
 def run(command: Command, arguments: Arguments) -> int:

@@ -9,14 +9,34 @@ from typing import TYPE_CHECKING, Any
 
 from safeimg.cli.common import filesystem, print_json, print_text
 from safeimg.cli.errors import CommandError
-from safeimg.cli.options import Command
+from safeimg.cli.options import Argument, Command, Option
 from safeimg.cli.parser import Arguments
+from safeimg.cli.shared import HELP, OUTPUT
 from safeimg.cli.values import output_format
 
 if TYPE_CHECKING:
     from safeimg.recovery.status import Status
 
 PENDING = 3
+
+ALL = Option("all", None, "all", None, "Every pending operation that this host knows of.")
+SCAN = Option("scan", None, "scan", "DIR", "Look for logs in a folder and those below it (repeatable).")
+
+COMMANDS = (
+    Command(
+        "status",
+        "Show pending and running operations.",
+        (Argument("path", "Images, or folders to look into.", False, True),),
+        (HELP, OUTPUT, ALL, SCAN),
+        (
+            ("Is something pending on this image?", "status disk.qcow2"),
+            ("On this host, after a reboot", "status --all"),
+            ("In a folder whose images came from elsewhere", "status --scan /srv/images"),
+        ),
+        "Exit code 0: nothing pending; 3: something is.",
+        True,
+    ),
+)
 
 
 def run(command: Command, arguments: Arguments) -> int:
