@@ -12,6 +12,7 @@ from safeimg.drivers.formats.chain import close_chain, local_path, open_chain
 from safeimg.drivers.storage.api import FileSystem
 from safeimg.drivers.transfer.core import Transfer
 from safeimg.journal.state import OperationState
+from safeimg.ops.change import unlinked_by
 from safeimg.ops.commit import STEP_BYTES, Commit
 from safeimg.ops.errors import Conflict
 from safeimg.ops.launch import Environment, Job, launch
@@ -89,9 +90,8 @@ def open_layers(fs: FileSystem, home: str, state: OperationState) -> list[Image]
 def make_job(layers: list[Image], state: OperationState, transfer: Transfer) -> Job:
     """See `registry.Reopener`."""
     settings = _settings(layers[-1].file.path, state)
-    unlinked = [(piece.offset, piece.length) for step in state.steps for piece in step.prepared.unlinked]
     undo = state.started is not None and state.started.undo
-    return _job(layers, settings, transfer, undo=undo, unlinked=unlinked)
+    return _job(layers, settings, transfer, undo=undo, unlinked=unlinked_by(state))
 
 
 def _settings(home: str, state: OperationState) -> dict[str, Any]:

@@ -31,6 +31,7 @@ class Reopener(Protocol):
 _MODULES = {
     "commit": "safeimg.ops.commit_job",
     "convert": "safeimg.ops.convert_job",
+    "rebase": "safeimg.ops.rebase",
 }
 
 

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 
+from safeimg.drivers.errors import UnsupportedError, UsageError
 from safeimg.journal import find
+from safeimg.journal.owner import current_owner
 from safeimg.ops.errors import SomethingPending
 from safeimg.ops.launch import Environment
-from safeimg.recovery.settle import abandon, resume
+from safeimg.recovery.settle import abandon, resume, rollback
 
 
 async def begin_or_resume(
     path: str, environment: Environment, command: str, begin: Callable[[], Awaitable[None]]
 ) -> None:
     """Runs `begin`, which does `command` to the image at `path`, unless the identical command is pending there.
+
+    What the image turns out not to allow is taken back.
 
     The operation's home may be another image (of a commit, the base), and a crash just before its start or just
     before its very end leaves a log there and no pointer to it: `begin` is refused then, and tried again once that
@@ -25,6 +29,16 @@ async def begin_or_resume(
     except SomethingPending as pending:
         if not await resumed(pending.home, environment, command):
             await begin()
+    except (UsageError, UnsupportedError):
+        await _withdraw(path, environment)
+        raise
+
+
+async def _withdraw(path: str, environment: Environment) -> None:
+    """Takes back what this process began and then found that the image does not allow: trying again would not help."""
+    found = find.find(environment.fs, path)
+    if isinstance(found, find.LogFound) and found.declared.owner == current_owner():
+        await rollback(path, environment)
 
 
 async def resumed(path: str, environment: Environment, command: str) -> bool:

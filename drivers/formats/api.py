@@ -9,9 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from safeimg.drivers.storage.api import Buffer, File, FileSystem
+
+if TYPE_CHECKING:
+    from safeimg.drivers.formats.features import Rebasing
 
 
 class Kind(Enum):
@@ -211,6 +214,7 @@ class Driver(Protocol):
 
     name: str
     create_options: Sequence[CreateOption]
+    rebasing: Rebasing | None  # what only some formats can do: see `features.py`
 
     def probe(self, head: bytes, path: str) -> int:
         """How sure (0 to 100) the driver is that a file with this beginning (up to 2048 bytes) is its format."""

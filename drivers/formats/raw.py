@@ -18,6 +18,7 @@ from safeimg.drivers.formats.api import (
     Patch,
     Placement,
 )
+from safeimg.drivers.formats.features import Rebasing
 from safeimg.drivers.storage.api import Buffer, File, FileSystem
 
 SECTOR = 512
@@ -150,6 +151,7 @@ class RawDriver:
     """Implements `api.Driver`."""
 
     name = "raw"
+    rebasing: Rebasing | None = None
     create_options: Sequence[CreateOption] = (
         CreateOption("nocow", "bool", "Turn off copy-on-write (valid only on btrfs)"),
         CreateOption("preallocation", "str", "Preallocation mode (allowed values: off, falloc, full)"),

@@ -1,4 +1,4 @@
-"""Commits and conversions whose crash states are judged: small images, several steps, every way a cluster can be."""
+"""Operations whose crash states are judged: small images, several steps, every way a cluster can be."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from safeimg.drivers.storage.simulated import SimulatedFileSystem
 from safeimg.ops.commit_job import commit
 from safeimg.ops.convert import Options, convert
 from safeimg.ops.launch import Environment
+from safeimg.ops.rebase import rebase_unsafe
 
 KIB = 1024
 
@@ -205,4 +206,33 @@ CONVERSIONS = [
     ),
 ]
 
-SCENARIOS = [*COMMITS, *CONVERSIONS]
+
+
+def _two_bases(fs: SimulatedFileSystem) -> None:
+    """The header's names cross the end of its first sector: the table of feature names, and a long file name."""
+    qcow2_chain()(fs)
+    for name in ("/other.raw", f"/{'o' * 200}.raw"):
+        fs.write_file(name, _data(51, 256 * KIB))
+    fs.unlink("/top.qcow2")
+    guest.create(
+        fs, "/top.qcow2", "qcow2", 512 * KIB, cluster_size="8192", backing_file="base.qcow2", backing_fmt="qcow2"
+    )
+    guest.write(fs, "/top.qcow2", _overlay_pieces(8 * KIB))
+
+
+def _rebase_unsafe(backing: str | None) -> Callable[[Environment], Awaitable[None]]:
+    async def run(env: Environment) -> None:
+        await rebase_unsafe(env, "/top.qcow2", backing, None if backing is None else "raw")
+
+    return run
+
+
+TOP = (("/top.qcow2", "qcow2"),)
+
+CHANGES = [
+    Scenario("rebase -u", _two_bases, _rebase_unsafe("other.raw"), "/top.qcow2", "/top.qcow2", TOP),
+    Scenario("rebase -u, long name", _two_bases, _rebase_unsafe("o" * 200 + ".raw"), "/top.qcow2", "/top.qcow2", TOP),
+    Scenario("rebase -u onto nothing", _two_bases, _rebase_unsafe(None), "/top.qcow2", "/top.qcow2", TOP),
+]
+
+SCENARIOS = [*COMMITS, *CONVERSIONS, *CHANGES]

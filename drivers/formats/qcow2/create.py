@@ -35,6 +35,7 @@ from safeimg.drivers.formats.qcow2.header import (
     COMPRESSION_TYPE,
     EXT_BACKING_FORMAT,
     EXT_FEATURE_NAMES,
+    FEATURE_TABLE_MIN_CLUSTER,
     LAZY_REFCOUNTS,
     MAX_BACKING_FORMAT,
     MAX_BACKING_NAME,
@@ -55,8 +56,6 @@ from safeimg.drivers.storage.api import File, FileSystem
 SECTOR = 512
 CHUNK = 1 << 20
 DEFAULT_CLUSTER_SIZE = 65536
-# QEMU leaves the table of feature names out where it would take too much of the header cluster.
-FEATURE_TABLE_MIN_CLUSTER = 8192
 
 _VERSIONS = {"1.1": 3, "v3": 3, "0.10": 2, "v2": 2}
 _NEWER = "compatibility level 1.1 and above (use version=v3 or greater)"

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from safeimg.drivers.formats.api import Changes, CheckResult, CreateOption, Image, Patch, Planner
+from safeimg.drivers.formats.features import Rebasing
 from safeimg.drivers.formats.qcow2.header import MAGIC, UNFINISHED
 from safeimg.drivers.formats.qcow2.image import Qcow2Image, open_image
 from safeimg.drivers.storage.api import File, FileSystem
+
+if TYPE_CHECKING:
+    from safeimg.drivers.formats.qcow2.planner import Qcow2Planner
 
 CREATE_OPTIONS = (
     CreateOption("backing_file", "str", "File name of a base image"),
@@ -36,10 +41,22 @@ CREATE_OPTIONS = (
 )
 
 
+class Qcow2Rebasing:
+    """Implements `formats.features.Rebasing`."""
+
+    def set_backing(
+        self, image: Image, planner: Planner, filename: str | None, fmt: str | None
+    ) -> Iterable[Changes]:
+        from safeimg.drivers.formats.qcow2.backing import set_backing
+
+        return set_backing(own_planner(planner), filename, fmt)
+
+
 class Qcow2Driver:
     """Implements `formats.api.Driver`."""
 
     name = "qcow2"
+    rebasing: Rebasing | None = Qcow2Rebasing()
     create_options: Sequence[CreateOption] = CREATE_OPTIONS
 
     def probe(self, head: bytes, path: str) -> int:
@@ -106,6 +123,14 @@ def _own(image: Image) -> Qcow2Image:
     if not isinstance(image, Qcow2Image):
         raise TypeError(f"{image.file.path} was not opened by the qcow2 driver")
     return image
+
+
+def own_planner(planner: Planner) -> Qcow2Planner:
+    from safeimg.drivers.formats.qcow2.planner import Qcow2Planner
+
+    if not isinstance(planner, Qcow2Planner):
+        raise TypeError("the planner is not of the qcow2 driver")
+    return planner
 
 
 driver = Qcow2Driver()

@@ -27,6 +27,8 @@ MAX_BACKING_FORMAT = 15
 MAX_BITMAPS = 65535
 V2_HEADER_LENGTH = 72
 V3_MIN_HEADER_LENGTH = 104
+# QEMU leaves the table of feature names out where it would take too much of the header cluster.
+FEATURE_TABLE_MIN_CLUSTER = 8192
 HEADER_LENGTH = 112  # what is written: with compression_type and its padding
 
 # incompatible_features

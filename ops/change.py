@@ -1,0 +1,157 @@
+"""Commands that change one image's metadata by switches: snapshots, bitmaps, options, the backing image, repairs.
+
+Steps: fence | the actions, one after the other | release. An action plans changes with the image's planner; its last
+change is the switch that makes the difference, and planning it anew after any change before that leads to the same
+end (see `formats.features`). So a resumed operation starts at the first action whose switch is not on disk.
+
+A command's module says what its actions are; from there on all commands are alike (`Changing`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from safeimg.drivers.formats.api import Changes, Image, Patch, Planner
+from safeimg.drivers.formats.chain import close_chain, open_chain
+from safeimg.drivers.formats.registry import lookup
+from safeimg.drivers.storage.api import FileSystem
+from safeimg.drivers.transfer.core import Transfer
+from safeimg.journal.state import OperationState
+from safeimg.ops.errors import Conflict
+from safeimg.ops.launch import Environment, Job, launch
+from safeimg.ops.session import Touched, refuse_pending_on
+from safeimg.ops.steps import Step
+
+Action = Callable[[Image, Planner], Iterable[Changes]]
+Settings = Mapping[str, Any]
+
+
+class Change:
+    """The steps of `actions` on one image. `unlinked`: host ranges that earlier steps took a reference from."""
+
+    def __init__(
+        self, command: str, image: Image, actions: Sequence[Action], *, unlinked: Sequence[tuple[int, int]] = ()
+    ) -> None:
+        self._command = command
+        self._image = image
+        self._actions = actions
+        self._unlinked = list(unlinked)
+        self._planner: Planner | None = None
+
+    async def steps(self, cursor: Any | None) -> AsyncIterator[Step]:
+        at = -1 if cursor is None else int(cursor["at"])
+        if at < 0:
+            fence = lookup(self._image.format).fence(self._image)
+            yield Step("fence", {"at": 0}, 0, changes=[(0, fence)] if fence else [])
+        for number in range(max(at, 0), len(self._actions)):
+            image = self._reopened()
+            self._plan_anew(image)
+            assert self._planner is not None
+            held: Changes | None = None
+            for changes in self._actions[number](image, self._planner):
+                if held is not None:
+                    yield self._step({"at": number}, held)
+                held = changes
+            if held is not None:
+                yield self._step({"at": number + 1}, held)
+        if at <= len(self._actions):
+            if self._planner is None:
+                self._plan_anew(self._reopened())
+            assert self._planner is not None
+            changes = self._planner.release()
+            if changes:
+                yield Step("release", {"at": len(self._actions) + 1}, 0, changes=[(0, changes)])
+
+    def _step(self, cursor: Any, changes: Changes) -> Step:
+        self._unlinked += changes.unlinked
+        return Step(self._command, cursor, 0, changes=[(0, changes)])
+
+    def _reopened(self) -> Image:
+        """The same open file, its metadata read afresh."""
+        return lookup(self._image.format).open(self._image.file, write=True, repair=True)
+
+    def _plan_anew(self, image: Image) -> None:
+        self._planner = lookup(image.format).planner(image)
+        self._planner.recall(self._unlinked)
+
+    def finish(self) -> Sequence[tuple[int, Patch]]:
+        """Takes the fence down."""
+        return tuple((0, patch) for patch in lookup(self._image.format).unfence(self._reopened()))
+
+    def discards(self) -> Sequence[tuple[int, int, int]]:
+        """Space that nobody uses any more: (image, offset, length)."""
+        return () if self._planner is None else tuple((0, *freed) for freed in self._planner.freed())
+
+
+class Changing:
+    """A command that changes one image by actions; implements `registry.Reopener`.
+
+    `actions` makes them from the settings, which are JSON-like and come from a log when an operation is resumed: it
+    raises `Conflict` for settings that make no sense."""
+
+    def __init__(self, command: str, actions: Callable[[Settings], Sequence[Action]]) -> None:
+        self._command = command
+        self._actions = actions
+
+    async def run(
+        self,
+        environment: Environment,
+        filename: str,
+        settings: Settings,
+        *,
+        fmt: str | None = None,
+        cache: str = "writeback",
+        warn: Callable[[str], None] | None = None,
+        check: Callable[[Image], None] = lambda image: None,
+    ) -> None:
+        """Changes the image, which `check` may refuse before anything is begun. Raises what opening raises,
+        `SomethingPending`, `OperationPaused`."""
+        layers = open_chain(environment.fs, filename, format=fmt, backing=False, force_share=True)
+        try:
+            refuse_pending_on(environment.fs, layers[0].file.path)
+        finally:
+            close_chain(layers)
+        layers = open_chain(
+            environment.fs, filename, format=fmt, write=True, cache=cache, backing=False, warn=warn
+        )
+        try:
+            check(layers[0])
+            job = self._job(layers, {**settings, "cache": cache, "format": layers[0].format})
+            await launch(job, environment)
+        finally:
+            close_chain(layers)
+
+    def open_layers(self, fs: FileSystem, home: str, state: OperationState) -> list[Image]:
+        """See `registry.Reopener`."""
+        settings = _settings(home, state)
+        return open_chain(
+            fs, home, format=settings["format"], write=True, cache=settings["cache"], backing=False, repair=True
+        )
+
+    def make_job(self, layers: list[Image], state: OperationState, transfer: Transfer) -> Job:
+        """See `registry.Reopener`."""
+        settings = _settings(layers[0].file.path, state)
+        return self._job(layers, settings, unlinked=unlinked_by(state))
+
+    def _job(self, layers: list[Image], settings: Settings, unlinked: Sequence[tuple[int, int]] = ()) -> Job:
+        image = layers[0]
+        operation = Change(self._command, image, self._actions(settings), unlinked=unlinked)
+        touched = [Touched("image", image.file.path, image.format, image.file, True)]
+        return Job(self._command, operation, touched, layers, None, settings)
+
+
+def unlinked_by(state: OperationState) -> list[tuple[int, int]]:
+    """Host ranges (offset, length) that the steps so far took a reference from."""
+    return [(piece.offset, piece.length) for step in state.steps for piece in step.prepared.unlinked]
+
+
+def _settings(home: str, state: OperationState) -> Settings:
+    """What the operation was started with, checked: it comes from a file."""
+    settings = {} if state.started is None else state.started.settings
+    for name in ("cache", "format"):
+        if not isinstance(settings.get(name), str):
+            raise Conflict(f"{home}: the log does not say with which '{name}' the operation was started")
+    if len(state.declared.images) != 1:
+        raise Conflict(f"{home}: the log's images do not fit a {state.declared.command}")
+    return settings
