@@ -18,7 +18,8 @@ from safeimg.drivers.formats.qcow2.entries import (
     hexadecimal,
 )
 from safeimg.drivers.formats.qcow2.image import Qcow2Image
-from safeimg.drivers.formats.qcow2.scan import BUDGET, MAX_OFFSET, Entries, Findings, ReferenceScan
+from safeimg.drivers.formats.qcow2.l2_arrays import Words, descriptors
+from safeimg.drivers.formats.qcow2.scan import BUDGET, MAX_OFFSET, Findings, ReferenceScan
 
 Refcounts = NDArray[np.unsignedinteger]
 
@@ -73,7 +74,7 @@ class _Comparison:
             problem = f"{scan.file.path}: too many clusters to count in bounded memory"
             raise UnsupportedError(problem) from None
         self._unreadable: set[int] = set()  # refcount blocks
-        self._blocks: Entries = np.zeros(self._header.refcount_table_entries, np.uint64)
+        self._blocks: Words = np.zeros(self._header.refcount_table_entries, np.uint64)
         for index, table in scan.read_table(self._header.refcount_table_offset, len(self._blocks)):
             self._blocks[index:index + len(table)] = table & np.uint64(REFCOUNT_BLOCK_MASK)
 
@@ -115,8 +116,9 @@ class _Comparison:
 
     def _check_l2(self, offset: int) -> None:
         header, findings = self._header, self._findings
-        for _, table in self._scan.read_table(offset, header.l2_entries):
-            entries = table[(table & np.uint64(COMPRESSED)) == 0]
+        for _, words in self._scan.read_l2(offset):
+            entries = descriptors(header.l2, words)
+            entries = entries[(entries & np.uint64(COMPRESSED)) == 0]
             hosts = entries & np.uint64(OFFSET_MASK)
             entries, hosts = entries[hosts != 0], hosts[hosts != 0]
             clusters = (hosts >> np.uint64(header.cluster_bits)).astype(np.int64)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from safeimg.drivers.errors import FormatError, UnsupportedError
+from safeimg.drivers.formats.qcow2.l2 import L2Layout, l2_layout
 from safeimg.drivers.storage.api import File
 
 MAGIC = b"QFI\xfb"
@@ -139,14 +140,23 @@ class Header:
         return 1 << self.cluster_bits
 
     @property
+    def extended_l2(self) -> bool:
+        return bool(self.incompatible_features & EXTENDED_L2)
+
+    @property
+    def l2(self) -> L2Layout:
+        """How the image's L2 tables are to be read."""
+        return l2_layout(self.cluster_bits, self.extended_l2)
+
+    @property
     def l2_entries(self) -> int:
         """Entries of one L2 table."""
-        return 1 << (self.cluster_bits - 3)
+        return self.l2.entries
 
     @property
     def l2_coverage(self) -> int:
         """Guest bytes that one L1 entry (one L2 table) stands for."""
-        return 1 << (2 * self.cluster_bits - 3)
+        return self.l2.entries << self.cluster_bits
 
     @property
     def refcount_bits(self) -> int:

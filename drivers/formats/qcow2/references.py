@@ -13,12 +13,8 @@ from typing import TYPE_CHECKING, Any
 from safeimg.drivers.errors import FormatError, UnsupportedError
 from safeimg.drivers.formats.qcow2.dirty_bitmaps import read_table
 from safeimg.drivers.formats.qcow2.entries import (
-    COMPRESSED,
     L1_RESERVED,
-    L2_STANDARD_RESERVED,
     OFFSET_MASK,
-    SECTOR,
-    compressed_shift,
 )
 from safeimg.drivers.formats.qcow2.refcounts import RefcountLayout
 from safeimg.drivers.formats.qcow2.snapshots import read_snapshots
@@ -209,29 +205,16 @@ def count_l1(planner: Qcow2Planner, references: References, tables: dict[tuple[i
 
 def _count_l2(planner: Qcow2Planner, references: References, table: int, times: int) -> None:
     import numpy
+    from safeimg.drivers.formats.qcow2.l2_arrays import compressed_clusters, referred
 
-    bits = planner.header.cluster_bits
-    entries = numpy.frombuffer(planner.view.read(table, planner.cluster_size), ">u8").astype(numpy.uint64)
-    compressed = entries & numpy.uint64(COMPRESSED) != 0
-    standard = entries[~compressed]
-    if (standard & numpy.uint64(L2_STANDARD_RESERVED)).any():
-        raise FormatError(planner.path, "L2 table has entries with reserved bits set", offset=table)
-    hosts = standard & numpy.uint64(OFFSET_MASK)
-    if (hosts & numpy.uint64(planner.cluster_size - 1)).any():
-        raise FormatError(planner.path, "L2 table has entries that are not aligned", offset=table)
-    references.add_many(hosts[hosts != 0] >> numpy.uint64(bits), bits, times)
-    packed = entries[compressed]
-    if len(packed):
-        shift = compressed_shift(bits)
-        offsets = packed & numpy.uint64((1 << min(shift, 56)) - 1)
-        sectors = (packed & numpy.uint64(COMPRESSED - 1)) >> numpy.uint64(shift)
-        first = offsets >> numpy.uint64(bits)
-        end = (offsets // numpy.uint64(SECTOR) + sectors + numpy.uint64(1)) * numpy.uint64(SECTOR)
-        last = (end - numpy.uint64(1)) >> numpy.uint64(bits)
-        # Compressed data touches three clusters at most (where they have 512 bytes).
-        for step in range(3):
-            touched = first + numpy.uint64(step)
-            references.add_many(touched[touched <= last], bits, times)
+    l2, bits = planner.header.l2, planner.header.cluster_bits
+    words = numpy.frombuffer(planner.view.read(table, planner.cluster_size), ">u8").astype(numpy.uint64)
+    found = referred(l2, words)
+    if found is None:
+        raise FormatError(planner.path, "L2 table has invalid entries", offset=table)
+    references.add_many(found.hosts >> numpy.uint64(bits), bits, times)
+    for clusters in compressed_clusters(l2, found.compressed):
+        references.add_many(clusters, bits, times)
 
 
 def _snapshot_tables(planner: Qcow2Planner, references: References) -> dict[tuple[int, int], int]:

@@ -32,9 +32,9 @@ from safeimg.drivers.formats.qcow2.entries import (
 )
 from safeimg.drivers.formats.qcow2.header import MAX_L1_BYTES
 from safeimg.drivers.formats.qcow2.image import Qcow2Image
+from safeimg.drivers.formats.qcow2.l2_arrays import Words, compressed_clusters, referred
 from safeimg.drivers.formats.qcow2.snapshots import Snapshot, read_snapshots
 
-Entries = NDArray[np.uint64]
 Counts = NDArray[np.uint32]
 
 MAX_CLUSTERS = 1 << 28  # 1 GiB of counts: 16 TiB of file with 64 KiB clusters
@@ -84,6 +84,7 @@ class ReferenceScan:
     def __init__(self, image: Qcow2Image) -> None:
         self.image = image
         self.header = image.header
+        self._l2 = image.header.l2
         self.file = image.file
         self.length = image.file.length()
         self.findings = Findings()
@@ -121,7 +122,7 @@ class ReferenceScan:
 
     # What tables say
 
-    def read_table(self, offset: int, entries: int) -> Iterator[tuple[int, Entries]]:
+    def read_table(self, offset: int, entries: int) -> Iterator[tuple[int, Words]]:
         """(index, entries from there on) of a table; nothing is yielded for what lies past the end of the
         file."""
         for index in range(0, entries, CHUNK_ENTRIES):
@@ -132,6 +133,14 @@ class ReferenceScan:
             data = self.file.pread(start, wanted)
             table = np.frombuffer(data.ljust(-(-len(data) // 8) * 8, b"\0"), ">u8")
             yield index, table.astype(np.uint64)
+
+    def read_l2(self, offset: int) -> Iterator[tuple[int, Words]]:
+        """Like `read_table`, for an L2 table: (index of an entry, the words of the entries from there on)."""
+        words_per_entry = self._l2.entry_size >> 3
+        for index, words in self.read_table(offset, self._l2.entries * words_per_entry):
+            if len(words) % words_per_entry:
+                words = np.append(words, np.uint64(0))
+            yield index // words_per_entry, words
 
     def _scan_active(self) -> None:
         """The active L1 table; a table that it refers to twice is damage, and costs from the budget."""
@@ -187,34 +196,24 @@ class ReferenceScan:
             # Every sector of the file could be taken for one of these.
             self._spend(self.header.l2_entries)
         expected = [0]  # where the next cluster would be if it was not fragmented
-        for _, table in self.read_table(offset, self.header.l2_entries):
-            entries = table[table != 0]
-            if len(entries) and not self._count_sound(entries, times, expected, active):
+        for _, words in self.read_l2(offset):
+            if words.any() and not self._count_sound(words, times, expected, active):
+                entries = [entry for entry in self._l2.join(words.tolist()) if entry]
                 self._spend(len(entries) * times)
                 start = expected[0]
                 for _ in range(times):
                     expected[0] = start
-                    self._count_damaged(entries.tolist(), expected, active)
+                    self._count_damaged(entries, expected, active)
 
-    def _count_sound(self, entries: Entries, times: int, expected: list[int], active: bool) -> bool:
-        """Counts what the entries of an L2 table refer to, all at once; False, with nothing done, if one is
+    def _count_sound(self, words: Words, times: int, expected: list[int], active: bool) -> bool:
+        """Counts what a part of an L2 table refers to, all at once; False, with nothing done, if an entry is
         bad."""
-        header = self.header
-        bits = header.cluster_bits
-        is_compressed = (entries & np.uint64(COMPRESSED)) != 0
-        standard = entries[~is_compressed]
-        if (standard & np.uint64(L2_STANDARD_RESERVED)).any():
+        bits = self.header.cluster_bits
+        found = referred(self._l2, words)
+        if found is None or (found.compressed & np.uint64(COPIED)).any():
             return False
-        hosts = standard & np.uint64(OFFSET_MASK)
-        hosts = hosts[hosts != 0]
-        if (hosts & np.uint64(header.cluster_size - 1)).any():
-            return False
-        compressed = entries[is_compressed]
-        clusters = [(hosts >> np.uint64(bits)).astype(np.int64)]
-        if len(compressed):
-            if (compressed & np.uint64(COPIED)).any():
-                return False
-            clusters += self._compressed_clusters(compressed)
+        hosts, compressed = found
+        clusters = [(hosts >> np.uint64(bits)).astype(np.int64), *compressed_clusters(self._l2, compressed)]
         inside = self.length >> bits  # clusters that are in the file as a whole
         if any(len(part) and int(part.max()) >= inside for part in clusters):
             return False
@@ -233,26 +232,10 @@ class ReferenceScan:
                 first = int(hosts[0])
                 findings.fragmented_clusters += int(expected[0] not in (0, first))
                 findings.fragmented_clusters += int(
-                    np.count_nonzero(hosts[1:] != hosts[:-1] + np.uint64(header.cluster_size))
+                    np.count_nonzero(hosts[1:] != hosts[:-1] + np.uint64(1 << bits))
                 )
-                expected[0] = int(hosts[-1]) + header.cluster_size
+                expected[0] = int(hosts[-1]) + (1 << bits)
         return True
-
-    def _compressed_clusters(self, entries: Entries) -> list[NDArray[np.int64]]:
-        """The host clusters that compressed clusters touch: all their first ones, all their second ones, …"""
-        bits = self.header.cluster_bits
-        shift = np.uint64(70 - bits)
-        offsets = entries & ((np.uint64(1) << shift) - np.uint64(1))
-        sectors = ((entries & np.uint64(COMPRESSED - 1)) >> shift) + np.uint64(1)
-        ends = ((offsets >> np.uint64(9)) + sectors) << np.uint64(9)
-        first = (offsets >> np.uint64(bits)).astype(np.int64)
-        last = ((ends - np.uint64(1)) >> np.uint64(bits)).astype(np.int64)
-        parts = [first]
-        while True:
-            more = first + len(parts) <= last
-            if not more.any():
-                return parts
-            parts.append(first[more] + len(parts))
 
     def _add_many(self, clusters: NDArray[np.int64], times: int) -> None:
         if not len(clusters):

@@ -6,7 +6,6 @@ and refcounts have to agree: what somebody else uses is never taken for exclusiv
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -36,6 +35,7 @@ class ActiveTables:
         self._planner = planner
         self._bits = planner.header.cluster_bits
         self._size = planner.header.cluster_size
+        self._l2 = planner.header.l2
         self._own: dict[int, int] = {}  # L1 index → L2 table known to be exclusively ours
 
     def forget(self) -> None:
@@ -52,8 +52,8 @@ class ActiveTables:
         return offset, bool(entry & COPIED)
 
     def entries(self, start: int, length: int) -> Sequence[tuple[int, Sequence[int]]]:
-        """L2 entries of a guest range's clusters: (first guest cluster, entries) for each L2 table."""
-        per_table = self._planner.header.l2_entries
+        """L2 entries (see `l2`) of a guest range's clusters: (first guest cluster, entries) for each L2 table."""
+        per_table, width = self._l2.entries, self._l2.entry_size
         cluster, end = start // self._size, -(-(start + length) // self._size)
         found: list[tuple[int, Sequence[int]]] = []
         while cluster < end and length:
@@ -62,18 +62,17 @@ class ActiveTables:
             table, _ = self.l2_table(l1_index)
             entries: Sequence[int] = (0,) * count
             if table:
-                data = self._planner.view.read(table + 8 * l2_index, 8 * count)
-                entries = struct.unpack(f">{count}Q", data)
+                entries = self._l2.decode(self._planner.view.read(table + width * l2_index, width * count))
             found.append((cluster, entries))
             cluster += count
         return found
 
     def put(self, cluster: int, entries: Sequence[int]) -> None:
         """Replaces the L2 entries of guest clusters that lie in one L2 table."""
-        l1_index, l2_index = divmod(cluster, self._planner.header.l2_entries)
+        l1_index, l2_index = divmod(cluster, self._l2.entries)
         table = self._own.get(l1_index) or self._own_table(l1_index)
-        data = struct.pack(f">{len(entries)}Q", *entries)
-        self._planner.view.write(table + 8 * l2_index, data, Phase.LINK)
+        at = table + self._l2.entry_size * l2_index
+        self._planner.view.write(at, self._l2.encode(entries), Phase.LINK)
 
     def _own_table(self, l1_index: int) -> int:
         """An L2 table to be changed: the one there, or a new one (a copy if snapshots use the one there)."""

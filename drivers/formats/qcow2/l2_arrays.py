@@ -1,0 +1,56 @@
+"""L2 tables as arrays: what all their entries refer to, at once. For counting references; needs numpy."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from safeimg.drivers.formats.qcow2.entries import COMPRESSED, L2_STANDARD_RESERVED, OFFSET_MASK
+from safeimg.drivers.formats.qcow2.l2 import L2Layout
+
+Words = NDArray[np.uint64]
+Clusters = NDArray[np.int64]  # host clusters by number
+
+
+class Referred(NamedTuple):
+    """What some entries of an L2 table refer to, in their order."""
+
+    hosts: Words  # offsets of standard clusters
+    compressed: Words  # descriptors of compressed clusters
+
+
+def descriptors(l2: L2Layout, words: Words) -> Words:
+    """The descriptors of a table's entries."""
+    return words[::2] if l2.extended else words
+
+
+def referred(l2: L2Layout, words: Words) -> Referred | None:
+    """What the entries in a part of a table refer to; None if one is such as the specification does not allow."""
+    found = descriptors(l2, words)
+    found = found[found != 0]
+    is_compressed = (found & np.uint64(COMPRESSED)) != 0
+    standard = found[~is_compressed]
+    if (standard & np.uint64(L2_STANDARD_RESERVED)).any():
+        return None
+    hosts = standard & np.uint64(OFFSET_MASK)
+    if (hosts & np.uint64((1 << l2.cluster_bits) - 1)).any():
+        return None
+    return Referred(hosts[hosts != 0], found[is_compressed])
+
+
+def compressed_clusters(l2: L2Layout, compressed: Words) -> list[Clusters]:
+    """The host clusters that compressed clusters touch: all their first ones, all their second ones, …"""
+    bits = l2.cluster_bits
+    shift = np.uint64(70 - bits)
+    offsets = compressed & ((np.uint64(1) << shift) - np.uint64(1))
+    sectors = ((compressed & np.uint64(COMPRESSED - 1)) >> shift) + np.uint64(1)
+    ends = ((offsets >> np.uint64(9)) + sectors) << np.uint64(9)
+    first = (offsets >> np.uint64(bits)).astype(np.int64)
+    last = ((ends - np.uint64(1)) >> np.uint64(bits)).astype(np.int64)
+    parts = [first]
+    while True:
+        more = first + len(parts) <= last
+        if not more.any():
+            return parts
+        parts.append(first[more] + len(parts))
