@@ -8,6 +8,7 @@ from importlib import import_module
 
 from safeimg.cli.commands import PROGRAM, find, module
 from safeimg.cli.errors import CommandError, usage
+from safeimg.cli.objects import ObjectHelp, store
 from safeimg.cli.options import Command
 from safeimg.cli.parser import parse
 
@@ -64,6 +65,11 @@ def dispatch(words: list[str]) -> int:
         raise usage(f"Command not found: {name}")
     try:
         own, wants_help = parse(command, arguments.positional)
+        if own.flag("object"):
+            own.secrets = store(own.all("object"))
+    except ObjectHelp as help:
+        print("\n".join(help.args))
+        return 0
     except CommandError as error:
         raise CommandError(*error.messages, code=2, hint=error.hint) if command.new else error from None
     if wants_help:

@@ -12,16 +12,18 @@ from typing import Any
 
 from safeimg.cli.errors import usage
 from safeimg.cli.options import Command, Option
+from safeimg.drivers.secrets import NO_SECRETS, Secrets
 
 
 class Arguments:
     """What the command line says: the values of its options in the order given, and the other arguments."""
 
-    __slots__ = ("_values", "positional")
+    __slots__ = ("_values", "positional", "secrets")
 
     def __init__(self) -> None:
         self._values: dict[str, list[Any]] = {}
         self.positional: list[str] = []
+        self.secrets: Secrets = NO_SECRETS  # those that `--object` gives
 
     def add(self, name: str, value: Any) -> None:
         self._values.setdefault(name, []).append(value)

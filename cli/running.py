@@ -15,6 +15,7 @@ from safeimg.cli.common import filesystem
 from safeimg.cli.errors import CommandError
 from safeimg.cli.parser import Arguments
 from safeimg.cli.progress import Display
+from safeimg.drivers.secrets import NO_SECRETS
 
 if TYPE_CHECKING:
     from safeimg.drivers.transfer.core import Settings
@@ -127,6 +128,7 @@ def environment(
         arguments=recorded(sys.argv[1:]),
         journal="auto" if arguments is None else _journal(arguments),
         stop=Stop().reason if stop is None else stop.reason,
+        secrets=NO_SECRETS if arguments is None else arguments.secrets,
     )
 
 
@@ -173,12 +175,14 @@ def ways_out(image: str) -> str:
 
 
 def recorded(words: Sequence[str]) -> tuple[str, ...]:
-    """The command line as it is put on record: without `--object`, which may carry passwords."""
+    """The command line as it is put on record: without `--object`, which may carry passwords.
+
+    Abbreviations count: in commands that have no other option like it, `--o` will do."""
     kept: list[str] = []
     skip = False
     for word in words:
         name, given, _ = word.partition("=")
-        is_object = len(name) > 3 and "--object".startswith(name)
+        is_object = len(name) > 2 and "--object".startswith(name)
         if not skip and not is_object:
             kept.append(word)
         skip = is_object and not given and not skip

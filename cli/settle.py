@@ -8,7 +8,7 @@ from safeimg.cli.options import Argument, Command, Option
 from safeimg.cli.parser import Arguments
 from safeimg.cli.progress import display
 from safeimg.cli.running import run_stoppable
-from safeimg.cli.shared import HELP, LONG_PROGRESS, OUTPUT, PROGRESS, QUIET
+from safeimg.cli.shared import HELP, LONG_PROGRESS, OBJECT, OUTPUT, PROGRESS, QUIET
 from safeimg.cli.values import output_format
 
 OUTCOMES = {1: "error", 3: "pending", 4: "conflict", 5: "owner", 6: "impossible"}
@@ -27,7 +27,7 @@ COMMANDS = (
         "resume",
         "Finish a pending operation.",
         (PENDING_IMAGE,),
-        (HELP, OUTPUT, PROGRESS, LONG_PROGRESS, QUIET, FENCED, ADOPT),
+        (HELP, OUTPUT, PROGRESS, LONG_PROGRESS, QUIET, FENCED, ADOPT, OBJECT),
         (("Go on where it stopped", "resume base.qcow2"), ("With progress", "resume -p base.qcow2")),
         "Everything is checked before anything is written. Exit code 0: done, or nothing to do; 4: an "
         "image was changed meanwhile, nothing was written; 5: its owner is alive, or on another machine "
@@ -38,7 +38,7 @@ COMMANDS = (
         "rollback",
         "Take a pending operation back.",
         (PENDING_IMAGE,),
-        (HELP, OUTPUT, PROGRESS, LONG_PROGRESS, QUIET, FENCED, ADOPT),
+        (HELP, OUTPUT, PROGRESS, LONG_PROGRESS, QUIET, FENCED, ADOPT, OBJECT),
         (("Restore every image it touched", "rollback base.qcow2"),),
         "Everything is checked before anything is written. Exit codes as of resume; 6 behind the point of no "
         "return.",

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from safeimg.cli import values
+from safeimg.cli.objects import user_object
 from safeimg.cli.options import Argument, Option
 
 HELP = Option("help", "h", "help", None, "Show this help and exit.")
 OBJECT = Option(
-    "object", None, "object", "objectdef", "A QEMU user-creatable object (repeatable).", values.user_object
+    "object", None, "object", "objectdef", "A QEMU user-creatable object (repeatable).", user_object
 )
 IMAGE_OPTS = Option(
     "image-opts", None, "image-opts", None, "Take the file name as driver=…,file.filename=… options."

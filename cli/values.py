@@ -1,4 +1,4 @@
-"""Values on the command line: sizes with qemu-img's suffixes, option lists, objects; and qemu-img's
+"""Values on the command line: sizes with qemu-img's suffixes, option lists; and qemu-img's
 messages."""
 
 from __future__ import annotations
@@ -10,21 +10,6 @@ from safeimg.cli.errors import CommandError, usage
 
 MAX_SIZE = (1 << 63) - 1
 CACHE_MODES = ("none", "off", "directsync", "writeback", "unsafe", "writethrough")
-
-_OBJECTS = (
-    "authz-list",
-    "authz-listfile",
-    "authz-pam",
-    "authz-simple",
-    "cryptodev-backend",
-    "iothread",
-    "secret",
-    "secret_keyring",
-    "throttle-group",
-    "tls-creds-anon",
-    "tls-creds-psk",
-    "tls-creds-x509",
-)
 
 
 def size(what: str, text: str, *, maximum: int = MAX_SIZE) -> int:
@@ -107,14 +92,6 @@ def option_list(text: str) -> str:
     if not text or text.startswith(",") or (len(text) - len(text.rstrip(","))) % 2:
         raise CommandError(f"Invalid option list: {text}")
     return text
-
-
-def user_object(text: str) -> str:
-    """--object: checked, and otherwise left alone: nothing that safeimg supports so far refers to one."""
-    kind = re.split(r",(?!,)", text, maxsplit=1)[0].removeprefix("qom-type=")
-    if kind not in _OBJECTS:
-        raise CommandError(f"Parameter 'qom-type' does not accept value '{kind}'")
-    return kind
 
 
 def cache_mode(text: str, message: str, *, code: int = 1) -> str:

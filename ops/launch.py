@@ -14,6 +14,7 @@ from typing import Any
 
 import trio
 from safeimg.drivers.formats.api import Image
+from safeimg.drivers.secrets import NO_SECRETS, Secrets
 from safeimg.drivers.storage.api import File, FileSystem
 from safeimg.drivers.transfer.core import Transfer
 from safeimg.drivers.transfer.view import Source
@@ -34,6 +35,7 @@ class Environment:
     arguments: tuple[str, ...] = ()  # the command line, without secrets: the identical one resumes
     journal: str = "auto"  # "auto", "require", "off", or the path of the log
     stop: Callable[[], str | None] = field(default=lambda: None)  # why to pause, if at all
+    secrets: Secrets = NO_SECRETS  # what encrypted images are opened with
 
 
 @dataclass(frozen=True, slots=True)

@@ -58,3 +58,10 @@ def qemu_io(folder: Path, *arguments: str) -> None:
 
 def words(line: str) -> list[str]:
     return shlex.split(line)
+
+
+def assert_same(arguments: list[str], folder: Path) -> Outcome:
+    """The outcome, which is the same for both programs when safeimg is called as qemu-img."""
+    expected = qemu_img(arguments, folder)
+    assert safeimg(arguments, folder, name="qemu-img") == expected
+    return expected
