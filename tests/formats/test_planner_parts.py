@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from planner_harness import Engine, check, guest, needs_qemu, qemu_io, run
 from safeimg.drivers.errors import FormatError
 from safeimg.drivers.formats.api import Changes, Patch, Placement
+from safeimg.drivers.formats.metadata import TAKEN_BYTES, MetadataView, Phase
 from safeimg.drivers.formats.qcow2.allocator import CapacityError
 from safeimg.drivers.formats.qcow2.driver import driver
-from safeimg.drivers.formats.qcow2.metadata import TAKEN_BYTES, MetadataView, Phase
 from safeimg.drivers.formats.qcow2.planner import Qcow2Planner
 from safeimg.drivers.formats.qcow2.refcounts import RefcountLayout
 from safeimg.drivers.storage.file import LocalFileSystem

@@ -17,8 +17,8 @@ from powercut.judge import Judge, Scenario, Violation
 from powercut.scenarios import SCENARIOS
 from safeimg.drivers.errors import DriverError
 from safeimg.drivers.formats.api import Changes
+from safeimg.drivers.formats.metadata import Phase
 from safeimg.drivers.formats.qcow2.driver import Qcow2Driver
-from safeimg.drivers.formats.qcow2.metadata import Phase
 from safeimg.drivers.formats.qcow2.planner import Qcow2Planner
 from safeimg.drivers.storage.api import File
 from safeimg.journal.errors import JournalError

@@ -17,9 +17,9 @@ from collections import deque
 from collections.abc import Callable
 
 from safeimg.drivers.errors import FormatError, UnsupportedError
+from safeimg.drivers.formats.metadata import MetadataView, Phase
 from safeimg.drivers.formats.qcow2.entries import MAX_HOST_OFFSET
 from safeimg.drivers.formats.qcow2.header import MAX_REFCOUNT_TABLE_BYTES
-from safeimg.drivers.formats.qcow2.metadata import MetadataView, Phase
 from safeimg.drivers.formats.qcow2.refcounts import Refcounts
 
 SCAN_ENTRIES = 4096  # refcounts looked at in one go

@@ -11,8 +11,8 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from safeimg.drivers.errors import FormatError
+from safeimg.drivers.formats.metadata import Phase
 from safeimg.drivers.formats.qcow2.bitmaps import TABLE_ALL_ONES, TABLE_OFFSET_MASK, TABLE_RESERVED, Bitmap
-from safeimg.drivers.formats.qcow2.metadata import Phase
 
 if TYPE_CHECKING:
     from safeimg.drivers.formats.qcow2.planner import Qcow2Planner

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from safeimg.drivers.errors import UnsupportedError, UsageError
 from safeimg.drivers.formats.api import Changes
+from safeimg.drivers.formats.metadata import Phase
 from safeimg.drivers.formats.qcow2.bitmaps import MAX_TABLE_ENTRIES, Bitmap, table_entries
 from safeimg.drivers.formats.qcow2.entries import COMPRESSED, SECTOR, ZERO
 from safeimg.drivers.formats.qcow2.header import (
@@ -25,7 +26,6 @@ from safeimg.drivers.formats.qcow2.header import (
     parse_header_cluster,
     serialise_extension,
 )
-from safeimg.drivers.formats.qcow2.metadata import Phase
 
 if TYPE_CHECKING:
     from safeimg.drivers.formats.qcow2.planner import Qcow2Planner

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from safeimg.drivers.formats.qcow2.metadata import Phase
+from safeimg.drivers.formats.metadata import Phase
 
 if TYPE_CHECKING:
     from safeimg.drivers.formats.qcow2.planner import Qcow2Planner

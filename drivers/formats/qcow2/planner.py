@@ -15,6 +15,7 @@ from typing import Protocol
 
 from safeimg.drivers.errors import FormatError, UnsupportedError
 from safeimg.drivers.formats.api import Changes, Patch, Placement
+from safeimg.drivers.formats.metadata import MetadataView, Phase
 from safeimg.drivers.formats.qcow2 import dirty_bitmaps, empty, grow
 from safeimg.drivers.formats.qcow2.allocator import Allocator
 from safeimg.drivers.formats.qcow2.bitmaps import Bitmap, read_bitmaps
@@ -29,7 +30,6 @@ from safeimg.drivers.formats.qcow2.entries import (
     encode_compressed,
 )
 from safeimg.drivers.formats.qcow2.header import Header
-from safeimg.drivers.formats.qcow2.metadata import MetadataView, Phase
 from safeimg.drivers.formats.qcow2.packing import Packer
 from safeimg.drivers.formats.qcow2.refcounts import RefcountLayout, Refcounts, add_run
 from safeimg.drivers.formats.qcow2.references import References, count_everything

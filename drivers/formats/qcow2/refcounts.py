@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from safeimg.drivers.errors import FormatError, UnsupportedError
+from safeimg.drivers.formats.metadata import MetadataView, Phase
 from safeimg.drivers.formats.qcow2.entries import REFCOUNT_BLOCK_MASK
-from safeimg.drivers.formats.qcow2.metadata import MetadataView, Phase
 
 _CODES = {3: "B", 4: "H", 5: "I", 6: "Q"}
 

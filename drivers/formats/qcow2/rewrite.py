@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from safeimg.drivers.errors import FormatError, UnsupportedError
 from safeimg.drivers.formats.api import Changes
+from safeimg.drivers.formats.metadata import Phase
 from safeimg.drivers.formats.qcow2.entries import SECTOR
 from safeimg.drivers.formats.qcow2.header import (
     EXT_FEATURE_NAMES,
@@ -29,7 +30,6 @@ from safeimg.drivers.formats.qcow2.header import (
     parse_header_cluster,
     serialise,
 )
-from safeimg.drivers.formats.qcow2.metadata import Phase
 
 if TYPE_CHECKING:
     from safeimg.drivers.formats.qcow2.planner import Qcow2Planner

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from safeimg.drivers.errors import FormatError
+from safeimg.drivers.formats.metadata import Phase
 from safeimg.drivers.formats.qcow2.entries import (
     COMPRESSED,
     COPIED,
@@ -20,7 +21,6 @@ from safeimg.drivers.formats.qcow2.entries import (
     ZERO,
     decode_compressed,
 )
-from safeimg.drivers.formats.qcow2.metadata import Phase
 
 if TYPE_CHECKING:
     from safeimg.drivers.formats.qcow2.planner import Qcow2Planner
