@@ -79,7 +79,7 @@ def _print_table(entries: Iterator[Entry], layers: Sequence[Image]) -> None:
         if entry.offset is None:
             raise CommandError("File contains external, encrypted or compressed clusters.")
         line = f"{_hex(entry.start):<16}{_hex(entry.length):<16}{_hex(entry.offset):<16}"
-        print_text(line + layers[entry.depth].file.path)
+        print_text(line + layers[entry.depth].data.path)
 
 
 def _hex(number: int) -> str:

@@ -41,5 +41,9 @@ class UnsupportedError(DriverError):
     """The image is valid but uses something that safeimg does not handle."""
 
 
+class SecretMissing(DriverError):
+    """Guest data is encrypted, and nobody gave what it takes to read or write it. The message is QEMU's."""
+
+
 class UsageError(DriverError):
     """An option or argument that makes no sense, in qemu-img's words."""

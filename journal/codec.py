@@ -138,11 +138,12 @@ def _read_finish(value: object, scope: Scope) -> ev.FinishRecord:
 
 
 def _read_move(value: object, scope: Scope) -> ev.MoveRecord:
-    image, offset, length, source = items(value, 4)
+    image, offset, length, source, guest = items(value, 5)
     image, offset, length = read_range(image, offset, length, scope)
-    if source is not None:
-        read_range(image, source, length, scope)
-    return ev.MoveRecord(image, offset, length, source)
+    for start in (source, guest):
+        if start is not None:
+            read_range(image, start, length, scope)
+    return ev.MoveRecord(image, offset, length, source, guest)
 
 
 def _read_fresh(value: object, scope: Scope) -> ev.FreshRecord:

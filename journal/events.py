@@ -55,12 +55,20 @@ class PatchRecord(NamedTuple):
 
 
 class MoveRecord(NamedTuple):
-    """Guest data written in place. `source` is the guest offset it comes from; None writes zeroes."""
+    """Guest data written in place. `source` is the guest offset it comes from; None writes zeroes.
+
+    `guest`: the guest offset that it is encrypted for; None where it is not encrypted."""
 
     image: int
     offset: int
     length: int
     source: int | None
+    guest: int | None
+
+    @property
+    def digested(self) -> bool:
+        """What is on disk afterwards is known by digests; else it is zeroes."""
+        return self.source is not None or self.guest is not None
 
 
 class FreshRecord(NamedTuple):
@@ -151,7 +159,8 @@ class StepPrepared:
 
 @dataclass(frozen=True, slots=True)
 class StepApplied:
-    """All of the step is durable. `digests`: for each in-place move with a source, of each started 64 KiB, joined."""
+    """All of the step is durable. `digests`: for each in-place move that is `digested`, of each started 64 KiB of
+    what is on disk, joined."""
 
     number: int
     digests: tuple[bytes, ...] = ()

@@ -45,7 +45,7 @@ class LiveStep:
     prepared: StepPrepared
     applied: bool = False
     taking_back: bool = False
-    digests: tuple[bytes, ...] = ()  # of the in-place moves that have a source; empty until applied
+    digests: tuple[bytes, ...] = ()  # of the in-place moves that are `digested`; empty until applied
 
     @property
     def in_flux(self) -> bool:

@@ -21,7 +21,9 @@ from safeimg.drivers.formats.api import Image, Kind, Patch, Placement, Planner
 from safeimg.drivers.formats.registry import lookup
 from safeimg.drivers.transfer.copy import copy_fresh
 from safeimg.drivers.transfer.core import Transfer
+from safeimg.drivers.transfer.target import Target
 from safeimg.drivers.transfer.view import View
+from safeimg.ops.session import data_index
 from safeimg.ops.steps import Move, Step, Written
 
 STEP_BYTES = 256 << 20
@@ -37,19 +39,13 @@ class _Batch:
     fresh: list[Placement] = field(default_factory=list)
     cost: int = 0
 
-    def in_place(self, offset: int, length: int, source: int | None) -> None:
+    def in_place(self, move: Move) -> None:
         last = self.moves[-1] if self.moves else None
-        if last is not None and last.offset + last.length == offset and _continues(last, source):
-            self.moves[-1] = last._replace(length=last.length + length)
+        if last is not None and move.continues(last):
+            self.moves[-1] = last._replace(length=last.length + move.length)
         else:
-            self.moves.append(Move(0, offset, length, source))
-        self.cost += length
-
-
-def _continues(last: Move, source: int | None) -> bool:
-    if last.source is None or source is None:
-        return last.source is source
-    return last.source + last.length == source
+            self.moves.append(move)
+        self.cost += move.length
 
 
 def _advance(
@@ -71,7 +67,7 @@ class Commit:
     """The steps of a commit. `layers`: the chain from the top image on, base and its own backing images included.
 
     `base`: index of the base in `layers`. Images by index in steps: 0 is the base, 1 the top, 2… those between,
-    which are only read."""
+    which are only read; then external data files."""
 
     def __init__(
         self,
@@ -96,6 +92,7 @@ class Commit:
         self._budget = max(most, self._cluster)
         self.view = View(layers, size=max(self._top.size, self._base.size), floor=base)
         self.images: tuple[Image, ...] = (self._base, *layers[:base])
+        self._data_file = data_index(self.images, 0)
 
     def total(self) -> int:
         """Guest bytes that the layers above the base hold."""
@@ -183,7 +180,8 @@ class Commit:
 
     async def _copy(self, view: View, batch: _Batch) -> list[Written]:
         return await copy_fresh(
-            self._transfer, view, 0, self._base.file, batch.fresh, cluster_size=self._cluster
+            self._transfer, view, self._data_file, Target(self._base.data, self._base.cipher), batch.fresh,
+            cluster_size=self._cluster,
         )
 
     def _plan(self, batch: _Batch, start: int, length: int, *, zero: bool) -> int:
@@ -196,7 +194,8 @@ class Commit:
                 batch.cost += place.length
                 covered = max(covered, place.start + place.length)
             else:
-                batch.in_place(place.offset, place.length, None if zero else place.start)
+                source = None if zero else place.start
+                batch.in_place(Move(self._data_file, place.offset, place.length, source, place.start))
         return covered
 
     def _cut(self, start: int, length: int, budget: int) -> int:
@@ -217,7 +216,7 @@ class Commit:
     async def _compact(self, cursor: dict[str, Any]) -> AsyncIterator[Step]:
         if not self._drop:
             driver = lookup(self._top.format)
-            emptied = driver.open(self._top.file, write=True, repair=True)  # its header is another one now
+            emptied = driver.reopen(self._top)  # its header is another one now
             changes, length = driver.planner(emptied).compact()
             yield Step("compact", {"phase": "trim", "length": length}, 0, changes=[(1, changes)], no_return=True)
             yield Step("trim", {"phase": "end"}, 0, truncate=[(1, length)], no_return=True)

@@ -16,7 +16,7 @@ from safeimg.ops.change import unlinked_by
 from safeimg.ops.commit import STEP_BYTES, Commit
 from safeimg.ops.errors import Conflict
 from safeimg.ops.launch import Environment, Job, launch
-from safeimg.ops.session import Touched, refuse_pending_on
+from safeimg.ops.session import DATA_FILE, refuse_pending_on, touched
 
 
 async def commit(
@@ -101,7 +101,8 @@ def _settings(home: str, state: OperationState) -> dict[str, Any]:
     for name, kind in kinds.items():
         if not isinstance(settings.get(name), kind):
             raise Conflict(f"{home}: the log does not say with which '{name}' the commit was started")
-    if len(state.declared.images) != settings["base"] + 1 or settings["base"] < 1 or settings["step"] < 1:
+    images = [image for image in state.declared.images if image.role != DATA_FILE]
+    if len(images) != settings["base"] + 1 or settings["base"] < 1 or settings["step"] < 1:
         raise Conflict(f"{home}: the log's images do not fit a commit")
     return settings
 
@@ -119,10 +120,9 @@ def _job(
         layers, depth, transfer, drop=settings["drop"], unlinked=unlinked, step_bytes=settings["step"]
     )
     roles = ["base", "overlay"] + ["between"] * (depth - 1)
-    images = [
-        Touched(role, image.file.path, image.format, image.file, writes=role != "between")
-        for role, image in zip(roles, operation.images, strict=True)
-    ]
+    images = touched(
+        (role, image, role != "between") for role, image in zip(roles, operation.images, strict=True)
+    )
     return Job(
         "commit", operation, images, layers, operation.view, settings, undo=undo, total=operation.total()
     )

@@ -1,7 +1,8 @@
 """A convert as a job: made from its settings and open images, at first or again from the log.
 
 The job's layers are those of the target's chain, then those of each source's; `settings["layers"]` says how
-many each has. Its images, as steps and the log number them: the target (0), then all layers of the sources.
+many each has. Its images, as steps and the log number them: the target (0), then all layers of the sources,
+then external data files.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from safeimg.ops.convert_steps import Convert, Policy
 from safeimg.ops.convert_write import Compress
 from safeimg.ops.errors import Conflict
 from safeimg.ops.launch import Job
-from safeimg.ops.session import Touched
+from safeimg.ops.session import DATA_FILE, data_index, touched
 
 _KINDS: dict[str, type | tuple[type, ...]] = {
     "layers": list, "formats": list, "cache": str, "source_cache": str, "force_share": bool, "created": bool,
@@ -80,19 +81,18 @@ def job_of(layers: Sequence[Image], settings: dict[str, Any], transfer: Transfer
         skip_below=settings["skip_below"],
         existing=not settings["created"],
         undo=settings["undo"],
-        preallocate=settings["created"] and not target[0].file.stat().is_device,
+        preallocate=settings["created"] and not target[0].data.stat().is_device,
         step_bytes=settings["step_bytes"],
         step_seconds=settings["step_seconds"],
     )
-    operation = Convert(source, target, transfer, policy, unlinked=unlinked)
-    images = [Touched("target", target[0].file.path, target[0].format, target[0].file, writes=True)]
-    for chain in chains[1:]:
-        for layer in chain:
-            role = "source" if layer is chain[0] else "backing"
-            images.append(Touched(role, layer.file.path, layer.format, layer.file, writes=False))
+    roles = [("target", target[0], True)]
+    roles += [("source" if layer is chain[0] else "backing", layer, False) for chain in chains[1:] for layer in chain]
+    data_file = data_index([image for _, image, _ in roles], 0)
+    operation = Convert(source, target, transfer, policy, data_file=data_file, unlinked=unlinked)
+    created = tuple(dict.fromkeys((0, data_file))) if settings["created"] else ()
     return Job(
-        "convert", operation, images, layers, source, settings, undo=settings["undo"],
-        defer=settings["defer"], created=(0,) if settings["created"] else (), total=source.size,
+        "convert", operation, touched(roles), layers, source, settings, undo=settings["undo"],
+        defer=settings["defer"], created=created, total=source.size,
     )  # fmt: skip
 
 
@@ -126,7 +126,7 @@ def _settings(home: str, state: OperationState) -> dict[str, Any]:
         or len(layers) != len(formats)
         or not all(isinstance(depth, int) and depth > 0 for depth in layers)
         or not all(isinstance(format, str) for format in formats)
-        or sum(layers[1:]) != len(state.declared.images) - 1
+        or sum(layers[1:]) != sum(image.role != DATA_FILE for image in state.declared.images) - 1
         or settings["step_bytes"] < 1
         or min(settings["sparse"], settings["zero_below"], settings["skip_below"]) < 0
     ):

@@ -26,6 +26,7 @@ from safeimg.drivers.formats.registry import lookup
 from safeimg.drivers.transfer.buffers import BufferPool
 from safeimg.drivers.transfer.copy import join
 from safeimg.drivers.transfer.core import Transfer, Turns
+from safeimg.drivers.transfer.target import Target
 from safeimg.drivers.transfer.view import Source, View
 from safeimg.ops.convert_plan import Chunk, Rules, chunks
 from safeimg.ops.convert_write import Ahead, Batch, Compress, Exact, Writer
@@ -56,10 +57,11 @@ class Policy:
 class Convert:
     """An `Operation`. `target`: the layers of the target, itself first (it alone is written).
 
-    `unlinked`: what the steps before the cursor unlinked, when resumed."""
+    `data_file`: the index of the file that holds the target's guest data. `unlinked`: what the steps before the
+    cursor unlinked, when resumed."""
 
     def __init__(self, source: Source, target: Sequence[Image], transfer: Transfer, policy: Policy, *,
-                 unlinked: Sequence[tuple[int, int]] = ()) -> None:
+                 data_file: int = 0, unlinked: Sequence[tuple[int, int]] = ()) -> None:
         self.view = source
         self.images: tuple[Image, ...] = (target[0],)
         self._driver = lookup(target[0].format)
@@ -81,7 +83,8 @@ class Convert:
         )
         self._writer = Writer(
             source=source,
-            file=target[0].file,
+            target=Target(target[0].data, target[0].cipher),
+            image=data_file,
             planner=self._planner,
             old=View(target),
             transfer=transfer,
@@ -90,7 +93,7 @@ class Convert:
             zero_below=self._rules.zero_below,
             compress=policy.compress,
             undo=policy.undo,
-            space=None if not policy.preallocate else (Ahead if unit > 1 else Exact)(target[0].file),
+            space=None if not policy.preallocate else (Ahead if unit > 1 else Exact)(target[0].data),
         )
 
     def total(self) -> int:
@@ -190,14 +193,8 @@ def join_moves(moves: Iterable[Move]) -> list[Move]:
     joined: list[Move] = []
     for move in sorted(moves, key=lambda move: move.offset):
         last = joined[-1] if joined else None
-        if last is not None and last.offset + last.length == move.offset and _continues(last, move):
+        if last is not None and move.continues(last):
             joined[-1] = last._replace(length=last.length + move.length)
         else:
             joined.append(move)
     return joined
-
-
-def _continues(last: Move, move: Move) -> bool:
-    if last.source is None or move.source is None:
-        return last.source is move.source
-    return last.source + last.length == move.source

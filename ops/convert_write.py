@@ -14,6 +14,7 @@ from safeimg.drivers.transfer.buffers import BufferPool
 from safeimg.drivers.transfer.copy import zero_tail
 from safeimg.drivers.transfer.core import CHUNK, Transfer, Turns
 from safeimg.drivers.transfer.digest import Written, digests, zero_digests
+from safeimg.drivers.transfer.target import Target
 from safeimg.drivers.transfer.view import Source
 from safeimg.drivers.transfer.zero import data_runs, fill_zero
 from safeimg.ops.convert_plan import Chunk, Span
@@ -94,7 +95,8 @@ class Writer:
     """Writes chunks of `source` to a target. One for all steps of an operation."""
 
     source: Source
-    file: File
+    target: Target
+    image: int  # the number that steps give its file
     planner: Planner
     old: Source  # what the target shows without the operation
     transfer: Transfer
@@ -143,16 +145,16 @@ class Writer:
                     buffers: BufferPool, batch: Batch) -> None:
         for place in places:
             if self.undo and not place.fresh:
-                batch.moves.append(Move(0, place.offset, place.length, place.start))
+                batch.moves.append(Move(self.image, place.offset, place.length, place.start, place.start))
                 continue
             own = Span(place.start, place.start + place.length)
             if span.start <= own.start and own.end <= span.end:
                 content = _of(window, chunk, own)
             else:
                 content = self._widened(place, span, _of(window, chunk, span), buffers)
-            self._put(place.offset, content, batch)
+            self._put(place.offset, content, place.start, batch)
             if place.fresh:
-                zero_tail(self.file, place, self.planner.cluster_size)
+                zero_tail(self.target, place, self.planner.cluster_size, buffers)
 
     def _write_zeroes(self, span: Span, places: Sequence[Placement], buffers: BufferPool,
                       batch: Batch) -> None:
@@ -160,15 +162,17 @@ class Writer:
         for place in places:
             if not place.fresh:
                 if self.undo:
-                    batch.moves.append(Move(0, place.offset, place.length, None))
-                else:
-                    self.file.write_zeroes(place.offset, place.length, unmap=True)
+                    batch.moves.append(Move(self.image, place.offset, place.length, None, place.start))
+                    continue
+                if self.target.cipher is None:
+                    self.target.file.write_zeroes(place.offset, place.length, unmap=True)
                     found = zero_digests(place.length) if self.transfer.digests else b""
-                    batch.written.append(Written(0, place.offset, place.length, found))
-                continue
+                    batch.written.append(Written(self.image, place.offset, place.length, found))
+                    continue
             for part in _parts(place, self.planner.cluster_size):
-                self._put(part.offset, self._widened(part, span, None, buffers), batch)
-            zero_tail(self.file, place, self.planner.cluster_size)
+                self._put(part.offset, self._widened(part, span, None, buffers), part.start, batch)
+            if place.fresh:
+                zero_tail(self.target, place, self.planner.cluster_size, buffers)
 
     def _widened(self, place: Placement, span: Span, content: memoryview | None,
                  buffers: BufferPool) -> memoryview:
@@ -188,13 +192,14 @@ class Writer:
             part[:] = content[low - span.start : high - span.start]
         return whole
 
-    def _put(self, offset: int, content: memoryview | bytes, batch: Batch) -> None:
+    def _put(self, offset: int, content: memoryview, guest: int, batch: Batch) -> None:
+        """Writes `content`, which is lost."""
         if self.space is not None:
             self.space.cover(offset, len(content))
-        self.file.pwrite(offset, content)
-        self.transfer.hint(self.file, offset, len(content))
+        self.target.write(content, offset, guest)
+        self.transfer.hint(self.target.file, offset, len(content))
         found = digests(content) if self.transfer.digests else b""
-        batch.written.append(Written(0, offset, len(content), found))
+        batch.written.append(Written(self.image, offset, len(content), found))
 
     def _write_compressed(self, chunk: Chunk, window: memoryview, data: list[Span], zero: list[Span],
                           buffers: BufferPool, batch: Batch, turns: Turns) -> None:
@@ -219,7 +224,7 @@ class Writer:
         for span, of in plain:
             self._write_data(chunk, window, span, of, buffers, batch)
         for offset, joined in _joined(dense):
-            self._put(offset, joined, batch)
+            self._put(offset, memoryview(joined), 0, batch)  # never encrypted
         for span, of in blanks:
             self._write_zeroes(span, of, buffers, batch)
 

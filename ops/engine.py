@@ -25,9 +25,9 @@ from typing import Any
 import trio
 from safeimg.drivers.errors import StorageError, SyncFailed
 from safeimg.drivers.formats.api import Patch
-from safeimg.drivers.storage.api import File
 from safeimg.drivers.transfer.copy import write_moves
 from safeimg.drivers.transfer.core import Transfer
+from safeimg.drivers.transfer.target import Target
 from safeimg.drivers.transfer.view import Source
 from safeimg.journal.errors import JournalError
 from safeimg.journal.events import (
@@ -50,21 +50,22 @@ from safeimg.ops.steps import Operation, Step
 class Engine:
     """Runs one operation's steps on its images.
 
-    `files`: the images' files by index, home first. `view`: the guest content that moves copy. `session`: the
+    `targets`: the images' files by index, home first. `view`: the guest content that moves copy. `session`: the
     journal; None where there is none (`--no-journal`, and the first second of an operation on a new file): then the
     steps are applied in the same order, with their syncs, and cannot be taken back.
     """
 
     def __init__(
         self,
-        files: Sequence[File],
+        targets: Sequence[Target],
         view: Source | None,
         transfer: Transfer,
         session: Session | None,
         *,
         stop: Callable[[], str | None] = lambda: None,
     ) -> None:
-        self._files = files
+        self._targets = targets
+        self._files = [target.file for target in targets]
         self._view = view
         self._transfer = transfer
         self._session = session
@@ -145,7 +146,9 @@ class Engine:
                 name=step.name,
                 allocate=tuple(patch_record(i, patch) for i, changes in step.changes for patch in changes.allocate),
                 link=tuple(patch_record(i, patch) for i, changes in step.changes for patch in changes.link),
-                moves=tuple(move_record(move) for move in step.moves),
+                moves=tuple(
+                    move_record(move, encrypted=self._targets[move.image].cipher is not None) for move in step.moves
+                ),
                 fresh=tuple(fresh_record(written) for written in step.fresh),
                 before=before,
                 lengths=tuple(self._lengths(step)),
@@ -162,13 +165,17 @@ class Engine:
         await trio.to_thread.run_sync(session.sync)
 
     async def _move(self, step: Step) -> tuple[bytes, ...]:
-        """Writes the step's in-place data; the digests of those moves that have a source."""
+        """Writes the step's in-place data; the digests of those moves that do not leave plain zeroes."""
         if not step.moves:
             return ()
-        moves = [(self._files[move.image], move) for move in step.moves]
+        moves = [(self._targets[move.image], move) for move in step.moves]
         # Zeroed space stays allocated: taking the step back must work on a full disk (hazard 22).
         made = await write_moves(self._transfer, self._view, moves, unmap=False)
-        return tuple(digests for digests, move in zip(made, step.moves, strict=True) if move.source is not None)
+        return tuple(
+            digests
+            for digests, (target, move) in zip(made, moves, strict=True)
+            if move.source is not None or target.cipher is not None
+        )
 
     def _lengths(self, step: Step) -> list[LengthRecord]:
         records = [

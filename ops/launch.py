@@ -17,6 +17,7 @@ from safeimg.drivers.formats.api import Image
 from safeimg.drivers.secrets import NO_SECRETS, Secrets
 from safeimg.drivers.storage.api import File, FileSystem
 from safeimg.drivers.transfer.core import Transfer
+from safeimg.drivers.transfer.target import Target
 from safeimg.drivers.transfer.view import Source
 from safeimg.journal.history import History
 from safeimg.ops.engine import Engine
@@ -56,6 +57,10 @@ class Job:
     @property
     def files(self) -> list[File]:
         return [image.file for image in self.images]
+
+    @property
+    def targets(self) -> list[Target]:
+        return [Target(image.file, image.cipher) for image in self.images]
 
     def close(self) -> None:
         for layer in self.layers:
@@ -111,7 +116,7 @@ async def _run(
 ) -> None:
     """Applies the operation's steps from `cursor` on, and completes it."""
     environment.transfer.progress.set_total(job.total)
-    engine = Engine(job.files, job.view, environment.transfer, session, stop=environment.stop)
+    engine = Engine(job.targets, job.view, environment.transfer, session, stop=environment.stop)
     await engine.run(job.operation, cursor, begin=begin)
     await trio.to_thread.run_sync(
         complete, engine.session, dict(enumerate(job.files)), job.operation.finish(), job.operation.discards()

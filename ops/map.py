@@ -87,7 +87,7 @@ class _Resolver:
             yield Entry(start, length, depth, True, False, True, offset)
         else:
             at = offset
-            for span in self._layers[depth].file.spans(offset, length):
+            for span in self._layers[depth].data.spans(offset, length):
                 yield Entry(start + at - offset, span.length, depth, True, not span.is_data, True, at)
                 at += span.length
             if at < offset + length:  # beyond the end of the file

@@ -11,8 +11,8 @@ def patch_record(image: int, patch: Patch) -> PatchRecord:
     return PatchRecord(image, patch.offset, patch.before, patch.after)
 
 
-def move_record(move: Move) -> MoveRecord:
-    return MoveRecord(move.image, move.offset, move.length, move.source)
+def move_record(move: Move, *, encrypted: bool) -> MoveRecord:
+    return MoveRecord(move.image, move.offset, move.length, move.source, move.guest if encrypted else None)
 
 
 def fresh_record(written: Written) -> FreshRecord:

@@ -49,4 +49,4 @@ def reopener(home: str, state: OperationState) -> Reopener:
 
 def reparse(layers: list[Image]) -> list[Image]:
     """The same open files, their metadata read afresh."""
-    return [lookup(layer.format).open(layer.file, write=layer.file.writable, repair=True) for layer in layers]
+    return [lookup(layer.format).reopen(layer) for layer in layers]

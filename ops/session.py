@@ -9,11 +9,12 @@ from __future__ import annotations
 import os
 import secrets
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, NamedTuple
 
 from safeimg.drivers.errors import StorageError, SyncFailed
+from safeimg.drivers.formats.api import Cipher, Image
 from safeimg.drivers.storage.api import File, FileSystem
 from safeimg.journal import find, place
 from safeimg.journal.errors import JournalError, LogForeign
@@ -27,15 +28,40 @@ from safeimg.journal.state import OperationState, fold
 from safeimg.journal.undo import SUFFIX, UndoFile, remove_undo
 from safeimg.ops.errors import SomethingPending
 
+DATA_FILE = "data file"  # the role of an external data file
+
 
 class Touched(NamedTuple):
-    """An image of an operation, open."""
+    """A file of an operation, open: an image, or the external data file of one."""
 
     role: str
     path: str
     format: str
     file: File
     writes: bool
+    cipher: Cipher | None = None  # what guest data in it is encrypted with
+
+
+def touched(images: Iterable[tuple[str, Image, bool]]) -> list[Touched]:
+    """The files of images given as (role, image, whether it is written), in the order in which steps number them:
+    the images, then the external data files of those that have one (see `data_index`)."""
+    own: list[Touched] = []
+    external: list[Touched] = []
+    for role, image, writes in images:
+        inside = image.data is image.file
+        cipher = image.cipher if inside else None
+        own.append(Touched(role, image.file.path, image.format, image.file, writes, cipher))
+        if not inside:
+            external.append(Touched(DATA_FILE, image.data.path, "raw", image.data, writes, image.cipher))
+    return own + external
+
+
+def data_index(images: Sequence[Image], index: int) -> int:
+    """The number that steps give the file which holds the guest data of image `index`, if they number `images` as
+    `touched` does."""
+    if images[index].data is images[index].file:
+        return index
+    return len(images) + sum(image.data is not image.file for image in images[:index])
 
 
 def refuse_pending(fs: FileSystem, images: Sequence[Touched]) -> None:

@@ -11,17 +11,29 @@ from safeimg.drivers.transfer.digest import Written as Written
 
 
 class Move(NamedTuple):
-    """Guest data written in place: `length` bytes at guest offset `source` (None: zeroes) to `offset` of the file."""
+    """Guest data written in place: `length` bytes at offset `source` of the operation's view (None: zeroes) to
+    `offset` of the file, which is guest offset `guest` of the image that the file belongs to."""
 
     image: int
     offset: int
     length: int
     source: int | None
+    guest: int
+
+    def continues(self, last: Move) -> bool:
+        """Whether `last` and this move are one."""
+        after = last.length
+        return (last.image, last.offset + after, last.guest + after) == (self.image, self.offset, self.guest) and (
+            self.source is None is last.source
+            if self.source is None or last.source is None
+            else last.source + after == self.source
+        )
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """The unit of durability. Images by index: 0 is the home image."""
+    """The unit of durability. Images by index: 0 is the home image; an external data file has an index of its
+    own (`session.touched`)."""
 
     name: str
     cursor: Any  # where the next step starts, JSON-like; None: not a place to resume from, see `OperationState.cursor`

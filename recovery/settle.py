@@ -127,7 +127,7 @@ def _begin(pending: Pending, action: str, adopt: bool, wanted: Callable[[LiveSte
     session, job = pending.session, pending.job
     if not adopt:
         verify_sources(session.state, pending.files)
-    verify(session.state, pending.files, session.undo, job.view)
+    verify(session.state, dict(enumerate(job.targets)), session.undo, job.view)
     verify_unreferenced(session.state, pending.files)
     verify_kept(session.state, pending.files, wanted)
     session.record(RecoveryStarted(action, current_owner(), time.time()))

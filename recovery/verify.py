@@ -13,8 +13,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
+from safeimg.drivers.errors import SecretMissing
+from safeimg.drivers.formats.api import Cipher
 from safeimg.drivers.storage.api import File
 from safeimg.drivers.transfer.digest import BLOCK, SIZE, digests, zero_digests
+from safeimg.drivers.transfer.target import Target
 from safeimg.drivers.transfer.view import Source
 from safeimg.journal.events import BeforeRecord, MoveRecord
 from safeimg.journal.identity import identify, unchanged
@@ -26,16 +29,20 @@ from safeimg.recovery.composite import SECTOR, Sector, composite, runs
 CHUNK = 1 << 20  # bytes of data looked at in one go; a multiple of BLOCK
 
 
-def verify(state: OperationState, files: Mapping[int, File], undo: UndoFile | None, view: Source | None) -> None:
+def verify(
+    state: OperationState, targets: Mapping[int, Target], undo: UndoFile | None, view: Source | None
+) -> None:
     """Raises `Conflict` unless every image is as the log says. Writes nothing.
 
-    `files`: the images by index. `view`: where moves copy from (None if there are none in flux)."""
+    `targets`: the images by index. `view`: where moves copy from (None if there are none in flux). Where a secret was
+    not given, nothing is known of what moves in flux write: they are not judged."""
+    files = {image: target.file for image, target in targets.items()}
     for image, file in files.items():
         _verify_metadata(file, composite(state.steps, image), _limit(state, image))
     later: list[MoveRecord] = []  # what newer steps wrote in place
     for step in reversed(state.steps):
         if step.in_flux:
-            _verify_flux(step, files, undo, view)
+            _verify_flux(step, targets, undo, view)
         else:
             _verify_solid(step, files, later)
         later += step.prepared.moves
@@ -88,7 +95,7 @@ def _verify_solid(step: LiveStep, files: Mapping[int, File], later: Sequence[Mov
     for move in step.prepared.moves:
         file = files[move.image]
         over = [other for other in later if other.image == move.image]
-        expected = zero_digests(move.length) if move.source is None else next(recorded, b"")
+        expected = next(recorded, b"") if move.digested else zero_digests(move.length)
         _verify_digests(file, move.offset, move.length, expected, over)
 
 
@@ -107,21 +114,25 @@ def _verify_digests(file: File, offset: int, length: int, expected: bytes, later
                 raise _changed(file, at + start, end - start, "data")
 
 
-def _verify_flux(step: LiveStep, files: Mapping[int, File], undo: UndoFile | None, view: Source | None) -> None:
+def _verify_flux(step: LiveStep, targets: Mapping[int, Target], undo: UndoFile | None, view: Source | None) -> None:
     """Data in place, in flux: each sector is old or new. Without before-images nothing is known of the old."""
     if undo is None:
         return
     for move in step.prepared.moves:
         before = [record for record in step.prepared.before if _within(record, move)]
-        for offset, content in _chunks(files[move.image], move.offset, move.length):
+        file = targets[move.image].file
+        for offset, content in _chunks(file, move.offset, move.length):
             old = _before(undo, before, offset, len(content))
             if content == old:
                 continue
-            new = _after(view, move, offset, len(content))
+            try:
+                new = _after(view, move, offset, len(content), targets[move.image].cipher)
+            except SecretMissing:
+                break
             for low in _sectors(offset, len(content)):
                 high = min((offset + low) // SECTOR * SECTOR + SECTOR - offset, len(content))
                 if content[low:high] not in (old[low:high], new[low:high]):
-                    raise _changed(files[move.image], offset + low, high - low, "data")
+                    raise _changed(file, offset + low, high - low, "data")
 
 
 def _within(record: BeforeRecord, move: MoveRecord) -> bool:
@@ -139,10 +150,13 @@ def _before(undo: UndoFile, records: Sequence[BeforeRecord], offset: int, length
     return bytes(content)
 
 
-def _after(view: Source | None, move: MoveRecord, offset: int, length: int) -> bytes:
+def _after(view: Source | None, move: MoveRecord, offset: int, length: int, cipher: Cipher | None) -> bytes:
+    """What the move writes to the range."""
     content = bytearray(length)
     if move.source is not None and view is not None:
         view.read_into(move.source + offset - move.offset, memoryview(content))
+    if move.guest is not None and cipher is not None:
+        cipher.encrypt(memoryview(content), offset, move.guest + offset - move.offset)
     return bytes(content)
 
 

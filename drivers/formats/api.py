@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 class Kind(Enum):
     """How a guest range is stored in one image."""
 
-    DATA = "data"  # at `offset` of the image's file, as it is
+    DATA = "data"  # at `offset` of the image's `data` file, encrypted if the image has a `cipher`
     ZERO = "zero"  # reads as zeroes; `offset` is the preallocated host range, if there is one
     COMPRESSED = "compressed"  # `offset`: where the compressed data starts; one extent is one cluster
     UNALLOCATED = "unallocated"  # not in this image: the backing image's, or zeroes without one
@@ -32,7 +32,7 @@ class Extent(NamedTuple):
     start: int  # guest
     length: int
     kind: Kind
-    offset: int | None = None  # host, in the image's file
+    offset: int | None = None  # host: in the image's `data` file; COMPRESSED: in the image's own file
     stored: int = 0  # COMPRESSED: upper bound of the compressed bytes at `offset`
 
 
@@ -62,8 +62,23 @@ class Placement(NamedTuple):
 
     start: int  # guest
     length: int
-    offset: int  # host, in the image's file
+    offset: int  # host: in the image's `data` file; of `place_compressed` in the image's own file
     fresh: bool  # True: nobody references this space until `link` is applied. False: it is live, written in place
+
+
+class Cipher(Protocol):
+    """Encrypts the guest data of an open image: whole sectors of 512 bytes, in place, in several threads at once.
+
+    What a sector becomes depends on where it lies: `host` is the offset in the image's `data` file, `guest` that
+    of the virtual disk at which `buffer` starts, both multiples of 512 as is its length."""
+
+    @property
+    def ready(self) -> bool:
+        """False: nobody gave the secret. Both methods raise `SecretMissing` then."""
+        ...
+
+    def encrypt(self, buffer: memoryview, host: int, guest: int) -> None: ...
+    def decrypt(self, buffer: memoryview, host: int, guest: int) -> None: ...
 
 
 class Image(Protocol):
@@ -71,6 +86,16 @@ class Image(Protocol):
 
     @property
     def file(self) -> File: ...
+    @property
+    def data(self) -> File:
+        """Where DATA extents and placements lie: the image's own `file`, unless it has an external data file."""
+        ...
+
+    @property
+    def cipher(self) -> Cipher | None:
+        """What the guest data in `data` is encrypted with; None if it is not."""
+        ...
+
     @property
     def format(self) -> str: ...
     @property
@@ -223,6 +248,11 @@ class Driver(Protocol):
     def open(self, file: File, *, write: bool = False, repair: bool = False) -> Image:
         """Parses and validates the header. With `write`, refuses what must not be written (QEMU's messages).
         Everything read from the file is checked before use; `FormatError`, `UnsupportedError`."""
+        ...
+
+    def reopen(self, image: Image) -> Image:
+        """The same open files with the metadata read afresh, fences notwithstanding; `image` is not to be used any
+        more, nor closed."""
         ...
 
     def create(self, fs: FileSystem, path: str, size: int, options: Mapping[str, str], *, cache: str = "writeback",

@@ -39,6 +39,14 @@ class RawImage:
         return self._file
 
     @property
+    def data(self) -> File:
+        return self._file
+
+    @property
+    def cipher(self) -> None:
+        return None
+
+    @property
     def format(self) -> str:
         return "raw"
 
@@ -164,6 +172,9 @@ class RawDriver:
 
     def open(self, file: File, *, write: bool = False, repair: bool = False) -> Image:
         return RawImage(file)
+
+    def reopen(self, image: Image) -> Image:
+        return RawImage(image.file)
 
     def planner(self, image: Image) -> RawPlanner:
         return RawPlanner(image)

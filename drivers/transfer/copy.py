@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from safeimg.drivers.formats.api import Placement
-from safeimg.drivers.storage.api import File
 from safeimg.drivers.transfer.buffers import BufferPool
 from safeimg.drivers.transfer.core import CHUNK, Transfer
 from safeimg.drivers.transfer.digest import BLOCK, Written, digests
+from safeimg.drivers.transfer.target import Target
 from safeimg.drivers.transfer.view import Source
-from safeimg.drivers.transfer.zero import zeroes
+from safeimg.drivers.transfer.zero import fill_zero
 
 ZERO_CHUNK = 1 << 30  # bytes that one `write_zeroes` covers: cancellation comes between two
 
@@ -35,7 +35,7 @@ def parts(lengths: Iterable[int], limit: int = CHUNK) -> Iterator[Part]:
 
 class FileMove(Protocol):
     """What `ops.steps.Move` says: data of a guest range (`source`; None: zeroes) goes to a range of a
-    file."""
+    file, which is at `guest` of the image written."""
 
     @property
     def offset(self) -> int: ...
@@ -43,33 +43,39 @@ class FileMove(Protocol):
     def length(self) -> int: ...
     @property
     def source(self) -> int | None: ...
+    @property
+    def guest(self) -> int: ...
 
 
-async def write_moves(transfer: Transfer, view: Source | None, moves: Sequence[tuple[File, FileMove]], *,
+async def write_moves(transfer: Transfer, view: Source | None, moves: Sequence[tuple[Target, FileMove]], *,
                       unmap: bool = False) -> list[bytes]:
-    """Writes each move into its file; the digests of each, in order (empty for zeroes).
+    """Writes each move into its file; the digests of what is there then, in order (empty for plain zeroes).
 
     `view` may be None if no move has a source. Moves must not overlap, nor read what another one writes.
-    `unmap`: zeroes become holes. Zeroes are neither progress nor limited in rate."""
+    `unmap`: zeroes become holes where they are not encrypted. Zeroes are neither progress nor limited in
+    rate."""
     made: list[dict[int, bytes]] = [{} for _ in moves]
 
     def work(part: Part, buffers: BufferPool) -> None:
-        file, move = moves[part.index]
+        target, move = moves[part.index]
         at = move.offset + part.start
-        if move.source is None:
-            file.write_zeroes(at, part.length, unmap=unmap)
+        if _is_plain_zero(target, move):
+            target.file.write_zeroes(at, part.length, unmap=unmap)
             return
-        assert view is not None
         buffer = buffers.get(part.length)
-        view.read_into(move.source + part.start, buffer)
-        file.pwrite(at, buffer)
-        transfer.hint(file, at, part.length)
+        if move.source is None:
+            fill_zero(buffer)
+        else:
+            assert view is not None
+            view.read_into(move.source + part.start, buffer)
+        target.write(buffer, at, move.guest + part.start)
+        transfer.hint(target.file, at, part.length)
         if transfer.digests:
             made[part.index][part.start] = digests(buffer)
 
     def planned() -> Iterator[Part]:
-        for index, (_, move) in enumerate(moves):
-            for part in parts([move.length], CHUNK if move.source is not None else ZERO_CHUNK):
+        for index, (target, move) in enumerate(moves):
+            for part in parts([move.length], ZERO_CHUNK if _is_plain_zero(target, move) else CHUNK):
                 yield Part(index, part.start, part.length)
 
     def cost(part: Part) -> int:
@@ -79,9 +85,13 @@ async def write_moves(transfer: Transfer, view: Source | None, moves: Sequence[t
     return [b"".join(digest for _, digest in sorted(of.items())) for of in made]
 
 
-async def copy_fresh(transfer: Transfer, view: Source, image: int, file: File,
+def _is_plain_zero(target: Target, move: FileMove) -> bool:
+    return move.source is None and target.cipher is None
+
+
+async def copy_fresh(transfer: Transfer, view: Source, image: int, target: Target,
                      placements: Sequence[Placement], *, cluster_size: int = 1) -> list[Written]:
-    """Writes the view's content of each placement to its place in `file`, and tells what was written.
+    """Writes the view's content of each placement to its place in `target`, and tells what was written.
 
     A placement that ends inside a cluster (of `cluster_size`) is one that the end of the virtual disk clips:
     the rest of its cluster is written as zeroes, so that nothing old shows when the disk grows. Neighbours in
@@ -93,12 +103,12 @@ async def copy_fresh(transfer: Transfer, view: Source, image: int, file: File,
         at = place.offset + part.start
         buffer = buffers.get(part.length)
         view.read_into(place.start + part.start, buffer)
-        file.pwrite(at, buffer)
-        transfer.hint(file, at, part.length)
+        target.write(buffer, at, place.start + part.start)
+        transfer.hint(target.file, at, part.length)
         if transfer.digests:
             made[part.index][part.start] = digests(buffer)
         if part.start + part.length == place.length:
-            zero_tail(file, place, cluster_size)
+            zero_tail(target, place, cluster_size, buffers)
 
     await transfer.each(parts(place.length for place in placements), work, cost=lambda part: part.length)
     return join(
@@ -107,15 +117,10 @@ async def copy_fresh(transfer: Transfer, view: Source, image: int, file: File,
     )
 
 
-def zero_tail(file: File, place: Placement, cluster_size: int) -> None:
+def zero_tail(target: Target, place: Placement, cluster_size: int, buffers: BufferPool) -> None:
     """Fills the cluster that `place` ends in with zeroes, from its end on."""
-    tail = -(place.start + place.length) % cluster_size
-    at = place.offset + place.length
-    while tail:
-        piece = zeroes(min(tail, CHUNK))
-        file.pwrite(at, piece)
-        at += len(piece)
-        tail -= len(piece)
+    end = place.start + place.length
+    target.zero(place.offset + place.length, -end % cluster_size, end, buffers)
 
 
 def join(pieces: Iterable[Written]) -> list[Written]:

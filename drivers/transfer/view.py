@@ -14,7 +14,10 @@ from typing import NamedTuple, Protocol
 
 from safeimg.drivers.errors import FormatError
 from safeimg.drivers.formats.api import Extent, Image, Kind
+from safeimg.drivers.storage.api import File
 from safeimg.drivers.transfer.zero import fill_zero
+
+SECTOR = 512  # bytes that are encrypted as one
 
 
 class LayerExtent(NamedTuple):
@@ -131,9 +134,7 @@ class View:
             part = buffer[low - start : high - start]
             if extent.kind is Kind.DATA:
                 assert extent.offset is not None
-                got = self.layers[layer].file.pread_into(extent.offset + (low - extent.start), part)
-                if got < len(part):  # the file ends early: the rest reads as zeroes
-                    fill_zero(part[got:])
+                _read_data(self.layers[layer], extent.offset + (low - extent.start), low, part)
             elif extent.kind is Kind.COMPRESSED:
                 whole, content = self._cluster(layer, extent)
                 part[:] = memoryview(content)[low - whole : high - whole]
@@ -228,6 +229,26 @@ class _ClusterCache:
             self._held[key] = content
             while len(self._held) > 8:
                 self._held.popitem(last=False)
+
+
+def _read_data(image: Image, offset: int, guest: int, part: memoryview) -> None:
+    """Fills `part` from `offset` of the image's data; `guest` is the guest offset of the same byte."""
+    if image.cipher is None:
+        _read_stored(image.data, offset, part)
+        return
+    before = guest % SECTOR
+    after = -(guest + len(part)) % SECTOR
+    whole = part if not before and not after else memoryview(bytearray(before + len(part) + after))
+    _read_stored(image.data, offset - before, whole)
+    image.cipher.decrypt(whole, offset - before, guest - before)
+    if whole is not part:
+        part[:] = whole[before : before + len(part)]
+
+
+def _read_stored(file: File, offset: int, part: memoryview) -> None:
+    got = file.pread_into(offset, part)
+    if got < len(part):  # the file ends early: the rest reads as zeroes
+        fill_zero(part[got:])
 
 
 def _clip(extent: Extent, start: int, end: int) -> Extent:

@@ -233,7 +233,7 @@ STEP = StepPrepared(
         PatchRecord(0, 0, b"\1" * 8, b"\2" * 8),
     ),
     link=(PatchRecord(1, 65536, bytes(128), b"\xf5SiF" * 32),),
-    moves=(MoveRecord(0, 4096, 10, 0), MoveRecord(0, 8192, 10, None)),
+    moves=(MoveRecord(0, 4096, 10, 0, None), MoveRecord(0, 8192, 10, None, 512)),
     fresh=(FreshRecord(0, 1 << 30, 65537, bytes(range(64))),),
     before=(BeforeRecord(0, 4096, 10, 4096, False, bytes(32)), BeforeRecord(0, 8192, 10, None, True, b"")),
     lengths=(LengthRecord(0, 10, 20),),

@@ -60,7 +60,7 @@ def fresh(draw: st.DrawFn) -> ev.FreshRecord:
 
 
 FINISH = patches().filter(lambda patch: patch.before is not None).map(lambda patch: ev.FinishRecord(*patch))
-LENGTH = st.integers(1, 2**62)
+LENGTH = st.integers(1, 2**62 - 1)
 BEFORE = st.builds(
     ev.BeforeRecord, IMAGE, OFFSET, LENGTH, OFFSET, st.just(False), st.just(b"h" * 32)
 ) | st.builds(ev.BeforeRecord, IMAGE, OFFSET, LENGTH, st.none(), st.booleans(), st.just(b""))
@@ -93,7 +93,7 @@ EVENTS = st.one_of(
         TEXT,
         tuples(patches()),
         tuples(patches()),
-        tuples(st.builds(ev.MoveRecord, IMAGE, OFFSET, LENGTH, st.none() | OFFSET)),
+        tuples(st.builds(ev.MoveRecord, IMAGE, OFFSET, LENGTH, st.none() | OFFSET, st.none() | OFFSET)),
         tuples(fresh()),
         tuples(BEFORE),
         tuples(st.builds(ev.LengthRecord, IMAGE, OFFSET, OFFSET)),

@@ -491,6 +491,8 @@ def test_every_byte_meets_its_fate(runs: list[tuple[int, int, Kind]], unit: int,
 
 
 def test_moves_that_continue_each_other_become_one() -> None:
-    assert join_moves([Move(0, 30, 10, 40), Move(0, 20, 10, 30), Move(0, 40, 5, 60), Move(0, 45, 5, None),
-                       Move(0, 50, 5, None), Move(0, 60, 5, None)]) == [
-        Move(0, 20, 20, 30), Move(0, 40, 5, 60), Move(0, 45, 10, None), Move(0, 60, 5, None)]
+    moves = [Move(0, 30, 10, 40, 40), Move(0, 20, 10, 30, 30), Move(0, 40, 5, 60, 60), Move(0, 45, 5, None, 65),
+             Move(0, 50, 5, None, 70), Move(0, 60, 5, None, 80), Move(0, 65, 5, None, 90)]
+    assert join_moves(moves) == [
+        Move(0, 20, 20, 30, 30), Move(0, 40, 5, 60, 60), Move(0, 45, 10, None, 65), Move(0, 60, 5, None, 80),
+        Move(0, 65, 5, None, 90)]

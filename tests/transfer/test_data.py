@@ -11,6 +11,7 @@ from safeimg.drivers.formats.api import Kind, Placement
 from safeimg.drivers.transfer.copy import copy_fresh, join, write_moves
 from safeimg.drivers.transfer.core import Settings, Transfer
 from safeimg.drivers.transfer.digest import BLOCK, Written, digests, zero_digests
+from safeimg.drivers.transfer.target import Target
 from safeimg.drivers.transfer.view import View
 from safeimg.drivers.transfer.zero import Run, data_runs, fill_zero, is_zero
 from transfer_fakes import Layer, MemoryFile
@@ -81,7 +82,7 @@ def test_copy_fresh_writes_what_the_view_shows(workers: int) -> None:
     places = [Placement(0, unit, 2 * unit, True), Placement(unit, unit, 0, True),
               Placement(2 * unit, big, 3 * unit, True), Placement(2 * unit + big, 100, unit, True)]
     transfer = Transfer(Settings(workers=workers))
-    made = trio.run(lambda: copy_fresh(transfer, view, 4, file, places, cluster_size=unit))
+    made = trio.run(lambda: copy_fresh(transfer, view, 4, Target(file), places, cluster_size=unit))
     one, two = bytes([1]) * unit, bytes([2]) * big
     expected = bytes(unit) + bytes([3]) * 100 + bytes(unit - 100) + one + two
     assert bytes(file.content[: 3 * unit + big]) == expected
@@ -101,12 +102,14 @@ def test_written_ranges_join_only_where_their_digests_do() -> None:
 def test_moves_are_written_in_place() -> None:
     class Move:
         def __init__(self, offset: int, length: int, source: int | None) -> None:
-            self.offset, self.length, self.source = offset, length, source
+            self.offset, self.length, self.source, self.guest = offset, length, source, 0
 
     big = (2 << 20) + 77
     view = View([Layer([(big, Kind.DATA, 1), (big, Kind.DATA, 2)])])
     one, two = MemoryFile(b"\xee" * 3 * big), MemoryFile(b"\xee" * 100)
-    moves = [(one, Move(5, big, big)), (two, Move(10, 50, None)), (one, Move(2 * big, 9, 3))]
+    moves = [
+        (Target(one), Move(5, big, big)), (Target(two), Move(10, 50, None)), (Target(one), Move(2 * big, 9, 3))
+    ]
     transfer = Transfer(Settings(workers=3))
     made = trio.run(lambda: write_moves(transfer, view, moves))
     assert bytes(one.content) == (b"\xee" * 5 + bytes([2]) * big + b"\xee" * (big - 5) + bytes([1]) * 9

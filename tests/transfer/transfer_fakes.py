@@ -6,7 +6,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from safeimg.drivers.formats.api import Extent, Kind
+from safeimg.drivers.formats.api import Cipher, Extent, Kind
 from safeimg.drivers.storage.api import Buffer
 
 
@@ -61,9 +61,14 @@ class Layer:
     cluster_size: int = 16
     file: MemoryFile = field(default_factory=MemoryFile)
     format: str = "fake"
+    cipher: Cipher | None = None
     backing_file: str | None = None
     backing_format: str | None = None
     inflated: int = 0
+
+    @property
+    def data(self) -> MemoryFile:
+        return self.file
 
     def __post_init__(self) -> None:
         self.size = sum(length for length, _, _ in self.runs)

@@ -65,6 +65,9 @@ class Qcow2Driver:
     def open(self, file: File, *, write: bool = False, repair: bool = False) -> Qcow2Image:
         return open_image(file, write=write, repair=repair)
 
+    def reopen(self, image: Image) -> Qcow2Image:
+        return open_image(image.file, write=image.file.writable, repair=True)
+
     def create(self, fs: FileSystem, path: str, size: int, options: Mapping[str, str], *,
                cache: str = "writeback", unfinished: str | None = None) -> None:
         from safeimg.drivers.formats.qcow2.create import create

@@ -7,7 +7,7 @@ from functools import cached_property
 from itertools import pairwise
 
 from safeimg.drivers.errors import FormatError, UnsupportedError
-from safeimg.drivers.formats.api import Extent
+from safeimg.drivers.formats.api import Cipher, Extent
 from safeimg.drivers.formats.qcow2.bitmaps import Bitmap, read_bitmaps
 from safeimg.drivers.formats.qcow2.compression import InflateError, inflate
 from safeimg.drivers.formats.qcow2.header import MAX_L1_BYTES, UNFINISHED, Header, parse_header
@@ -34,6 +34,14 @@ class Qcow2Image:
     @property
     def file(self) -> File:
         return self._file
+
+    @property
+    def data(self) -> File:
+        return self._file
+
+    @property
+    def cipher(self) -> Cipher | None:
+        return None
 
     @property
     def format(self) -> str:
