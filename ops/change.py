@@ -20,7 +20,7 @@ from safeimg.drivers.transfer.core import Transfer
 from safeimg.journal.state import OperationState
 from safeimg.ops.errors import Conflict
 from safeimg.ops.launch import Environment, Job, launch
-from safeimg.ops.session import Touched, refuse_pending_on
+from safeimg.ops.session import refuse_pending_on, touched
 from safeimg.ops.steps import Step
 
 Action = Callable[[Image, Planner], Iterable[Changes]]
@@ -69,7 +69,7 @@ class Change:
 
     def _reopened(self) -> Image:
         """The same open file, its metadata read afresh."""
-        return lookup(self._image.format).open(self._image.file, write=True, repair=True)
+        return lookup(self._image.format).reopen(self._image)
 
     def _plan_anew(self, image: Image) -> None:
         self._planner = lookup(image.format).planner(image)
@@ -137,8 +137,8 @@ class Changing:
     def _job(self, layers: list[Image], settings: Settings, unlinked: Sequence[tuple[int, int]] = ()) -> Job:
         image = layers[0]
         operation = Change(self._command, image, self._actions(settings), unlinked=unlinked)
-        touched = [Touched("image", image.file.path, image.format, image.file, True)]
-        return Job(self._command, operation, touched, layers, None, settings)
+        files = touched([("image", image, True)])
+        return Job(self._command, operation, files, layers, None, settings)
 
 
 def unlinked_by(state: OperationState) -> list[tuple[int, int]]:
