@@ -11,9 +11,12 @@ STATES ?=
 RUNS ?= 3
 KILLS ?= 200
 SIZE ?= 1G
+FORMAT ?=
+CASES ?=
+PROGRAM ?=
 PACKAGES := cli drivers journal ops recovery
 
-.PHONY: help demo test lint bench crash-soak mutations kill-soak clean
+.PHONY: help demo test lint bench crash-soak mutations kill-soak conformance clean
 
 help:
 	@echo "make demo        a commit killed twice: rolled back, then finished; two minutes at most"
@@ -23,6 +26,7 @@ help:
 	@echo "make crash-soak  simulated power cuts: SECONDS=$(SECONDS) SEED=$(SEED) JOBS=$(JOBS) STATES= enough"
 	@echo "make mutations   the power-cut simulation on a protocol with deliberate faults: it has to catch each"
 	@echo "make kill-soak   real commits killed: KILLS=$(KILLS) SIZE=$(SIZE) SEED=$(SEED)"
+	@echo "make conformance QEMU's own tests with safeimg as qemu-img: FORMAT= (all) CASES= (all) JOBS=$(JOBS) PROGRAM= (safeimg)"
 	@echo "make clean       removes what these made"
 
 $(STAMP): pyproject.toml .ci/setup
@@ -54,6 +58,10 @@ mutations: $(STAMP)
 
 kill-soak: $(STAMP)
 	cd tests && ../$(BIN)/python -m kills.soak --kills $(KILLS) --seed $(SEED) --size $(SIZE)
+
+conformance: $(STAMP)
+	@cd tests && ../$(BIN)/python -m conformance.run --jobs $(JOBS) --format "$(FORMAT)" --cases "$(CASES)" \
+		$(addprefix --program ,$(PROGRAM))
 
 clean:
 	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
