@@ -14,38 +14,16 @@ The home image is the base: it is written in place, and the overlay may be delet
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
-from safeimg.drivers.formats.api import Image, Kind, Patch, Placement, Planner
+from safeimg.drivers.formats.api import Image, Kind, Patch
 from safeimg.drivers.formats.registry import lookup
-from safeimg.drivers.transfer.copy import copy_fresh
 from safeimg.drivers.transfer.core import Transfer
-from safeimg.drivers.transfer.target import Target
 from safeimg.drivers.transfer.view import View
-from safeimg.ops.session import data_index
-from safeimg.ops.steps import Move, Step, Written
+from safeimg.ops.filling import STEP_BYTES, Batch, Filler, grow
+from safeimg.ops.steps import Step
 
-STEP_BYTES = 256 << 20
-STEP_CLUSTERS = 1 << 16  # bounds the metadata of a step where clusters are tiny
 PHASES = ("fence", "grow", "bitmaps", "data", "release", "empty", "compact", "trim", "end")
-
-
-@dataclass
-class _Batch:
-    """What one data step collects before it is yielded."""
-
-    moves: list[Move] = field(default_factory=list)
-    fresh: list[Placement] = field(default_factory=list)
-    cost: int = 0
-
-    def in_place(self, move: Move) -> None:
-        last = self.moves[-1] if self.moves else None
-        if last is not None and move.continues(last):
-            self.moves[-1] = last._replace(length=last.length + move.length)
-        else:
-            self.moves.append(move)
-        self.cost += move.length
 
 
 def _advance(
@@ -83,16 +61,11 @@ class Commit:
         self._base_index = base
         self._base = layers[base]
         self._top = layers[0]
-        self._transfer = transfer
         self._drop = drop
-        self._planner: Planner = lookup(self._base.format).planner(self._base)
-        self._planner.recall(unlinked)
-        self._cluster = self._planner.cluster_size
-        most = step_bytes if self._cluster == 1 else min(step_bytes, STEP_CLUSTERS * self._cluster)
-        self._budget = max(most, self._cluster)
         self.view = View(layers, size=max(self._top.size, self._base.size), floor=base)
         self.images: tuple[Image, ...] = (self._base, *layers[:base])
-        self._data_file = data_index(self.images, 0)
+        self._filler = Filler(self.images, transfer, unlinked=unlinked, step_bytes=step_bytes)
+        self._planner = self._filler.planner
 
     def total(self) -> int:
         """Guest bytes that the layers above the base hold."""
@@ -122,86 +95,34 @@ class Commit:
         yield Step("fence", {"phase": "grow"}, 0, changes=[pair for pair in changes if pair[1]])
 
     async def _grow(self, cursor: dict[str, Any]) -> AsyncIterator[Step]:
-        """Zeroes what the base would expose, in space the guest cannot see yet, then grows."""
-        old, new = self._base.size, self._top.size
-        if new <= old:
-            return
-        here = {"phase": "grow"}
-        for changes in self._planner.prepare_resize(new):
-            yield Step("grow", here, 0, changes=[(0, changes)])
-        below = self._layers[self._base_index + 1 :]
-        inside = View(self._layers[self._base_index :], size=old)
-        for start, length in self._planner.exposed(new, below[0].size if below else 0):
-            for position in range(start, start + length, self._budget):
-                size = min(start + length - position, self._budget)
-                async for step in self._reserve(here, 0, size // self._cluster + 2):
-                    yield step
-                batch = _Batch()
-                self._plan(batch, position, size, zero=True)
-                fresh = await self._copy(inside, batch)
-                yield Step("zero", here, 0, fresh, batch.moves, [(0, self._planner.take())])
-        *first, last = self._planner.resize(new)
-        for changes in first:
-            yield Step("size", None, 0, changes=[(0, changes)])
-        yield Step("size", {"phase": "bitmaps"}, 0, changes=[(0, last)])
+        if self._top.size > self._base.size:
+            layers = self._layers[self._base_index :]
+            async for step in grow(self._filler, layers, self._top.size, {"phase": "grow"}, {"phase": "bitmaps"}):
+                yield step
 
     async def _bitmaps(self, cursor: dict[str, Any]) -> AsyncIterator[Step]:
         ranges = [(start, length) for start, length, _ in self._above(0)]
-        async for step in self._reserve({"phase": "bitmaps"}, 0, self._planner.marking_clusters(ranges)):
+        async for step in self._filler.bitmaps({"phase": "bitmaps"}, {"phase": "data"}, ranges):
             yield step
-        changes = self._planner.mark_dirty(ranges)
-        if changes:
-            yield Step("bitmaps", {"phase": "data"}, 0, changes=[(0, changes)])
 
     async def _data(self, cursor: dict[str, Any]) -> AsyncIterator[Step]:
         at, done = cursor.get("at", 0), cursor.get("done", 0)
-        clusters = sum(length // self._cluster + 2 for _, length, _ in self._above(at))
+        filler = self._filler
+        clusters = sum(length // filler.cluster + 2 for _, length, _ in self._above(at))
         ranges = self._above(at)
         current = next(ranges, None)
         here = {"phase": "data", "at": at, "done": done}
         while current is not None:
-            async for step in self._reserve(here, done, min(clusters, self._budget // self._cluster + 2)):
+            async for step in filler.reserve(here, done, min(clusters, filler.budget // filler.cluster + 2)):
                 yield step
-            batch = _Batch()
-            while current is not None and batch.cost < self._budget:
+            batch = Batch()
+            while current is not None and batch.cost < filler.budget:
                 start, length, zero = current
-                length = self._cut(start, length, self._budget - batch.cost)
-                covered = self._plan(batch, start, length, zero=zero)
+                length = filler.cut(start, length, filler.budget - batch.cost)
+                covered = filler.plan(batch, start, length, zero=zero)
                 done, current = _advance(done, current, covered, ranges)
             here = {"phase": "data", "at": self.view.size if current is None else current[0], "done": done}
-            fresh = await self._copy(self.view, batch)
-            yield Step("data", here, done, fresh, batch.moves, [(0, self._planner.take())])
-
-    async def _reserve(self, cursor: Any, done: int, clusters: int) -> AsyncIterator[Step]:
-        """A step that makes room in the metadata, where needed."""
-        changes = self._planner.reserve(clusters)
-        if changes:
-            yield Step("reserve", cursor, done, changes=[(0, changes)])
-
-    async def _copy(self, view: View, batch: _Batch) -> list[Written]:
-        return await copy_fresh(
-            self._transfer, view, self._data_file, Target(self._base.data, self._base.cipher), batch.fresh,
-            cluster_size=self._cluster,
-        )
-
-    def _plan(self, batch: _Batch, start: int, length: int, *, zero: bool) -> int:
-        """Places one range. The end of what is covered: fresh clusters are filled wholly, from the view."""
-        covered = start + length
-        places = self._planner.zero(start, length) if zero else self._planner.place(start, length)
-        for place in places:
-            if place.fresh:
-                batch.fresh.append(place)
-                batch.cost += place.length
-                covered = max(covered, place.start + place.length)
-            else:
-                source = None if zero else place.start
-                batch.in_place(Move(self._data_file, place.offset, place.length, source, place.start))
-        return covered
-
-    def _cut(self, start: int, length: int, budget: int) -> int:
-        """At most about `budget` bytes of a range, up to a cluster's end."""
-        end = (start + max(budget, 1) + self._cluster - 1) // self._cluster * self._cluster
-        return min(length, end - start)
+            yield await filler.step("data", here, done, self.view, batch)
 
     async def _release(self, cursor: dict[str, Any]) -> AsyncIterator[Step]:
         changes = self._planner.release()

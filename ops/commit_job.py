@@ -13,8 +13,9 @@ from safeimg.drivers.storage.api import FileSystem
 from safeimg.drivers.transfer.core import Transfer
 from safeimg.journal.state import OperationState
 from safeimg.ops.change import unlinked_by
-from safeimg.ops.commit import STEP_BYTES, Commit
+from safeimg.ops.commit import Commit
 from safeimg.ops.errors import Conflict
+from safeimg.ops.filling import STEP_BYTES
 from safeimg.ops.launch import Environment, Job, launch
 from safeimg.ops.session import DATA_FILE, refuse_pending_on, touched
 

@@ -206,6 +206,8 @@ class Judge:
                 raise Violation(f"G4: {path} is half-changed and not fenced")
 
     def _is_fenced(self, fs: SimulatedFileSystem, path: str, fmt: str) -> bool:
+        if fs.stat(path) is None:
+            return True  # a rollback has removed it and was stopped
         if fmt == "raw" or fs.read_file(path)[4:8] == bytes([0, 0, 0, 2]):
             return True  # there is no fence in this format
         try:

@@ -1,0 +1,126 @@
+"""Writing guest ranges into one image, step by step: what commit, rebase and resize have in common."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from safeimg.drivers.formats.api import Image, Placement
+from safeimg.drivers.formats.registry import lookup
+from safeimg.drivers.transfer.copy import copy_fresh
+from safeimg.drivers.transfer.core import Transfer
+from safeimg.drivers.transfer.target import Target
+from safeimg.drivers.transfer.view import View
+from safeimg.ops.session import data_index
+from safeimg.ops.steps import Move, Step
+
+STEP_BYTES = 256 << 20
+STEP_CLUSTERS = 1 << 16  # bounds the metadata of a step where clusters are tiny
+
+
+@dataclass
+class Batch:
+    """What one step collects before it is yielded."""
+
+    moves: list[Move] = field(default_factory=list)
+    fresh: list[Placement] = field(default_factory=list)
+    cost: int = 0
+
+    def in_place(self, move: Move) -> None:
+        last = self.moves[-1] if self.moves else None
+        if last is not None and move.continues(last):
+            self.moves[-1] = last._replace(length=last.length + move.length)
+        else:
+            self.moves.append(move)
+        self.cost += move.length
+
+
+class Filler:
+    """Plans and copies guest ranges of the first of the operation's `images`.
+
+    `budget`: guest bytes that a step should have at most. `unlinked`: host ranges that earlier steps took a reference
+    from."""
+
+    def __init__(
+        self,
+        images: Sequence[Image],
+        transfer: Transfer,
+        *,
+        unlinked: Sequence[tuple[int, int]] = (),
+        step_bytes: int = STEP_BYTES,
+    ) -> None:
+        self._image = images[0]
+        self._data_file = data_index(images, 0)
+        self.planner = lookup(self._image.format).planner(self._image)
+        self.planner.recall(unlinked)
+        self.cluster = self.planner.cluster_size
+        most = step_bytes if self.cluster == 1 else min(step_bytes, STEP_CLUSTERS * self.cluster)
+        self.budget = max(most, self.cluster)
+        self._transfer = transfer
+
+    async def reserve(self, cursor: Any, done: int, clusters: int) -> AsyncIterator[Step]:
+        """A step that makes room in the metadata, where needed."""
+        changes = self.planner.reserve(clusters)
+        if changes:
+            yield Step("reserve", cursor, done, changes=[(0, changes)])
+
+    def plan(self, batch: Batch, start: int, length: int, *, zero: bool) -> int:
+        """Places one range. The end of what is covered: fresh clusters are filled wholly, from the view."""
+        covered = start + length
+        places = self.planner.zero(start, length) if zero else self.planner.place(start, length)
+        for place in places:
+            if place.fresh:
+                batch.fresh.append(place)
+                batch.cost += place.length
+                covered = max(covered, place.start + place.length)
+            else:
+                source = None if zero else place.start
+                batch.in_place(Move(self._data_file, place.offset, place.length, source, place.start))
+        return covered
+
+    def cut(self, start: int, length: int, budget: int) -> int:
+        """At most about `budget` bytes of a range, up to a cluster's end."""
+        end = (start + max(budget, 1) + self.cluster - 1) // self.cluster * self.cluster
+        return min(length, end - start)
+
+    async def step(self, name: str, cursor: Any, done: int, view: View, batch: Batch) -> Step:
+        """Copies the batch's fresh part from `view`, and makes the step of all of it."""
+        fresh = await copy_fresh(
+            self._transfer, view, self._data_file, Target(self._image.data, self._image.cipher), batch.fresh,
+            cluster_size=self.cluster,
+        )
+        return Step(name, cursor, done, fresh, batch.moves, [(0, self.planner.take())])
+
+    async def bitmaps(self, here: Any, after: Any, ranges: Sequence[tuple[int, int]]) -> AsyncIterator[Step]:
+        """The image's enabled bitmaps get the bits of guest ranges that will change (hazard 11)."""
+        async for step in self.reserve(here, 0, self.planner.marking_clusters(ranges)):
+            yield step
+        changes = self.planner.mark_dirty(ranges)
+        if changes:
+            yield Step("bitmaps", after, 0, changes=[(0, changes)])
+
+
+async def grow(
+    filler: Filler, layers: Sequence[Image], size: int, here: Any, after: Any
+) -> AsyncIterator[Step]:
+    """Grows the image, `layers[0]` with its backing images behind it, to `size` bytes: what its backing image would
+    show there is zeroed first, in space the guest cannot see yet (hazard 12).
+
+    `here`: the cursor that starts this anew; `after`: the one behind it."""
+    planner, old = filler.planner, layers[0].size
+    for changes in planner.prepare_resize(size):
+        yield Step("grow", here, 0, changes=[(0, changes)])
+    inside = View(layers, size=old)
+    for start, length in planner.exposed(size, layers[1].size if len(layers) > 1 else 0):
+        for position in range(start, start + length, filler.budget):
+            piece = min(start + length - position, filler.budget)
+            async for step in filler.reserve(here, 0, piece // filler.cluster + 2):
+                yield step
+            batch = Batch()
+            filler.plan(batch, position, piece, zero=True)
+            yield await filler.step("zero", here, 0, inside, batch)
+    *first, last = planner.resize(size)
+    for changes in first:
+        yield Step("size", None, 0, changes=[(0, changes)])
+    yield Step("size", after, 0, changes=[(0, last)])
