@@ -17,15 +17,6 @@ FILE_OPTIONS = (
     CreateOption("extent_size_hint", "size", "Extent size hint for the image file, 0 to disable"),
 )
 
-# The order in which qemu-img names options in "Formatting …"
-_ORDER = (
-    "encryption", "encrypt.format", "encrypt.key-secret", "encrypt.cipher-alg", "encrypt.cipher-mode",
-    "encrypt.ivgen-alg", "encrypt.ivgen-hash-alg", "encrypt.hash-alg", "encrypt.iter-time", "cluster_size",
-    "extended_l2", "preallocation", "compression_type", "size", "compat", "backing_file", "backing_fmt",
-    "data_file", "data_file_raw", "lazy_refcounts", "refcount_bits", "nocow", "extent_size_hint",
-)  # fmt: skip
-_RAW_ORDER = ("size", "nocow", "preallocation", "extent_size_hint")
-
 _TRUE, _FALSE = ("on", "yes", "true", "y"), ("off", "no", "false", "n")
 _NUMBER = re.compile(r"\s*([+-]?)(0[xX][0-9a-fA-F]+|[0-9]+)", re.ASCII)
 
@@ -163,7 +154,7 @@ def formatting(
         values
     )
     words = [f"Formatting '{filename}', fmt={format_name}"]
-    for name in _RAW_ORDER if format_name == "raw" else _ORDER:
+    for name in dict.fromkeys(option.name for option in (*driver_options, *FILE_OPTIONS)):
         value = shown.get(name)
         if value is not None:
             if known[name].kind in ("size", "num"):  # printed as signed

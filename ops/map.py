@@ -95,11 +95,5 @@ class _Resolver:
 
     def _may_be_hole(self, depth: int) -> bool:
         if depth not in self._holes:
-            image = self._layers[depth]
-            self._holes[depth] = False
-            if image.format == "qcow2":
-                from safeimg.drivers.formats.qcow2.image import Qcow2Image
-                from safeimg.drivers.formats.qcow2.preallocation import looks_preallocated
-
-                self._holes[depth] = isinstance(image, Qcow2Image) and looks_preallocated(image)
+            self._holes[depth] = self._layers[depth].data_may_be_holes
         return self._holes[depth]

@@ -109,6 +109,12 @@ class Image(Protocol):
         ...
 
     @property
+    def data_may_be_holes(self) -> bool:
+        """Whether space that DATA extents lead to may well be holes of the file, because it was taken before there was
+        data: `map` looks for them then, as qemu-img does."""
+        ...
+
+    @property
     def backing_file(self) -> str | None:
         """As written in the image (raw has none)."""
         ...
@@ -226,7 +232,7 @@ class Planner(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class CreateOption:
-    """One `-o` option of a format, as `-o help` lists it."""
+    """One `-o` option of a format, as `-o help` lists it (by name)."""
 
     name: str
     kind: str  # "size", "str", "bool", "num"
@@ -238,7 +244,7 @@ class Driver(Protocol):
     """A format: one module (or package) that offers these. `registry.py` lists the drivers."""
 
     name: str
-    create_options: Sequence[CreateOption]
+    create_options: Sequence[CreateOption]  # in the order in which "Formatting …" names them
     rebasing: Rebasing | None  # what only some formats can do: see `features.py`
 
     def probe(self, head: bytes, path: str) -> int:

@@ -85,3 +85,14 @@ def choice_option(
     if value not in choices:
         raise UsageError(f"{path}: Parameter '{shown or name}' does not accept value '{value}'")
     return value
+
+
+def storage_preallocation(path: str, options: Mapping[str, str]) -> str:
+    """How a file's space is made ready: "off", "falloc" or "full". The messages are those of QEMU's storage of local
+    files, to which formats without a preallocation of their own leave this option."""
+    mode = options.get("preallocation", "off")
+    if mode == "metadata":
+        raise UsageError(f"{path}: Unsupported preallocation mode: metadata")
+    if mode not in ("off", "falloc", "full"):
+        raise UsageError(f"{path}: invalid parameter value: {mode}")
+    return mode

@@ -12,13 +12,14 @@ from safeimg.drivers.formats.api import (
     Changes,
     CheckResult,
     CreateOption,
+    Driver,
     Extent,
     Image,
     Kind,
-    Patch,
     Placement,
 )
-from safeimg.drivers.formats.features import Rebasing
+from safeimg.drivers.formats.options import storage_preallocation
+from safeimg.drivers.formats.plain import PlainDriver, PlainPlanner
 from safeimg.drivers.storage.api import Buffer, File, FileSystem
 
 SECTOR = 512
@@ -59,6 +60,11 @@ class RawImage:
         return 1
 
     @property
+    def data_may_be_holes(self) -> bool:
+        """Holes are told by `extents`."""
+        return False
+
+    @property
     def backing_file(self) -> str | None:
         return None
 
@@ -83,14 +89,13 @@ class RawImage:
         self._file.close()
 
 
-class RawPlanner:
+class RawPlanner(PlainPlanner):
     """Implements `api.Planner`: no metadata, so most of it has nothing to do."""
 
     def __init__(self, image: Image) -> None:
-        self._path = image.file.path
+        super().__init__(image)
         self._device = image.file.stat().is_device
         self._capacity = image.size
-        self._size = image.size
 
     @property
     def cluster_size(self) -> int:
@@ -100,34 +105,18 @@ class RawPlanner:
     def pending(self) -> int:
         return 0
 
-    def reserve(self, clusters: int) -> Changes:
-        return Changes()
-
     def place(self, start: int, length: int) -> Sequence[Placement]:
-        if start < 0 or length < 0 or start + length > self._size:
-            raise ValueError(f"{self._path}: guest range {start:#x}+{length:#x} is not in {self._size:#x}")
+        self._check_range(start, length)
         return [Placement(start, length, start, False)] if length else []
-
-    def place_compressed(self, start: int, stored: int) -> Placement:
-        raise UnsupportedError(f"{self._path}: raw images cannot hold compressed data")
 
     def zero(self, start: int, length: int) -> Sequence[Placement]:
         return self.place(start, length)
-
-    def marking_clusters(self, ranges: Sequence[tuple[int, int]]) -> int:
-        return 0
-
-    def mark_dirty(self, ranges: Sequence[tuple[int, int]]) -> Changes:
-        return Changes()
 
     def prepare_resize(self, size: int) -> Sequence[Changes]:
         if size < self._size:
             raise UnsupportedError(f"{self._path}: shrinking is not supported yet")
         if self._device and size > self._capacity:
             raise UsageError(f"{self._path}: cannot grow device files")
-        return ()
-
-    def exposed(self, size: int, backing_size: int) -> Sequence[tuple[int, int]]:
         return ()
 
     def resize(self, size: int) -> Sequence[Changes]:
@@ -139,31 +128,15 @@ class RawPlanner:
     def take(self) -> Changes:
         return Changes()
 
-    def recall(self, unlinked: Sequence[tuple[int, int]]) -> None:
-        pass
 
-    def release(self) -> Changes:
-        return Changes()
-
-    def freed(self) -> Sequence[tuple[int, int]]:
-        return ()
-
-    def empty(self) -> Changes:
-        raise UnsupportedError(f"{self._path}: a raw image cannot be emptied")
-
-    def compact(self) -> tuple[Changes, int]:
-        raise UnsupportedError(f"{self._path}: a raw image cannot be emptied")
-
-
-class RawDriver:
+class RawDriver(PlainDriver):
     """Implements `api.Driver`."""
 
     name = "raw"
-    rebasing: Rebasing | None = None
     create_options: Sequence[CreateOption] = (
+        CreateOption("size", "size", "Virtual disk size"),
         CreateOption("nocow", "bool", "Turn off copy-on-write (valid only on btrfs)"),
         CreateOption("preallocation", "str", "Preallocation mode (allowed values: off, falloc, full)"),
-        CreateOption("size", "size", "Virtual disk size"),
     )
 
     def probe(self, head: bytes, path: str) -> int:
@@ -179,22 +152,11 @@ class RawDriver:
     def planner(self, image: Image) -> RawPlanner:
         return RawPlanner(image)
 
-    def fence(self, image: Image) -> Changes:
-        return Changes()
-
-    def unfence(self, image: Image) -> Sequence[Patch]:
-        return ()
-
     def referenced(self, image: Image, ranges: Sequence[tuple[int, int]]) -> Sequence[tuple[int, int]]:
         return ()
 
     def used_end(self, image: Image) -> int | None:
         return None
-
-    def undercounted(
-        self, image: Image, wanted: Image, ranges: Sequence[tuple[int, int]]
-    ) -> Sequence[tuple[int, int]]:
-        return ()
 
     def check(self, image: Image) -> CheckResult:
         raise UnsupportedError("This image format does not support checks")
@@ -205,9 +167,7 @@ class RawDriver:
     def create(self, fs: FileSystem, path: str, size: int, options: Mapping[str, str], *,
                cache: str = "writeback", unfinished: str | None = None) -> None:
         """A hole of `size` bytes; with preallocation `falloc` its space is reserved, with `full` written."""
-        preallocation = options.get("preallocation", "off")
-        if preallocation not in ("off", "falloc", "full"):
-            raise UsageError(f"Invalid parameter '{preallocation}'")
+        preallocation = storage_preallocation(path, options)
         length = _sectors(size)
         file = fs.create(path, cache=cache)
         try:
@@ -220,4 +180,4 @@ class RawDriver:
             file.close()
 
 
-driver = RawDriver()
+driver: Driver = RawDriver()

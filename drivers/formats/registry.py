@@ -14,6 +14,7 @@ PROBE_BYTES = 2048
 _MODULES = {
     "qcow2": "safeimg.drivers.formats.qcow2.driver",
     "raw": "safeimg.drivers.formats.raw",
+    "vdi": "safeimg.drivers.formats.vdi.driver",
 }
 
 # Formats that QEMU would recognise and safeimg does not handle: (offset, bytes, name). To take such a file
@@ -29,7 +30,6 @@ _FOREIGN = (
     (0, b"LUKS\xba\xbe", "luks"),
     (0, b"WithoutFreeSpace", "parallels"),
     (0, b"WithouFreSpacExt", "parallels"),
-    (64, b"\x7f\x10\xda\xbe", "vdi"),
 )
 
 

@@ -69,7 +69,7 @@ def test_help(tmp_path: Path) -> None:
     overview = run(tmp_path, "--help").stdout.decode()
     for name in ("create", "commit", "resume", "rollback", "status"):
         assert name in overview
-    assert overview.endswith("\nSupported formats: qcow2 raw\n")
+    assert overview.endswith("\nSupported formats: qcow2 raw vdi\n")
     commit = run(tmp_path, "commit", "-h")
     assert commit.returncode == 0
     assert b"safeimg commit -b base.qcow2 top.qcow2" in commit.stdout

@@ -62,6 +62,12 @@ class Qcow2Image:
         return self._header.cluster_size
 
     @property
+    def data_may_be_holes(self) -> bool:
+        from safeimg.drivers.formats.qcow2.preallocation import looks_preallocated
+
+        return looks_preallocated(self)
+
+    @property
     def backing_file(self) -> str | None:
         return self._header.backing_file
 

@@ -1,0 +1,73 @@
+"""What formats have in common that know no refcounts, snapshots, bitmaps, compression and backing images.
+
+A format says where guest data goes (`place`, `zero`, `take`, `resize`); of everything else that `api.Planner` and
+`api.Driver` ask for, it has nothing, and answers so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from safeimg.drivers.errors import UnsupportedError
+from safeimg.drivers.formats.api import Changes, Image, Patch, Placement
+from safeimg.drivers.formats.features import Rebasing
+
+
+class PlainPlanner:
+    """The part of `api.Planner` that a plain format answers with nothing."""
+
+    def __init__(self, image: Image) -> None:
+        self._path = image.file.path
+        self._format = image.format
+        self._size = image.size
+
+    def reserve(self, clusters: int) -> Changes:
+        return Changes()
+
+    def place_compressed(self, start: int, stored: int) -> Placement:
+        raise UnsupportedError(f"{self._path}: {self._format} images cannot hold compressed data")
+
+    def marking_clusters(self, ranges: Sequence[tuple[int, int]]) -> int:
+        return 0
+
+    def mark_dirty(self, ranges: Sequence[tuple[int, int]]) -> Changes:
+        return Changes()
+
+    def exposed(self, size: int, backing_size: int) -> Sequence[tuple[int, int]]:
+        return ()
+
+    def recall(self, unlinked: Sequence[tuple[int, int]]) -> None:
+        pass
+
+    def release(self) -> Changes:
+        return Changes()
+
+    def freed(self) -> Sequence[tuple[int, int]]:
+        return ()
+
+    def empty(self) -> Changes:
+        raise UnsupportedError(f"{self._path}: a {self._format} image cannot be emptied")
+
+    def compact(self) -> tuple[Changes, int]:
+        raise UnsupportedError(f"{self._path}: a {self._format} image cannot be emptied")
+
+    def _check_range(self, start: int, length: int) -> None:
+        if start < 0 or length < 0 or start + length > self._size:
+            raise ValueError(f"{self._path}: guest range {start:#x}+{length:#x} is not in {self._size:#x}")
+
+
+class PlainDriver:
+    """The part of `api.Driver` that a plain format answers with nothing."""
+
+    rebasing: Rebasing | None = None
+
+    def fence(self, image: Image) -> Changes:
+        return Changes()
+
+    def unfence(self, image: Image) -> Sequence[Patch]:
+        return ()
+
+    def undercounted(
+        self, image: Image, wanted: Image, ranges: Sequence[tuple[int, int]]
+    ) -> Sequence[tuple[int, int]]:
+        return ()
