@@ -6,9 +6,10 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from safeimg.drivers.errors import DriverError, UsageError
+from safeimg.drivers.errors import DriverError, UnsupportedError, UsageError
 from safeimg.drivers.formats.api import Image
 from safeimg.drivers.formats.chain import close_chain, local_path, open_chain
+from safeimg.drivers.formats.registry import lookup
 from safeimg.drivers.storage.api import FileSystem
 from safeimg.drivers.transfer.core import Transfer
 from safeimg.journal.state import OperationState
@@ -67,11 +68,21 @@ def open_job(
     try:
         if depth >= len(layers):
             raise UsageError("Image does not have a backing file")
+        _check_growth(layers[0], layers[depth])
         settings = {"base": depth, "drop": drop, "cache": cache, "format": layers[0].format, "step": step_bytes}
         return _job(layers, settings, transfer, undo=undo, unlinked=())
     except BaseException:
         close_chain(layers)
         raise
+
+
+def _check_growth(top: Image, base: Image) -> None:
+    """A base that cannot grow is refused before anything has begun, in qemu-img's words."""
+    if top.size > base.size:
+        try:
+            lookup(base.format).planner(base).prepare_resize(top.size)
+        except UnsupportedError as error:
+            raise UsageError("Block job failed: Operation not supported") from error
 
 
 def open_layers(fs: FileSystem, home: str, state: OperationState) -> list[Image]:

@@ -218,7 +218,7 @@ def _refuse_source(fs: FileSystem, options: Options, path: str, chains: Iterable
 
 
 def _while_converting(options: Options, error: DriverError) -> UsageError:
-    reason = str(error)
+    reason = str(error).removeprefix(f"{local_path(options.target)}: ")
     if isinstance(error, StorageError):
         reason = f"Could not create '{options.target}': {error.strerror}"
     return UsageError(f"{options.target}: error while converting {options.format}: {reason}")

@@ -1,7 +1,7 @@
-"""What formats have in common that know no refcounts, snapshots, bitmaps, compression and backing images.
+"""What formats have in common that know no refcounts, snapshots, bitmaps, compression, encryption and backing images.
 
-A format says where guest data goes (`place`, `zero`, `take`, `resize`); of everything else that `api.Planner` and
-`api.Driver` ask for, it has nothing, and answers so.
+Such a format says where guest data is (`extents`) and where it goes (`place`, `zero`, `take`, `resize`); of much else
+that `api` asks for, it has nothing, and answers so.
 """
 
 from __future__ import annotations
@@ -9,8 +9,44 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from safeimg.drivers.errors import UnsupportedError
-from safeimg.drivers.formats.api import Changes, Image, Patch, Placement
+from safeimg.drivers.formats.api import Changes, Extent, Image, Patch, Placement
 from safeimg.drivers.formats.features import Rebasing
+from safeimg.drivers.storage.api import Buffer, File
+
+
+class PlainImage:
+    """The part of `api.Image` that plain formats have in common."""
+
+    format: str
+
+    def __init__(self, file: File) -> None:
+        self._file = file
+
+    @property
+    def file(self) -> File:
+        return self._file
+
+    @property
+    def data(self) -> File:
+        return self._file
+
+    @property
+    def cipher(self) -> None:
+        return None
+
+    @property
+    def backing_file(self) -> str | None:
+        return None
+
+    @property
+    def backing_format(self) -> str | None:
+        return None
+
+    def decompress(self, extent: Extent, stored: Buffer) -> bytes:
+        raise UnsupportedError(f"{self._file.path}: {self.format} images hold nothing compressed")
+
+    def close(self) -> None:
+        self._file.close()
 
 
 class PlainPlanner:

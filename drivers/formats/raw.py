@@ -19,8 +19,8 @@ from safeimg.drivers.formats.api import (
     Placement,
 )
 from safeimg.drivers.formats.options import storage_preallocation
-from safeimg.drivers.formats.plain import PlainDriver, PlainPlanner
-from safeimg.drivers.storage.api import Buffer, File, FileSystem
+from safeimg.drivers.formats.plain import PlainDriver, PlainImage, PlainPlanner
+from safeimg.drivers.storage.api import File, FileSystem
 
 SECTOR = 512
 
@@ -29,27 +29,10 @@ def _sectors(length: int) -> int:
     return -(-length // SECTOR) * SECTOR
 
 
-class RawImage:
+class RawImage(PlainImage):
     """Implements `api.Image`."""
 
-    def __init__(self, file: File) -> None:
-        self._file = file
-
-    @property
-    def file(self) -> File:
-        return self._file
-
-    @property
-    def data(self) -> File:
-        return self._file
-
-    @property
-    def cipher(self) -> None:
-        return None
-
-    @property
-    def format(self) -> str:
-        return "raw"
+    format = "raw"
 
     @property
     def size(self) -> int:
@@ -64,14 +47,6 @@ class RawImage:
         """Holes are told by `extents`."""
         return False
 
-    @property
-    def backing_file(self) -> str | None:
-        return None
-
-    @property
-    def backing_format(self) -> str | None:
-        return None
-
     def extents(self, start: int, length: int) -> Iterator[Extent]:
         """Holes are zeroes with an offset, as in `qemu-img map`: they are there to be written into."""
         end = min(start + length, self.size)
@@ -81,12 +56,6 @@ class RawImage:
             position = span.start + span.length
         if position < end:
             yield Extent(position, end - position, Kind.ZERO, position)
-
-    def decompress(self, extent: Extent, stored: Buffer) -> bytes:
-        raise UnsupportedError(f"{self._file.path}: raw images hold nothing compressed")
-
-    def close(self) -> None:
-        self._file.close()
 
 
 class RawPlanner(PlainPlanner):

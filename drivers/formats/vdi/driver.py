@@ -32,6 +32,9 @@ class VdiDriver(PlainDriver):
     def open(self, file: File, *, write: bool = False, repair: bool = False) -> VdiImage:
         return open_image(file, write=write, repair=repair)
 
+    def reopen(self, image: Image) -> Image:
+        return open_image(image.file, write=image.file.writable, repair=True)
+
     def create(self, fs: FileSystem, path: str, size: int, options: Mapping[str, str], *,
                cache: str = "writeback", unfinished: str | None = None) -> None:
         from safeimg.drivers.formats.vdi.create import create

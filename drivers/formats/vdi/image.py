@@ -6,33 +6,28 @@ import sys
 from array import array
 from collections.abc import Iterator
 
-from safeimg.drivers.errors import FormatError, UnsupportedError
+from safeimg.drivers.errors import FormatError
 from safeimg.drivers.formats.api import Extent, Kind
+from safeimg.drivers.formats.plain import PlainImage
 from safeimg.drivers.formats.vdi.header import BLOCK, DISCARDED, ENTRY, SECTOR, STATIC, Header, parse_header
-from safeimg.drivers.storage.api import Buffer, File
+from safeimg.drivers.storage.api import File
 
 _AT_ONCE = 16384  # entries of the map that are read at a time
 
 
-class VdiImage:
+class VdiImage(PlainImage):
     """Implements `formats.api.Image`. Keeps nothing of the map: it is read anew each time."""
 
-    def __init__(self, file: File, header: Header) -> None:
-        self._file = file
-        self._header = header
+    format = "vdi"
 
-    @property
-    def file(self) -> File:
-        return self._file
+    def __init__(self, file: File, header: Header) -> None:
+        super().__init__(file)
+        self._header = header
 
     @property
     def header(self) -> Header:
         """As it was when the image was opened."""
         return self._header
-
-    @property
-    def format(self) -> str:
-        return "vdi"
 
     @property
     def size(self) -> int:
@@ -45,14 +40,6 @@ class VdiImage:
     @property
     def data_may_be_holes(self) -> bool:
         return self._header.image_type == STATIC
-
-    @property
-    def backing_file(self) -> str | None:
-        return None
-
-    @property
-    def backing_format(self) -> str | None:
-        return None
 
     def extents(self, start: int, length: int) -> Iterator[Extent]:
         """See `formats.api.Image`. An entry may lead past the end of the file, as in QEMU: zeroes are read there."""
@@ -78,12 +65,6 @@ class VdiImage:
         for at, entries in read_map(self._file, self._header, first, end):
             for index, count, entry in runs(entries):
                 yield at + index, count, entry
-
-    def decompress(self, extent: Extent, stored: Buffer) -> bytes:
-        raise UnsupportedError(f"{self._file.path}: vdi images hold nothing compressed")
-
-    def close(self) -> None:
-        self._file.close()
 
 
 def open_image(file: File, *, write: bool = False, repair: bool = False) -> VdiImage:
