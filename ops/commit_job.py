@@ -8,7 +8,7 @@ from typing import Any
 
 from safeimg.drivers.errors import DriverError, UnsupportedError, UsageError
 from safeimg.drivers.formats.api import Image
-from safeimg.drivers.formats.chain import close_chain, local_path, open_chain
+from safeimg.drivers.formats.chain import backing_filename, close_chain, local_path, open_chain, protocol
 from safeimg.drivers.formats.registry import lookup
 from safeimg.drivers.storage.api import FileSystem
 from safeimg.drivers.transfer.core import Transfer
@@ -155,10 +155,13 @@ def _depth(fs: FileSystem, filename: str, base: str | None, fmt: str | None) -> 
 
 
 def _find(fs: FileSystem, layers: Sequence[Image], base: str) -> int | None:
-    wanted = _resolved(fs, base)
+    """As QEMU: a relative name starts at the folder of the image above, as it does where an image names its backing
+    image, and not at the current one."""
     for depth, image in enumerate(layers[1:], start=1):
-        names = (image.file.path, layers[depth - 1].backing_file)
-        if base in names or _resolved(fs, image.file.path) == wanted:
+        overlay = layers[depth - 1]
+        if base in (image.file.path, overlay.backing_file) and protocol(base) is not None:
+            return depth
+        if _resolved(fs, backing_filename(overlay.file.path, base)) == _resolved(fs, image.file.path):
             return depth
     return None
 

@@ -14,7 +14,6 @@ there.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -88,8 +87,8 @@ class Convert:
             planner=self._planner,
             old=View(target),
             transfer=transfer,
-            block=unit if unit > 1 else math.gcd(policy.sparse or PAGE, PAGE),
-            sparse=policy.sparse,
+            block=_granularity(policy, unit),
+            sparse=min(policy.sparse, unit if policy.compress else self._rules.window),
             zero_below=self._rules.zero_below,
             compress=policy.compress,
             undo=policy.undo,
@@ -186,6 +185,13 @@ class Convert:
             zero += sum(end - start for start, end in chunk.zero)
             if data >= self._budget or zero >= self._zero_budget or time.monotonic() >= deadline:
                 return
+
+
+def _granularity(policy: Policy, unit: int) -> int:
+    """Bytes of the blocks that are tested for zeroes: as in qemu-img, aligned to the stretch that is worth leaving out,
+    so that it alone decides what is allocated; compressed clusters are written or not, whatever it is."""
+    stretch = 0 if policy.compress else policy.sparse
+    return max(unit, 1 << stretch.bit_length() - 1) if stretch else unit
 
 
 def join_moves(moves: Iterable[Move]) -> list[Move]:

@@ -115,7 +115,7 @@ class Writer:
         zero = list(chunk.zero)
         for span in chunk.copy:
             self.source.read_pieces(chunk.pieces, span.start, _of(window, chunk, span))
-            found, blank = self._sift(span, _of(window, chunk, span))
+            found, blank = self._sift(chunk, span, _of(window, chunk, span))
             data += found
             zero += blank
         if self.compress is not None:
@@ -129,10 +129,16 @@ class Writer:
         for span, of in blanks:
             self._write_zeroes(span, of, buffers, batch)
 
-    def _sift(self, span: Span, content: memoryview) -> tuple[list[Span], list[Span]]:
+    def _sift(self, chunk: Chunk, span: Span, content: memoryview) -> tuple[list[Span], list[Span]]:
         """What of a span is to be written, and what is to be made zero."""
         base = span.start
-        data = [Span(base + start, base + end) for start, end in data_runs(content, self.block, self.sparse)]
+        data: list[Span] = []
+        for start, end in self._looked_at(chunk, span):
+            found = data_runs(content[start - base : end - base], self.block, self.sparse, start % self.block)
+            for low, high in found:
+                if data and data[-1].end == start + low:
+                    low = data.pop().start - start
+                data.append(Span(start + low, start + high))
         blank: list[Span] = []
         at = base
         for start, end in [*data, Span(span.end, span.end)]:
@@ -140,6 +146,17 @@ class Writer:
                 blank.append(Span(at, start))
             at = end
         return data, blank
+
+    def _looked_at(self, chunk: Chunk, span: Span) -> Iterator[Span]:
+        """The parts in which zeroes are looked for. Where blocks are larger than what can be left out, one does not
+        reach over the end of a piece of the source, as in qemu-img."""
+        at = span.start
+        if self.block > self.planner.cluster_size:
+            for piece in chunk.pieces:
+                if at < piece.extent.start < span.end:
+                    yield Span(at, piece.extent.start)
+                    at = piece.extent.start
+        yield Span(at, span.end)
 
     def _write_data(self, chunk: Chunk, window: memoryview, span: Span, places: Sequence[Placement],
                     buffers: BufferPool, batch: Batch) -> None:

@@ -39,13 +39,15 @@ def zeroes(length: int) -> memoryview:
     return memoryview(_ZEROES)[:length]
 
 
-def data_runs(view: memoryview, unit: int, minimum: int) -> list[Run]:
+def data_runs(view: memoryview, unit: int, minimum: int, phase: int = 0) -> list[Run]:
     """The runs of `view` that have to be written, in order: everything but long enough runs of zero units.
 
-    `unit` is the granularity in bytes, counted from the start of the buffer (the last unit may be short);
-    `minimum` the bytes that a run of zeroes must have to be left out (0: all is data). A run of zeroes that
-    reaches the end of the buffer within its last unit counts with that unit's full size."""
+    `unit` is the granularity in bytes, and `phase` where in a unit the buffer starts, so that its first unit may be
+    short, as its last one may; `minimum` the bytes that a run of zeroes must have to be left out (0: all is data).
+    A short unit counts with its full size."""
     length = len(view)
+    if phase and minimum > 0:
+        return _with_head(view, min(unit - phase, length), unit, minimum)
     if length == 0:
         return []
     if minimum <= 0:
@@ -70,3 +72,14 @@ def data_runs(view: memoryview, unit: int, minimum: int) -> list[Run]:
     if start < length:
         runs.append(Run(start, length))
     return runs
+
+
+def _with_head(view: memoryview, head: int, unit: int, minimum: int) -> list[Run]:
+    """`data_runs` of a buffer whose first unit has only `head` bytes."""
+    runs = [Run(start + head, end + head) for start, end in data_runs(view[head:], unit, minimum)]
+    data_follows = bool(runs) and runs[0].start == head
+    if is_zero(view[:head]) and (unit >= minimum or not data_follows):
+        return runs
+    if data_follows:
+        return [Run(0, runs[0].end), *runs[1:]]
+    return [Run(0, head), *runs]

@@ -4,6 +4,7 @@ A plain applier plays the engine here: it writes what each step says, in the ord
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import shutil
@@ -202,7 +203,7 @@ def test_zeroes_are_left_out_at_the_target_granularity(tmp_path: Path) -> None:
                              (2 * unit, 2 * unit, Kind.UNALLOCATED), (4 * unit, unit, Kind.DATA)]
 
 
-@pytest.mark.parametrize(("sparse", "blocks"), [(None, 8), (0, 64), (512, 1), (64 * KIB, 32), (6 * KIB, 12)])
+@pytest.mark.parametrize(("sparse", "blocks"), [(None, 8), (0, 64), (512, 1), (64 * KIB, 128), (6 * KIB, 12)])
 def test_sparse_size(tmp_path: Path, sparse: int | None, blocks: int) -> None:
     """One sector of data, 24 KiB of zeroes behind 4 KiB, and longer ones: what is written to the new file."""
     source, target = tmp_path / "a.raw", tmp_path / "b.raw"
@@ -213,8 +214,41 @@ def test_sparse_size(tmp_path: Path, sparse: int | None, blocks: int) -> None:
     steps = convert(to(target, source, format="raw", sparse=sparse))
     assert target.read_bytes() == made
     written = sum(each.length for step in steps for each in step.fresh)
-    expected = {None: 8192, 0: 64 * 4096, 512: 1024, 64 * KIB: 8 * 4096, 6 * KIB: 4096}[sparse]
+    expected = {None: 8192, 0: 64 * 4096, 512: 1024, 64 * KIB: 16 * 4096, 6 * KIB: 8192}[sparse]
     assert written == expected, blocks
+
+
+@needs_qemu
+@pytest.mark.parametrize("options", [["-S4k"], ["-S8k"], ["-S64k"], ["-S512"], ["-c", "-S8k"], ["-S0"]])
+def test_what_is_allocated_is_what_qemu_allocates(tmp_path: Path, options: list[str]) -> None:
+    """Data and zeroes that begin and end anywhere, in an image of small clusters."""
+    source = tmp_path / "a.qcow2"
+    qemu_img("create", "-f", "qcow2", "-o", "cluster_size=512", source, "1M")
+    random_ = random.Random(5)
+    at, commands = 0, []
+    while at < MIB - 64 * KIB:
+        length = 512 * random_.choice((1, 2, 3, 5, 8, 20, 40))
+        if fill := random_.choice(("", "-P 0", "-P 0", "-P 7")):
+            commands.append(f"write {fill} {at} {length}")
+        at += length
+    qemu_io(source, *commands)
+    small = ["-o", "cluster_size=512", "-O", "qcow2"]
+    qemu_img("convert", *options, *small, source, tmp_path / "theirs")
+    asked = {"sparse": {"-S512": 512, "-S0": 0}.get(options[-1], KIB * int(options[-1][2:].rstrip("k") or 0)),
+             "compress": "-c" in options, "create_options": {"cluster_size": "512"}}
+    convert(to(tmp_path / "ours", source, **asked))
+
+    def data(name: str) -> list[tuple[int, int]]:
+        found = json.loads(qemu_img("map", "--output=json", tmp_path / name).stdout)
+        spans: list[tuple[int, int]] = []
+        for start, end in ((each["start"], each["start"] + each["length"]) for each in found if each["data"]):
+            if spans and spans[-1][1] == start:
+                start = spans.pop()[0]
+            spans.append((start, end))
+        return spans
+
+    assert data("ours") == data("theirs")
+    assert qemu_img("compare", source, tmp_path / "ours").returncode == 0
 
 
 def test_everything_allocated(tmp_path: Path) -> None:

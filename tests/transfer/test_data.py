@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import trio
 from blake3 import blake3
@@ -45,6 +47,27 @@ def test_data_runs_leave_out_zeroes_only(parts: list[tuple[int, int]], unit: int
         if j > i and minimum and (j - i) * unit >= minimum:
             assert not data & set(range(i, j))
         i = max(j, i + 1)
+
+
+@given(st.lists(st.tuples(st.integers(0, 20), st.sampled_from((0, 0, 1, 255))), max_size=12), st.integers(1, 7),
+       st.sampled_from((0, 8, 24)))
+def test_units_of_a_buffer_that_starts_within_one(parts: list[tuple[int, int]], phase: int, minimum: int) -> None:
+    content = b"".join(bytes([fill]) * length for length, fill in parts)
+    found = data_runs(memoryview(content), 8, minimum, phase)
+    # As if whole units came before it, up to one that is cut: those have no say.
+    assert all((start + phase) % 8 == 0 or start == 0 for start, _ in found)
+    assert all((end + phase) % 8 == 0 or end == len(content) for _, end in found)
+    assert all(end < start for (_, end), (start, _) in itertools.pairwise(found))
+    kept = bytearray(len(content))
+    for start, end in found:
+        kept[start:end] = content[start:end]
+    assert kept == content
+    if minimum == 8:  # every unit of zeroes is left out
+        padded = bytes(phase) + content
+        units = [at for at in range(0, len(padded), 8) if padded[at : at + 8].strip(b"\0")]
+        assert sum(end - start for start, end in found) == sum(
+            min(at + 8 - phase, len(content)) - max(at - phase, 0) for at in units
+        )
 
 
 def test_data_runs_of_nothing_and_of_all() -> None:
