@@ -11,6 +11,7 @@ from safeimg.cli.shared import HELP
 
 _MODULES = {
     "create": "create",
+    "amend": "amend",
     "info": "info",
     "check": "check",
     "compare": "compare",

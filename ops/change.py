@@ -104,10 +104,11 @@ class Changing:
         cache: str = "writeback",
         warn: Callable[[str], None] | None = None,
         check: Callable[[Image], None] = lambda image: None,
+        backing: bool = False,
     ) -> None:
-        """Changes the image, which `check` may refuse before anything is begun. Raises what opening raises,
-        `SomethingPending`, `OperationPaused`."""
-        layers = open_chain(environment.fs, filename, format=fmt, backing=False, force_share=True)
+        """Changes the image, which `check` may refuse before anything is begun, as does a backing image that is not
+        there, with `backing`. Raises what opening raises, `SomethingPending`, `OperationPaused`."""
+        layers = open_chain(environment.fs, filename, format=fmt, backing=backing, force_share=True)
         try:
             refuse_pending_on(environment.fs, layers[0].file.path)
         finally:

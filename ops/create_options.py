@@ -4,7 +4,7 @@ words."""
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 
 from safeimg.drivers.errors import UsageError
 from safeimg.drivers.formats.api import CreateOption
@@ -72,14 +72,24 @@ def available(driver_options: Sequence[CreateOption], *, with_file: bool) -> lis
 def help_lines(format_name: str, driver_options: Sequence[CreateOption], *, with_file: bool) -> Iterator[str]:
     """`-o help`: with a target's name, the options of its storage are listed too."""
     yield "Supported options:" if with_file else f"Supported {format_name} options:"
-    for option in available(driver_options, with_file=with_file):
-        kind = "bool (on/off)" if option.kind == "bool" else option.kind
-        label = f"{option.name}=<{kind}>"
-        yield f"  {label:<22} - {option.help}"
+    yield from _listed(available(driver_options, with_file=with_file))
     if not with_file:
         yield ""
         yield "The protocol level may support further options."
         yield "Specify the target filename to include those options."
+
+
+def amend_help_lines(format_name: str, options: Sequence[CreateOption]) -> Iterator[str]:
+    """`amend -o help`."""
+    yield f"Amend options for '{format_name}':"
+    yield from _listed(options)
+
+
+def _listed(options: Sequence[CreateOption]) -> Iterator[str]:
+    for option in options:
+        kind = "bool (on/off)" if option.kind == "bool" else option.kind
+        label = f"{option.name}=<{kind}>"
+        yield f"  {label:<22} - {option.help}"
 
 
 def parse_options(
@@ -89,10 +99,27 @@ def parse_options(
 
     `UsageError` for the first option that does not exist or has no value of its kind."""
     known = {option.name: option for option in available(driver_options, with_file=True)}
+    return _parse(known, given, warn)
+
+
+def parse_amend_options(
+    options: Sequence[CreateOption], create_options: Sequence[CreateOption], given: Sequence[str],
+    warn: Callable[[str], None] | None = None,
+) -> dict[str, str]:
+    """Like `parse_options`, of the `options` that images which exist can be given, not all `create_options`."""
+    created = {option.name for option in create_options} - {"nocow"}  # which is for the file
+    return _parse({option.name: option for option in options}, given, warn, created)
+
+
+def _parse(
+    known: Mapping[str, CreateOption], given: Sequence[str], warn: Callable[[str], None] | None,
+    only_created: Container[str] = (),
+) -> dict[str, str]:
     values: dict[str, str] = {}
     for name, value in split_options(",".join(given)):
         if name not in known:
-            raise UsageError(f"Invalid parameter '{name}'")
+            later = "\nThis option is only supported for image creation" if name in only_created else ""
+            raise UsageError(f"Invalid parameter '{name}'{later}")
         values[name] = _checked(known[name], value, warn)
     return values
 

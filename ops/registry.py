@@ -29,6 +29,7 @@ class Reopener(Protocol):
 
 # Imported when asked for.
 _MODULES = {
+    "amend": "safeimg.ops.amend",
     "commit": "safeimg.ops.commit_job",
     "convert": "safeimg.ops.convert_job",
     "rebase": "safeimg.ops.rebase",

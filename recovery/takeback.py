@@ -50,15 +50,29 @@ def keep_lengths(files: Mapping[int, File], taken: Sequence[StepPrepared]) -> No
 def raise_fences(session: Session, files: Mapping[int, File]) -> None:
     """Puts fences up again that somebody took down while the operation was pending.
 
-    One that is up is durable and not touched: the image's times tell whether somebody wrote to it."""
-    for step in session.state.steps:
+    One that is up is durable and not touched: the image's times tell whether somebody wrote to it. Where a later step
+    wrote over a fence, its bytes are what has to be there."""
+    steps = session.state.steps
+    for number, step in enumerate(steps):
         if step.prepared.name != "fence":
             continue
         for patch in step.prepared.link:
+            wanted = bytearray(patch.after)
+            for later in steps[number + 1 :]:
+                for over in (*later.prepared.allocate, *later.prepared.link):
+                    if over.image == patch.image:
+                        _lay_over(wanted, patch.offset, over)
             file = files[patch.image]
-            if file.pread(patch.offset, len(patch.after)) != patch.after:
-                file.pwrite(patch.offset, patch.after)
+            if file.pread(patch.offset, len(wanted)) != wanted:
+                file.pwrite(patch.offset, wanted)
                 file.sync()
+
+
+def _lay_over(content: bytearray, offset: int, patch: PatchRecord) -> None:
+    """What `content`, at `offset` of the file, is after the patch."""
+    low, high = max(offset, patch.offset), min(offset + len(content), patch.offset + len(patch.after))
+    if low < high:
+        content[low - offset : high - offset] = patch.after[low - patch.offset : high - patch.offset]
 
 
 def _restore_patches(files: Mapping[int, File], patches: Sequence[PatchRecord]) -> None:

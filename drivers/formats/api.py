@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 from safeimg.drivers.storage.api import Buffer, File, FileSystem
 
 if TYPE_CHECKING:
-    from safeimg.drivers.formats.features import Rebasing
+    from safeimg.drivers.formats.features import Amending, Rebasing
 
 
 class Kind(Enum):
@@ -246,6 +246,9 @@ class Driver(Protocol):
     name: str
     create_options: Sequence[CreateOption]  # in the order in which "Formatting …" names them
     rebasing: Rebasing | None  # what only some formats can do: see `features.py`
+
+    @property
+    def amending(self) -> Amending | None: ...
 
     def probe(self, head: bytes, path: str) -> int:
         """How sure (0 to 100) the driver is that a file with this beginning (up to 2048 bytes) is its format."""

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from safeimg.drivers.errors import UnsupportedError
 from safeimg.drivers.formats.api import Changes, Extent, Image, Patch, Placement
-from safeimg.drivers.formats.features import Rebasing
+from safeimg.drivers.formats.features import Amending, Rebasing
 from safeimg.drivers.storage.api import Buffer, File
 
 
@@ -96,6 +96,7 @@ class PlainDriver:
     """The part of `api.Driver` that a plain format answers with nothing."""
 
     rebasing: Rebasing | None = None
+    amending: Amending | None = None
 
     def fence(self, image: Image) -> Changes:
         return Changes()

@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable
 from powercut import guest
 from powercut.judge import STEP_BYTES, Scenario
 from safeimg.drivers.storage.simulated import SimulatedFileSystem
+from safeimg.ops.amend import amend
 from safeimg.ops.commit_job import commit
 from safeimg.ops.convert import Options, convert
 from safeimg.ops.launch import Environment
@@ -235,4 +236,40 @@ CHANGES = [
     Scenario("rebase -u onto nothing", _two_bases, _rebase_unsafe(None), "/top.qcow2", "/top.qcow2", TOP),
 ]
 
-SCENARIOS = [*COMMITS, *CONVERSIONS, *CHANGES]
+def _with_zeroes(**options: str) -> Callable[[SimulatedFileSystem], None]:
+    """Clusters marked as zeroes, with a place and without, over a backing image that shows through."""
+
+    def build(fs: SimulatedFileSystem) -> None:
+        qcow2_chain()(fs)
+        fs.unlink("/top.qcow2")
+        guest.create(
+            fs, "/top.qcow2", "qcow2", 256 * KIB, cluster_size="4096", backing_file="base.qcow2", backing_fmt="qcow2",
+            **options,
+        )
+        guest.write(fs, "/top.qcow2", [*_overlay_pieces(4 * KIB), (0, None), (60 * 4 * KIB, None)])
+
+    return build
+
+
+def _amend(*options: str) -> Callable[[Environment], Awaitable[None]]:
+    async def run(env: Environment) -> None:
+        await amend(env, "/top.qcow2", options)
+
+    return run
+
+
+def _amendment(name: str, options: str, **made: str) -> Scenario:
+    return Scenario(f"amend -o {name}", _with_zeroes(**made), _amend(options), "/top.qcow2", "/top.qcow2", TOP)
+
+
+AMENDMENTS = [
+    _amendment("compat=0.10", "compat=0.10", lazy_refcounts="on"),
+    _amendment("compat=1.1", "compat=1.1", compat="0.10"),
+    _amendment("lazy_refcounts", "lazy_refcounts=on"),
+    _amendment("refcount_bits, wider", "refcount_bits=64"),
+    _amendment("refcount_bits, narrower", "refcount_bits=1"),
+    _amendment("several", "compat=1.1,lazy_refcounts=on,refcount_bits=8", compat="0.10"),
+    _amendment("several, down", "compat=0.10,refcount_bits=16", refcount_bits="2"),
+]
+
+SCENARIOS = [*COMMITS, *CONVERSIONS, *CHANGES, *AMENDMENTS]

@@ -54,6 +54,10 @@ class Allocator:
         counts = self._refcounts.get_run(first, count)
         self._excluded.update(cluster for cluster, value in enumerate(counts, first) if not value)
 
+    def begin_behind(self, cluster: int) -> None:
+        """Hands out no cluster below this one. Before anything is reserved."""
+        self._next = max(self._next, cluster)
+
     def reserve(self, clusters: int) -> None:
         """Makes `clusters` available. What that changes in the view is a step of its own."""
         self._scan(lambda: self.available >= clusters)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from safeimg.drivers.formats.api import Changes, CheckResult, CreateOption, Image, Patch, Planner
-from safeimg.drivers.formats.features import Rebasing
+from safeimg.drivers.formats.features import Amending, Rebasing
 from safeimg.drivers.formats.qcow2.header import MAGIC, UNFINISHED
 from safeimg.drivers.formats.qcow2.image import Qcow2Image, open_image
 from safeimg.drivers.storage.api import File, FileSystem
@@ -57,6 +57,13 @@ class Qcow2Driver:
 
     name = "qcow2"
     rebasing: Rebasing | None = Qcow2Rebasing()
+
+    @property
+    def amending(self) -> Amending | None:
+        from safeimg.drivers.formats.qcow2.amend import Qcow2Amending
+
+        return Qcow2Amending()
+
     create_options: Sequence[CreateOption] = CREATE_OPTIONS
 
     def probe(self, head: bytes, path: str) -> int:
@@ -77,19 +84,19 @@ class Qcow2Driver:
     def planner(self, image: Image) -> Planner:
         from safeimg.drivers.formats.qcow2.planner import Qcow2Planner
 
-        return Qcow2Planner(_own(image))
+        return Qcow2Planner(own_image(image))
 
     def fence(self, image: Image) -> Changes:
         from safeimg.drivers.formats.qcow2.fence import fence
 
-        own = _own(image)
+        own = own_image(image)
         return fence(own.file, own.header.version)
 
     def unfence(self, image: Image) -> Sequence[Patch]:
         from safeimg.drivers.formats.qcow2.create import finish_patch
         from safeimg.drivers.formats.qcow2.fence import unfence
 
-        own = _own(image)
+        own = own_image(image)
         if own.header.incompatible_features & UNFINISHED:
             return (finish_patch(own.file),)
         return unfence(own.file, own.header.version)
@@ -97,32 +104,32 @@ class Qcow2Driver:
     def referenced(self, image: Image, ranges: Sequence[tuple[int, int]]) -> Sequence[tuple[int, int]]:
         from safeimg.drivers.formats.qcow2.usage import referenced
 
-        return referenced(_own(image), ranges)
+        return referenced(own_image(image), ranges)
 
     def used_end(self, image: Image) -> int:
         from safeimg.drivers.formats.qcow2.usage import used_end
 
-        return used_end(_own(image))
+        return used_end(own_image(image))
 
     def undercounted(
         self, image: Image, wanted: Image, ranges: Sequence[tuple[int, int]]
     ) -> Sequence[tuple[int, int]]:
         from safeimg.drivers.formats.qcow2.usage import undercounted
 
-        return undercounted(_own(image), _own(wanted), ranges)
+        return undercounted(own_image(image), own_image(wanted), ranges)
 
     def check(self, image: Image) -> CheckResult:
         from safeimg.drivers.formats.qcow2.check import check
 
-        return check(_own(image))
+        return check(own_image(image))
 
     def specific_info(self, image: Image) -> Mapping[str, object]:
         from safeimg.drivers.formats.qcow2.info import specific_info
 
-        return specific_info(_own(image))
+        return specific_info(own_image(image))
 
 
-def _own(image: Image) -> Qcow2Image:
+def own_image(image: Image) -> Qcow2Image:
     if not isinstance(image, Qcow2Image):
         raise TypeError(f"{image.file.path} was not opened by the qcow2 driver")
     return image

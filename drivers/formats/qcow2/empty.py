@@ -11,9 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from safeimg.drivers.errors import UnsupportedError
+from safeimg.drivers.errors import UnsupportedError, UsageError
 from safeimg.drivers.formats.api import Changes
 from safeimg.drivers.formats.qcow2.header import DIRTY, MAX_REFCOUNT_TABLE_BYTES
+from safeimg.drivers.formats.qcow2.refcounts import RefcountLayout
 from safeimg.drivers.formats.qcow2.references import References, count_everything, count_kept, refcount_blocks
 
 if TYPE_CHECKING:
@@ -90,6 +91,29 @@ def rebuild_refcounts(planner: Qcow2Planner) -> Changes:
     return planner.take()
 
 
+def change_refcount_width(planner: Qcow2Planner, order: int) -> Changes:
+    """New refcounts of `1 << order` bits for everything there is. Raises `UsageError` in QEMU's words if a count does
+    not fit. The old structures stay counted until `release`."""
+    planner.ready()
+    bits, old = planner.header.cluster_bits, planner.refcounts
+    blocks = sorted(refcount_blocks(planner))
+    references = count_everything(planner)
+    layout = RefcountLayout(bits, order)
+    excess = references.first_above(layout.maximum)
+    if excess is not None:
+        raise UsageError(
+            f"Cannot decrease refcount entry width to {1 << order} bits: Cluster at offset {excess << bits:#x} has a "
+            f"refcount of {references.get(excess)}"
+        )
+    planner.layout = layout
+    places = _lay_out(planner, references, references, _end(planner), l1=False)
+    _write(planner, references, places, refcount_order=order)
+    planner.unlink_clusters(old.table_offset >> bits, old.table_clusters)
+    for block in blocks:
+        planner.unlink_clusters(block >> bits, 1)
+    return planner.take()
+
+
 def _begin(planner: Qcow2Planner) -> None:
     if planner.finished:
         raise RuntimeError(f"{planner.path}: nothing can be planned any more")
@@ -132,7 +156,8 @@ def _lay_out(
     return _Layout(table, table_clusters, sorted(blocks.items()), l1_first if l1 else None)
 
 
-def _write(planner: Qcow2Planner, references: References, layout: _Layout) -> None:
+def _write(planner: Qcow2Planner, references: References, layout: _Layout, **fields: int) -> None:
+    """The new structures, and the switch to them, which changes header `fields` too."""
     bits, view = planner.header.cluster_bits, planner.view
     entries = planner.layout.block_entries
     table = bytearray(layout.table_clusters << bits)
@@ -140,7 +165,7 @@ def _write(planner: Qcow2Planner, references: References, layout: _Layout) -> No
         view.fresh(cluster << bits, references.encode(index * entries, planner.layout))
         table[8 * index:8 * index + 8] = (cluster << bits).to_bytes(8, "big")
     view.fresh(layout.table << bits, bytes(table))
-    fields = {"refcount_table_offset": layout.table << bits, "refcount_table_clusters": layout.table_clusters}
+    fields |= {"refcount_table_offset": layout.table << bits, "refcount_table_clusters": layout.table_clusters}
     if layout.l1 is not None:
         l1_clusters = -(-8 * planner.l1_size >> bits)
         if l1_clusters:

@@ -39,7 +39,8 @@ from safeimg.drivers.storage.api import File
 # Fields that switches change: all in the first sector, so that one patch changes any set of them at once.
 _FIELDS = {
     "size": (24, 8), "l1_size": (36, 4), "l1_table_offset": (40, 8), "refcount_table_offset": (48, 8),
-    "refcount_table_clusters": (56, 4), "incompatible_features": (72, 8),
+    "refcount_table_clusters": (56, 4), "incompatible_features": (72, 8), "compatible_features": (80, 8),
+    "refcount_order": (96, 4),
 }
 
 class Qcow2Source(Protocol):

@@ -40,6 +40,14 @@ class References:
         page = self._pages.get(cluster // PAGE)
         return 0 if page is None else int(page[cluster % PAGE])
 
+    def first_above(self, limit: int) -> int | None:
+        """The first cluster with more references than `limit`, if there is one."""
+        for number in sorted(self._pages):
+            above = (self._pages[number] > limit).nonzero()[0]
+            if len(above):
+                return number * PAGE + int(above[0])
+        return None
+
     def add_range(self, offset: int, length: int, cluster_bits: int, times: int = 1) -> None:
         """All clusters that the host range touches."""
         if length:

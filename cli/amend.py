@@ -1,0 +1,107 @@
+"""amend: options of an image that exists."""
+
+from __future__ import annotations
+
+from safeimg.cli.common import filesystem, image_name, warn_image
+from safeimg.cli.errors import CommandError, usage
+from safeimg.cli.options import Command, Option
+from safeimg.cli.parser import Arguments
+from safeimg.cli.progress import display
+from safeimg.cli.running import run_stoppable
+from safeimg.cli.shared import (
+    CACHE,
+    HELP,
+    IMAGE,
+    IMAGE_OPTS,
+    JOURNAL,
+    LONG_PROGRESS,
+    NO_JOURNAL,
+    OBJECT,
+    OPTIONS,
+    PROGRESS,
+    QUIET,
+    SHORT_FORMAT,
+)
+from safeimg.cli.values import cache_mode
+
+COMMANDS = (
+    Command(
+        "amend",
+        "Change options of an image.",
+        (IMAGE,),
+        (
+            HELP,
+            OBJECT,
+            IMAGE_OPTS,
+            SHORT_FORMAT,
+            CACHE,
+            OPTIONS,
+            Option("force", None, "force", None, "Allow what may make the image's data unreadable."),
+            PROGRESS,
+            LONG_PROGRESS,
+            QUIET,
+            JOURNAL,
+            NO_JOURNAL,
+        ),
+        (
+            ("For QEMU before 1.1", "amend -o compat=0.10 disk.qcow2"),
+            ("Room for many snapshots", "amend -o refcount_bits=32 disk.qcow2"),
+            ("What can be changed", "amend -f qcow2 -o help"),
+        ),
+        "All options are checked before anything is changed, and change together: killed, `safeimg resume IMAGE` "
+        "(or the same command again) finishes them, `safeimg rollback IMAGE` takes them back.",
+    ),
+)
+
+
+def run(command: Command, arguments: Arguments) -> int:
+    options: list[str] = arguments.all("options")
+    if not options:
+        raise usage("Must specify options (-o)")
+    words, fmt = arguments.positional, arguments.last("format")
+    from safeimg.ops.create_options import asks_for_help
+
+    helps = any(asks_for_help(text) for text in options)
+    if helps and fmt is not None and not arguments.flag("image-opts"):
+        return _help(None, fmt, "writeback")
+    if len(words) != 1:
+        raise CommandError("Expecting one image file name")
+    cache = cache_mode(arguments.last("cache", "writeback"), "Invalid cache option")
+    name, fmt = image_name(arguments, words[0], fmt)
+    if helps:
+        return _help(name, fmt, cache)
+    from safeimg.drivers.transfer.core import Settings
+    from safeimg.ops.amend import amend
+    from safeimg.ops.launch import Environment
+    from safeimg.recovery.gate import begin_or_resume
+
+    async def work(environment: Environment) -> None:
+        async def begin() -> None:
+            await amend(
+                environment, name, options, fmt=fmt, cache=cache, force=arguments.flag("force"), warn=warn_image
+            )
+
+        await begin_or_resume(name, environment, "amend", begin)
+
+    with display(arguments) as shown:
+        run_stoppable(arguments, shown, work, image=name, settings=Settings(writeback=cache != "unsafe"))
+        shown.finish()
+    return 0
+
+
+def _help(name: str | None, fmt: str | None, cache: str) -> int:
+    """`-o help`, for a format or for that of an image."""
+    from safeimg.drivers.errors import UsageError
+    from safeimg.drivers.formats.registry import lookup
+    from safeimg.ops.amend import amendable, image_driver
+    from safeimg.ops.create_options import amend_help_lines
+
+    if name is not None:
+        driver = image_driver(filesystem(), name, fmt, cache, warn_image)
+    else:
+        try:
+            driver = lookup(fmt or "")
+        except UsageError as error:
+            raise CommandError(f"Unknown file format '{fmt}'") from error
+    print("\n".join(amend_help_lines(driver.name, amendable(driver).options)))
+    return 0

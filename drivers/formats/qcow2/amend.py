@@ -1,0 +1,196 @@
+"""What `amend -o` can change of a qcow2 image that exists. Implements `formats.features.Amending`.
+
+Each option is an amendment of its own; QEMU's order is kept: up to version 3 first, down to version 2 last.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+
+from safeimg.drivers.errors import UnsupportedError, UsageError
+from safeimg.drivers.formats.api import Changes, CreateOption, Image, Kind, Planner
+from safeimg.drivers.formats.features import Amendment
+from safeimg.drivers.formats.options import bool_option, number_option, size_option
+from safeimg.drivers.formats.qcow2.driver import CREATE_OPTIONS, own_image, own_planner
+from safeimg.drivers.formats.qcow2.empty import change_refcount_width
+from safeimg.drivers.formats.qcow2.header import (
+    COMPRESSION_TYPE,
+    CORRUPT,
+    DIRTY,
+    EXT_BITMAPS,
+    EXTERNAL_DATA_FILE,
+    HEADER_LENGTH,
+    LAZY_REFCOUNTS,
+    ZLIB,
+    ZSTD,
+    Header,
+)
+from safeimg.drivers.formats.qcow2.image import Qcow2Image
+from safeimg.drivers.formats.qcow2.rewrite import current_header, rewrite_header
+from safeimg.drivers.formats.qcow2.zeroes import expand_zero_clusters
+
+_NAMES = (
+    "backing_file", "backing_fmt", "compat", "data_file", "data_file_raw", "lazy_refcounts", "refcount_bits", "size",
+)
+_ENCRYPTION = (
+    CreateOption("encrypt.iter-time", "num", "Time to spend in PBKDF in milliseconds"),
+    CreateOption("encrypt.keyslot", "num", "Select a single keyslot to modify explicitly"),
+    CreateOption(
+        "encrypt.new-secret", "str", "New secret to set in the matching keyslots. Empty string to erase"
+    ),
+    CreateOption("encrypt.old-secret", "str", "Select all keyslots that match this password"),
+    CreateOption("encrypt.state", "str", "Select new state of affected keyslots (active/inactive)"),
+)
+_VERSIONS = {"1.1": 3, "v3": 3, "0.10": 2, "v2": 2}
+_NEWER = "(use compat=1.1 or greater)"
+
+
+class Qcow2Amending:
+    """See `formats.features.Amending`."""
+
+    options: Sequence[CreateOption] = (
+        *(replace(option, default=None) for option in CREATE_OPTIONS if option.name in _NAMES[:5]),
+        *_ENCRYPTION,
+        *(replace(option, default=None) for option in CREATE_OPTIONS if option.name in _NAMES[5:]),
+    )
+
+    def check(self, image: Image, values: Mapping[str, str], *, force: bool) -> None:
+        own = own_image(image)
+        header, path = own.header, own.file.path
+        if any(name.startswith("encrypt.") for name in values):
+            raise UsageError("Can't amend encryption options - encryption not present")
+        version = _version(values, header.version)
+        if "data_file" in values:
+            raise UsageError("data-file can only be set for images that use an external data file")
+        if bool_option(path, values, "data_file_raw"):
+            raise UsageError("data-file-raw cannot be set on existing images")
+        bits = number_option(path, values, "refcount_bits", header.refcount_bits)
+        if not 1 <= bits <= 64 or bits & (bits - 1):
+            raise UsageError("Refcount width must be a power of two and may not exceed 64 bits")
+        if bits not in (header.refcount_bits, 16) and version < 3:
+            raise UsageError(
+                f"Refcount widths other than 16 bits require compatibility level 1.1 or above {_NEWER}"
+            )
+        _check_backing(header, values)
+        lazy = bool_option(path, values, "lazy_refcounts", header.lazy_refcounts)
+        if lazy and not header.lazy_refcounts and version < 3:
+            raise UsageError(f"Lazy refcounts only supported with compatibility level 1.1 and above {_NEWER}")
+        size = size_option(path, values, "size", own.size)
+        if size % 512:
+            raise UsageError("The new size must be a multiple of 512")
+        if size != own.size:
+            raise UnsupportedError(f"{path}: amend -o size is not supported yet: use resize")
+        if version < header.version:
+            _check_downgrade(own, bits, size)
+
+    def amendments(self, values: Mapping[str, str]) -> Sequence[Amendment]:
+        found: list[Amendment] = []
+        version = _version(values, 0)
+        if version == 3:
+            found.append(_upgrade)
+        if "refcount_bits" in values:
+            found.append(_RefcountBits(number_option("", values, "refcount_bits", 16)))
+        if "lazy_refcounts" in values:
+            found.append(_LazyRefcounts(bool_option("", values, "lazy_refcounts")))
+        if version == 2:
+            found += [_expand, _downgrade]
+        return found
+
+
+def _version(values: Mapping[str, str], current: int) -> int:
+    compat = values.get("compat")
+    if compat is None:
+        return current
+    if compat not in _VERSIONS:
+        raise UsageError(f"Unknown compatibility level {compat}")
+    return _VERSIONS[compat]
+
+
+def _check_backing(header: Header, values: Mapping[str, str]) -> None:
+    """The backing image's name and format may be given, but only as they are."""
+    if "backing_file" not in values and "backing_fmt" not in values:
+        return
+    if (values.get("backing_file"), values.get("backing_fmt")) != (header.backing_file, header.backing_format):
+        raise UsageError("Cannot amend the backing file\nYou can use 'qemu-img rebase' instead.")
+
+
+def _check_downgrade(image: Qcow2Image, refcount_bits: int, size: int) -> None:
+    """Refuses what version 2 has no place for."""
+    header = image.header
+    if refcount_bits != 16:
+        raise UsageError("compat=0.10 requires refcount_bits=16")
+    if header.incompatible_features & EXTERNAL_DATA_FILE:
+        raise UsageError("Cannot downgrade an image with a data file")
+    if any(snapshot.vm_state_size >> 32 or snapshot.disk_size != size for snapshot in image.snapshots):
+        raise UsageError("Internal snapshots prevent downgrade of image")
+    features = header.incompatible_features & ~DIRTY
+    if header.compression_type == ZSTD:
+        if _has_compressed(image):
+            raise UsageError(
+                "Cannot downgrade an image with zstd compression type and existing compressed clusters"
+            )
+        features &= ~COMPRESSION_TYPE
+    if features:
+        raise UsageError(f"Cannot downgrade an image with incompatible features {features:#x} set")
+
+
+def _has_compressed(image: Qcow2Image) -> bool:
+    views = [image.extents(0, image.size)]
+    views += [image.snapshot_mapping(each).extents(0, each.disk_size) for each in image.snapshots]
+    return any(extent.kind is Kind.COMPRESSED for view in views for extent in view)
+
+
+def _upgrade(image: Image, planner: Planner) -> Iterator[Changes]:
+    """Version 3, fenced from then on. Bitmaps that a program without them may have changed go, as in QEMU."""
+    own = own_planner(planner)
+    header = current_header(own)
+    if header.version < 3:
+        header = replace(header, version=3, header_length=HEADER_LENGTH, incompatible_features=CORRUPT)
+        yield from rewrite_header(own, header.with_extension(None, EXT_BITMAPS))
+
+
+class _RefcountBits:
+    """Refcounts of another width."""
+
+    def __init__(self, bits: int) -> None:
+        self._bits = bits
+
+    def __call__(self, image: Image, planner: Planner) -> Iterable[Changes]:
+        own = own_planner(planner)
+        if own.header.refcount_bits != self._bits:
+            yield change_refcount_width(own, self._bits.bit_length() - 1)
+
+
+class _LazyRefcounts:
+    """Whether the refcounts of a running guest's image may lag behind."""
+
+    def __init__(self, lazy: bool) -> None:
+        self._lazy = lazy
+
+    def __call__(self, image: Image, planner: Planner) -> Iterable[Changes]:
+        own = own_planner(planner)
+        header = current_header(own)
+        if header.version > 2 and header.lazy_refcounts != self._lazy:
+            own.switch(compatible_features=header.compatible_features ^ LAZY_REFCOUNTS)
+            yield own.take()
+
+
+def _expand(image: Image, planner: Planner) -> Iterable[Changes]:
+    """Clusters that are marked as zeroes: version 2 has no such mark."""
+    own = own_planner(planner)
+    return expand_zero_clusters(own) if own.header.version > 2 else ()
+
+
+def _downgrade(image: Image, planner: Planner) -> Iterable[Changes]:
+    """Version 2; the fence goes with it."""
+    own = own_planner(planner)
+    header = current_header(own)
+    if header.version > 2:
+        yield from rewrite_header(
+            own,
+            replace(
+                header, version=2, incompatible_features=0, compatible_features=0, autoclear_features=0,
+                compression_type=ZLIB, unknown_fields=b"",
+            ),
+        )

@@ -1,0 +1,75 @@
+"""amend: options of an image that exists."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+from safeimg.drivers.errors import UsageError
+from safeimg.drivers.formats.api import Driver, Image
+from safeimg.drivers.formats.chain import close_chain, open_chain
+from safeimg.drivers.formats.features import Amending
+from safeimg.drivers.formats.registry import lookup
+from safeimg.drivers.storage.api import FileSystem
+from safeimg.ops.change import Action, Changing, Settings
+from safeimg.ops.create_options import parse_amend_options
+from safeimg.ops.errors import Conflict
+from safeimg.ops.launch import Environment
+
+
+async def amend(
+    environment: Environment,
+    filename: str,
+    given: Sequence[str],
+    *,
+    fmt: str | None = None,
+    cache: str = "writeback",
+    force: bool = False,
+    warn: Callable[[str], None] | None = None,
+) -> None:
+    """Changes what the option lists `given` (as of `-o`) ask for; `force` allows what may lose access to data.
+
+    Raises `UsageError` in qemu-img's words for what cannot be changed."""
+    values: dict[str, str] = {}
+
+    def check(image: Image) -> None:
+        driver = lookup(image.format)
+        amending = amendable(driver)
+        values.update(parse_amend_options(amending.options, driver.create_options, given))
+        amending.check(image, values, force=force)
+
+    settings = {"options": values}
+    await _amend.run(
+        environment, filename, settings, fmt=fmt, cache=cache, warn=warn, check=check, backing=True
+    )
+
+
+def image_driver(
+    fs: FileSystem, filename: str, fmt: str | None, cache: str, warn: Callable[[str], None] | None
+) -> Driver:
+    """The driver of the format of an image that could be amended now."""
+    layers = open_chain(fs, filename, format=fmt, write=True, cache=cache, warn=warn)
+    try:
+        return lookup(layers[0].format)
+    finally:
+        close_chain(layers)
+
+
+def amendable(driver: Driver) -> Amending:
+    """`UsageError` if images of this format have no options that can be changed."""
+    if driver.amending is None:
+        raise UsageError(f"Format driver '{driver.name}' does not support option amendment")
+    return driver.amending
+
+
+def _actions(settings: Settings) -> Sequence[Action]:
+    options = settings.get("options")
+    if not isinstance(options, Mapping) or not all(isinstance(word, str) for pair in options.items() for word in pair):
+        raise Conflict("the log does not say which options were to be amended")
+    amending = lookup(settings["format"]).amending
+    if amending is None:
+        raise Conflict(f"{settings['format']} images have no options to amend")
+    return amending.amendments(options)
+
+
+_amend = Changing("amend", _actions)
+open_layers, make_job = _amend.open_layers, _amend.make_job
