@@ -60,6 +60,8 @@ def _describe(image: Mapping[str, Any]) -> Iterator[str]:
     yield f"file format: {image['format']}"
     yield f"virtual size: {human_size(size)} ({size} bytes)"
     yield f"disk size: {human_size(image['actual-size'])}"
+    if "encrypted" in image:
+        yield "encrypted: yes"
     if "cluster-size" in image:
         yield f"cluster_size: {image['cluster-size']}"
     if image["dirty-flag"]:

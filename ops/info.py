@@ -20,6 +20,7 @@ _ORDER = (
     "format",
     "actual-size",
     "format-specific",
+    "encrypted",
     "full-backing-filename",
     "backing-filename",
     "dirty-flag",
@@ -62,6 +63,8 @@ def _describe(image: Image) -> dict[str, Any]:
         "actual-size": status.allocated,
         "dirty-flag": bool(getattr(header, "is_dirty", False)),
     }
+    if image.cipher is not None:
+        members["encrypted"] = True
     if image.cluster_size > 1:
         members["cluster-size"] = image.cluster_size
     if image.backing_file is not None:

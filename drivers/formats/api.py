@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
+from safeimg.drivers.secrets import NO_SECRETS, Secrets
 from safeimg.drivers.storage.api import Buffer, File, FileSystem
 
 if TYPE_CHECKING:
@@ -265,8 +266,10 @@ class Driver(Protocol):
         ...
 
     def create(self, fs: FileSystem, path: str, size: int, options: Mapping[str, str], *, cache: str = "writeback",
-               unfinished: str | None = None) -> None:
-        """Writes an empty image. `unfinished` names the command for which it is fenced until `finish`."""
+               unfinished: str | None = None,
+               secrets: Secrets = NO_SECRETS) -> None:
+        """Writes an empty image. `unfinished` names the command for which it is fenced until `finish`. `secrets`:
+        those that options name."""
         ...
 
     def planner(self, image: Image) -> Planner: ...

@@ -20,6 +20,7 @@ from safeimg.drivers.formats.api import (
 )
 from safeimg.drivers.formats.options import storage_preallocation
 from safeimg.drivers.formats.plain import PlainDriver, PlainImage, PlainPlanner
+from safeimg.drivers.secrets import NO_SECRETS, Secrets
 from safeimg.drivers.storage.api import File, FileSystem
 
 SECTOR = 512
@@ -134,7 +135,7 @@ class RawDriver(PlainDriver):
         return None
 
     def create(self, fs: FileSystem, path: str, size: int, options: Mapping[str, str], *,
-               cache: str = "writeback", unfinished: str | None = None) -> None:
+               cache: str = "writeback", unfinished: str | None = None, secrets: Secrets = NO_SECRETS) -> None:
         """A hole of `size` bytes; with preallocation `falloc` its space is reserved, with `full` written."""
         preallocation = storage_preallocation(path, options)
         length = _sectors(size)

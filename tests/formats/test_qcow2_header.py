@@ -141,7 +141,7 @@ def test_truncated_header_is_judged_as_by_qemu(plain: bytes, tmp_path: Path, len
 
 @pytest.mark.parametrize(
     ("values", "words"),
-    [({"crypt": 1}, "Encrypted"), ({"incompatible": 4}, "external data file"), ({"incompatible": 16},
+    [({"incompatible": 4}, "external data file"), ({"incompatible": 16},
     "extended L2"),
      ({"incompatible": 4, "autoclear": 2}, "external data file")],
 )

@@ -1,7 +1,7 @@
 """Making empty images as `qemu-img create` does, and unfinished ones that every other program refuses.
 
-    | header | refcount table | refcount blocks | L1 table | L2 table, its data clusters | L2 table, … |
-                                                           `------ with preallocation only ------'
+    | header | refcount table | refcount blocks | L1 table | L2 table, its data clusters | … | LUKS header |
+                                                           `---- with preallocation only ----'
 
 An unfinished image (DESIGN, "Fence") carries an incompatible feature bit whose name in the feature name table
 says what it is. Finishing it is one write of sector 0, so what lies behind already looks as it will in the
@@ -30,19 +30,23 @@ from safeimg.drivers.formats.options import (
     size_option,
 )
 from safeimg.drivers.formats.qcow2.driver import CREATE_OPTIONS
+from safeimg.drivers.formats.qcow2.encryption import secret_missing
 from safeimg.drivers.formats.qcow2.entries import COPIED, encode_table
 from safeimg.drivers.formats.qcow2.header import (
+    AES,
     COMPRESSION_TYPE,
     EXT_BACKING_FORMAT,
     EXT_FEATURE_NAMES,
     FEATURE_TABLE_MIN_CLUSTER,
     LAZY_REFCOUNTS,
+    LUKS,
     MAX_BACKING_FORMAT,
     MAX_BACKING_NAME,
     MAX_L1_BYTES,
     MAX_REFCOUNT_TABLE_BYTES,
     UNFINISHED,
     UNFINISHED_BIT,
+    EncryptionHeader,
     Extension,
     FeatureName,
     Header,
@@ -51,6 +55,7 @@ from safeimg.drivers.formats.qcow2.header import (
     parse_header,
     serialise,
 )
+from safeimg.drivers.secrets import NO_SECRETS, Secrets
 from safeimg.drivers.storage.api import File, FileSystem
 
 SECTOR = 512
@@ -59,7 +64,7 @@ DEFAULT_CLUSTER_SIZE = 65536
 
 _VERSIONS = {"1.1": 3, "v3": 3, "0.10": 2, "v2": 2}
 _NEWER = "compatibility level 1.1 and above (use version=v3 or greater)"
-_UNSUPPORTED = ("encryption", "encrypt.", "data_file", "extended_l2")
+_UNSUPPORTED = ("data_file", "extended_l2")
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +76,7 @@ class _Layout:
     l1_clusters: int
     l2_tables: int  # 0 without preallocation
     data_clusters: int
+    encryption_clusters: int  # of the LUKS header
 
     @property
     def l1_start(self) -> int:
@@ -82,18 +88,22 @@ class _Layout:
         return self.l1_start + self.l1_clusters
 
     @property
-    def total(self) -> int:
+    def encryption_start(self) -> int:
         return self.mapped_start + self.l2_tables + self.data_clusters
+
+    @property
+    def total(self) -> int:
+        return self.encryption_start + self.encryption_clusters
 
 
 def create(fs: FileSystem, path: str, size: int, options: Mapping[str, str], *, cache: str = "writeback",
-           unfinished: str | None = None) -> None:
+           unfinished: str | None = None, secrets: Secrets = NO_SECRETS) -> None:
     """Writes an empty image at `path`, into the file that is there if there is one (its content is dropped).
 
     `size` is rounded up to whole sectors; the options `size` and `nocow` are for others to look at. Backing
     files are not opened. Nothing is synced. Raises `UsageError` in qemu-img's words, `UnsupportedError` and
-    `StorageError`. `unfinished` is the command that is to fill the image; until `finish_patch` is applied, no
-    other program takes it.
+    `StorageError`. `secrets`: for encrypted images, whose key takes a while to make. `unfinished` is the command
+    that is to fill the image; until `finish_patch` is applied, no other program takes it.
     """
     check_names(path, options, CREATE_OPTIONS)
     header = _header(path, -(-size // SECTOR) * SECTOR, options)
@@ -102,9 +112,14 @@ def create(fs: FileSystem, path: str, size: int, options: Mapping[str, str], *, 
         raise UsageError(
             f"{path}: Backing file and preallocation can only be used at the same time if extended_l2 is on"
         )
-    layout = _lay_out(path, header, preallocation != "off")
+    method, luks_header = _encryption(path, options, secrets)
+    layout = _lay_out(path, header, preallocation != "off", len(luks_header))
+    if luks_header:
+        place = EncryptionHeader(layout.encryption_start << header.cluster_bits, len(luks_header))
+        header = replace(header, extensions=_inserted(header.extensions, place.extension()))
     header = replace(
         header,
+        crypt_method=method,
         refcount_table_offset=header.cluster_size,
         refcount_table_clusters=layout.table_clusters,
         l1_table_offset=layout.l1_start << header.cluster_bits if header.l1_size else 0,
@@ -115,6 +130,9 @@ def create(fs: FileSystem, path: str, size: int, options: Mapping[str, str], *, 
         _write_refcounts(file, header, layout)
         _write_tables(file, header, layout)
         _preallocate(file, header, layout, preallocation)
+        if luks_header:
+            length = layout.encryption_clusters << header.cluster_bits
+            file.pwrite(layout.encryption_start << header.cluster_bits, luks_header.ljust(length, b"\0"))
         file.pwrite(0, first_cluster)
     finally:
         file.close()
@@ -182,6 +200,38 @@ def _refuse_unsupported(path: str, options: Mapping[str, str]) -> None:
             raise UnsupportedError(f"{path}: Option '{name}' is not supported yet")
 
 
+def _encryption(path: str, options: Mapping[str, str], secrets: Secrets) -> tuple[int, bytes]:
+    """The encryption method, and the LUKS header with its key material."""
+    prefix = "encrypt."
+    given = {name[len(prefix):]: value for name, value in options.items() if name.startswith(prefix)}
+    is_old = bool_option(path, options, "encryption")
+    if "format" in given and is_old:
+        raise UsageError(f"{path}: 'encrypt.format' and its alias 'encryption' can't be used at the same time")
+    kind = given.pop("format", "aes" if is_old else None)
+    if kind is None:
+        if given:
+            raise UsageError(f"{path}: Parameter 'encrypt.format' is missing")
+        return 0, b""
+    if kind not in ("aes", "luks"):
+        raise UsageError(f"{path}: Parameter 'format' does not accept value '{kind}'")
+    unexpected = sorted(given.keys() - {"key-secret"}) if kind == "aes" else []
+    if unexpected:
+        raise UsageError(f"{path}: Parameter 'encrypt.{unexpected[0]}' is unexpected")
+    from safeimg.drivers.crypto import luks
+
+    wanted = luks.choice(given)
+    if "key-secret" not in given:
+        raise secret_missing()
+    password = secrets.password(given["key-secret"])
+    return (AES, b"") if kind == "aes" else (LUKS, luks.create(wanted, password)[1])
+
+
+def _inserted(extensions: tuple[Extension, ...], new: Extension) -> tuple[Extension, ...]:
+    """With the new one where QEMU has it: in front of the feature names."""
+    at = next((at for at, old in enumerate(extensions) if old.type == EXT_FEATURE_NAMES), len(extensions))
+    return (*extensions[:at], new, *extensions[at:])
+
+
 def _backing(path: str, options: Mapping[str, str]) -> tuple[str | None, tuple[Extension, ...]]:
     backing_file = options.get("backing_file")
     backing_format = options.get("backing_fmt")
@@ -199,12 +249,12 @@ def _backing(path: str, options: Mapping[str, str]) -> tuple[str | None, tuple[E
     return backing_file, (Extension(EXT_BACKING_FORMAT, data),)
 
 
-def _lay_out(path: str, header: Header, preallocate: bool) -> _Layout:
+def _lay_out(path: str, header: Header, preallocate: bool, luks_bytes: int) -> _Layout:
     bits = header.cluster_bits
     data = -(-header.size >> bits) if preallocate else 0
     layout = _Layout(
         table_clusters=1, blocks=1, l1_clusters=-(-8 * header.l1_size >> bits), data_clusters=data,
-        l2_tables=header.l1_size if preallocate else 0,
+        l2_tables=header.l1_size if preallocate else 0, encryption_clusters=-(-luks_bytes >> bits),
     )
     while True:  # more blocks take more clusters, which may need more blocks
         blocks = -(-layout.total // header.refcount_block_entries)
@@ -314,7 +364,7 @@ def _write_tables(file: File, header: Header, layout: _Layout) -> None:
         table = array("Q", range(first, first + (mapped << bits), 1 << bits))
         file.pwrite(cluster << bits, encode_table(table).ljust(1 << bits, b"\0"))
     if not file.stat().is_device:
-        end = layout.total << bits if l2_tables else (layout.l1_start << bits) + 8 * header.l1_size
+        end = layout.encryption_start << bits if l2_tables else (layout.l1_start << bits) + 8 * header.l1_size
         if file.length() < end:
             file.truncate(end)
 

@@ -9,6 +9,7 @@ from safeimg.drivers.formats.api import Changes, CheckResult, CreateOption, Imag
 from safeimg.drivers.formats.features import Amending, Rebasing
 from safeimg.drivers.formats.qcow2.header import MAGIC, UNFINISHED
 from safeimg.drivers.formats.qcow2.image import Qcow2Image, open_image
+from safeimg.drivers.secrets import NO_SECRETS, Secrets
 from safeimg.drivers.storage.api import File, FileSystem
 
 if TYPE_CHECKING:
@@ -73,13 +74,13 @@ class Qcow2Driver:
         return open_image(file, write=write, repair=repair)
 
     def reopen(self, image: Image) -> Qcow2Image:
-        return open_image(image.file, write=image.file.writable, repair=True)
+        return open_image(image.file, write=image.file.writable, repair=True).inherit(own_image(image))
 
     def create(self, fs: FileSystem, path: str, size: int, options: Mapping[str, str], *,
-               cache: str = "writeback", unfinished: str | None = None) -> None:
+               cache: str = "writeback", unfinished: str | None = None, secrets: Secrets = NO_SECRETS) -> None:
         from safeimg.drivers.formats.qcow2.create import create
 
-        create(fs, path, size, options, cache=cache, unfinished=unfinished)
+        create(fs, path, size, options, cache=cache, unfinished=unfinished, secrets=secrets)
 
     def planner(self, image: Image) -> Planner:
         from safeimg.drivers.formats.qcow2.planner import Qcow2Planner

@@ -67,6 +67,11 @@ _V3 = struct.Struct(">QQQII")
 _EXTENSION = struct.Struct(">II")
 _FEATURE = struct.Struct(">BB46s")
 _BITMAPS = struct.Struct(">IIQQ")
+_ENCRYPTION = struct.Struct(">QQ")
+
+# crypt_method
+AES = 1
+LUKS = 2
 
 
 class FeatureName(NamedTuple):
@@ -107,6 +112,17 @@ class BitmapsExtension:
     def extension(self) -> Extension:
         data = _BITMAPS.pack(self.nb_bitmaps, 0, self.bitmap_directory_size, self.bitmap_directory_offset)
         return Extension(EXT_BITMAPS, data)
+
+
+@dataclass(frozen=True, slots=True)
+class EncryptionHeader:
+    """Where the LUKS header lies (spec: "Full disk encryption header pointer")."""
+
+    offset: int
+    length: int
+
+    def extension(self) -> Extension:
+        return Extension(EXT_ENCRYPTION, _ENCRYPTION.pack(self.offset, self.length))
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,6 +248,12 @@ class Header:
         return BitmapsExtension(nb_bitmaps, size, offset)
 
     @property
+    def encryption(self) -> EncryptionHeader | None:
+        """The place of the LUKS header, if there is one."""
+        data = self.extension(EXT_ENCRYPTION)
+        return None if data is None else EncryptionHeader(*_ENCRYPTION.unpack(data))
+
+    @property
     def feature_names(self) -> tuple[FeatureName, ...]:
         return parse_feature_names(self.extension(EXT_FEATURE_NAMES) or b"")
 
@@ -319,7 +341,9 @@ def parse_header_cluster(head: bytes, path: str, *, unfinished: bool = False) ->
         raise FormatError(path, f"Unsupported encryption method {crypt_method}")
     # A backing name in front of the extensions leaves no room for any.
     limit = max(header_length, backing_offset or cluster_size)
-    extensions = _parse_extensions(path, head, header_length, limit, crypt_method)
+    extensions = _parse_extensions(path, head, header_length, limit, crypt_method, cluster_size)
+    if crypt_method == LUKS and not any(extension.type == EXT_ENCRYPTION for extension in extensions):
+        raise FormatError(path, "Missing CRYPTO header for crypt method 2")
     backing_file = None
     if backing_offset:
         if backing_size > min(MAX_BACKING_NAME, cluster_size - backing_offset):
@@ -327,8 +351,6 @@ def parse_header_cluster(head: bytes, path: str, *, unfinished: bool = False) ->
         name = head[backing_offset:backing_offset + backing_size]
         backing_file = os.fsdecode(name.split(b"\0", 1)[0]) or None
     header = replace(header, extensions=extensions, backing_file=backing_file)
-    if crypt_method:
-        raise UnsupportedError("Encrypted qcow2 images are not supported yet")
     if incompatible & EXTERNAL_DATA_FILE:
         raise UnsupportedError("qcow2 images with an external data file are not supported yet")
     if incompatible & EXTENDED_L2:
@@ -468,7 +490,7 @@ def _unsupported(head: bytes, offset: int, bits: int) -> str:
 
 
 def _parse_extensions(
-    path: str, head: bytes, offset: int, limit: int, crypt_method: int
+    path: str, head: bytes, offset: int, limit: int, crypt_method: int, cluster_size: int
 ) -> tuple[Extension, ...]:
     """Extensions between `offset` and `limit`; `head` may end earlier, what is missing reads as zeroes."""
     extensions: list[Extension] = []
@@ -482,18 +504,24 @@ def _parse_extensions(
         if kind == EXT_END:
             break
         data = head[start:start + length].ljust(length, b"\0")
-        _check_extension(path, kind, data, crypt_method)
+        _check_extension(path, kind, data, crypt_method, cluster_size)
         extensions.append(Extension(kind, data))
         offset = start + -(-length // 8) * 8
     return tuple(extensions)
 
 
-def _check_extension(path: str, kind: int, data: bytes, crypt_method: int) -> None:
+def _check_extension(path: str, kind: int, data: bytes, crypt_method: int, cluster_size: int) -> None:
     length = len(data)
     if kind == EXT_BACKING_FORMAT and length > MAX_BACKING_FORMAT:
         limit = MAX_BACKING_FORMAT + 1
         raise FormatError(path, f"ERROR: ext_backing_format: len={length} too large (>={limit})")
-    if kind == EXT_ENCRYPTION and crypt_method != 2:
+    if kind == EXT_ENCRYPTION and crypt_method != LUKS:
         raise FormatError(path, "CRYPTO header extension only expected with LUKS encryption method")
+    if kind == EXT_ENCRYPTION and length != _ENCRYPTION.size:
+        problem = f"CRYPTO header extension size {length}, but expected size {_ENCRYPTION.size}"
+        raise FormatError(path, problem)
+    if kind == EXT_ENCRYPTION and (offset := _ENCRYPTION.unpack(data)[0]) % cluster_size:
+        problem = f"Encryption header offset '{offset}' is not a multiple of cluster size '{cluster_size}'"
+        raise FormatError(path, problem)
     if kind == EXT_BITMAPS and length != _BITMAPS.size:
         raise FormatError(path, "bitmaps_ext: Invalid extension length")

@@ -10,7 +10,8 @@ from safeimg.drivers.errors import FormatError, UnsupportedError
 from safeimg.drivers.formats.api import Cipher, Extent
 from safeimg.drivers.formats.qcow2.bitmaps import Bitmap, read_bitmaps
 from safeimg.drivers.formats.qcow2.compression import InflateError, inflate
-from safeimg.drivers.formats.qcow2.header import MAX_L1_BYTES, UNFINISHED, Header, parse_header
+from safeimg.drivers.formats.qcow2.encryption import Locked, read_luks, unlocked
+from safeimg.drivers.formats.qcow2.header import LUKS, MAX_L1_BYTES, UNFINISHED, Header, parse_header
 from safeimg.drivers.formats.qcow2.mapping import DEFAULT_CACHE_BYTES, Mapping
 from safeimg.drivers.formats.qcow2.snapshots import Snapshot, read_snapshots
 from safeimg.drivers.storage.api import Buffer, File
@@ -22,6 +23,7 @@ class Qcow2Image:
     def __init__(self, file: File, header: Header, *, cache_bytes: int = DEFAULT_CACHE_BYTES) -> None:
         self._file = file
         self._cache_bytes = cache_bytes
+        self._cipher: Cipher | None = Locked() if header.crypt_method else None
         self._adopt(header)
 
     def _adopt(self, header: Header) -> None:
@@ -41,7 +43,16 @@ class Qcow2Image:
 
     @property
     def cipher(self) -> Cipher | None:
-        return None
+        return self._cipher
+
+    def unlock(self, password: bytes) -> None:
+        """Makes the guest data of an encrypted image readable. `UsageError` for a wrong password."""
+        self._cipher = unlocked(self._file, self._header, password)
+
+    def inherit(self, other: Qcow2Image) -> Qcow2Image:
+        """Takes over what `other`, the same image opened before, was given with its secret."""
+        self._cipher = other._cipher
+        return self
 
     @property
     def format(self) -> str:
@@ -151,6 +162,8 @@ def open_image(file: File, *, write: bool = False, repair: bool = False,
                 "with qemu-img check -r all"
             )
         check_tables(file, header)
+    if header.crypt_method == LUKS:
+        read_luks(file, header)
     return Qcow2Image(file, header, cache_bytes=cache_bytes)
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from safeimg.drivers.formats.qcow2.header import COMPRESSION_NAMES
+from safeimg.drivers.formats.qcow2.encryption import read_luks
+from safeimg.drivers.formats.qcow2.header import AES, COMPRESSION_NAMES
 from safeimg.drivers.formats.qcow2.image import Qcow2Image
 
 
@@ -17,6 +18,8 @@ def specific_info(image: Qcow2Image) -> Mapping[str, object]:
     }
     if header.version == 2:
         info["refcount-bits"] = header.refcount_bits
+        if header.crypt_method:
+            info["encrypt"] = _encrypt(image)
         return info
     info["lazy-refcounts"] = header.lazy_refcounts
     if image.bitmaps:
@@ -31,6 +34,32 @@ def specific_info(image: Qcow2Image) -> Mapping[str, object]:
             for bitmap in image.bitmaps
         ]
     info["refcount-bits"] = header.refcount_bits
+    if header.crypt_method:
+        info["encrypt"] = _encrypt(image)
     info["corrupt"] = header.is_corrupt
     info["extended-l2"] = False
     return info
+
+
+def _encrypt(image: Qcow2Image) -> Mapping[str, object]:
+    if image.header.crypt_method == AES:
+        return {"format": "aes"}
+    luks = read_luks(image.file, image.header)
+    slots = [
+        {"active": True, "iters": slot.iterations, "key-offset": slot.offset, "stripes": slot.stripes}
+        if slot.active
+        else {"active": False, "key-offset": slot.offset}
+        for slot in luks.slots
+    ]
+    return {
+        "ivgen-alg": luks.ivgen,
+        "hash-alg": luks.hash,
+        "cipher-alg": luks.cipher,
+        **({"ivgen-hash-alg": luks.ivgen_hash} if luks.ivgen == "essiv" else {}),
+        "uuid": luks.uuid,
+        "format": "luks",
+        "cipher-mode": luks.mode,
+        "slots": slots,
+        "payload-offset": luks.payload_offset,
+        "master-key-iters": luks.digest_iterations,
+    }

@@ -43,6 +43,8 @@ _FIELDS = {
     "refcount_order": (96, 4),
 }
 
+MAX_HEADER_CLUSTERS = 1 << 16  # of a LUKS header: the rest of a hostile one is not looked at
+
 class Qcow2Source(Protocol):
     """What the planner needs of an open image."""
 
@@ -352,6 +354,9 @@ class Qcow2Planner:
         structures.append((self.l1_table_offset >> bits, l1_clusters))
         if header.nb_snapshots:
             structures.append((header.snapshots_offset >> bits, 1))
+        if header.encryption is not None:
+            clusters = -(-header.encryption.length >> bits)
+            structures.append((header.encryption.offset >> bits, min(clusters, MAX_HEADER_CLUSTERS)))
         if header.bitmaps is not None:
             structures.append((self.bitmap_directory_offset >> bits, 1))
         per_read = 8192

@@ -169,6 +169,8 @@ def count_kept(planner: Qcow2Planner) -> References:
     references = References(planner.path, -(-planner.view.length // header.cluster_size))
     references.add_range(0, 1, bits)
     count_l1(planner, references, _snapshot_tables(planner, references))
+    if header.encryption is not None:
+        references.add_range(header.encryption.offset, header.encryption.length, bits)
     extension = header.bitmaps
     if extension is not None:
         references.add_range(planner.bitmap_directory_offset, extension.bitmap_directory_size, bits)

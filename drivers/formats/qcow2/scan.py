@@ -115,6 +115,8 @@ class ReferenceScan:
         self._scan_snapshots(snapshots)
         if snapshots:
             self.add_region(header.snapshots_offset, sum(snapshot.length for snapshot in snapshots))
+        if header.encryption is not None:
+            self.add_region(header.encryption.offset, header.encryption.length)
         self.add_region(header.refcount_table_offset, 8 * header.refcount_table_entries)
         self._scan_bitmaps()
         self._scan_refcount_blocks()

@@ -9,6 +9,7 @@ from safeimg.drivers.formats.api import CheckResult, CreateOption, Driver, Image
 from safeimg.drivers.formats.plain import PlainDriver
 from safeimg.drivers.formats.vdi.header import SIGNATURE, SIGNATURE_OFFSET, UNFINISHED
 from safeimg.drivers.formats.vdi.image import VdiImage, open_image
+from safeimg.drivers.secrets import NO_SECRETS, Secrets
 from safeimg.drivers.storage.api import File, FileSystem
 
 CREATE_OPTIONS = (
@@ -36,7 +37,7 @@ class VdiDriver(PlainDriver):
         return open_image(image.file, write=image.file.writable, repair=True)
 
     def create(self, fs: FileSystem, path: str, size: int, options: Mapping[str, str], *,
-               cache: str = "writeback", unfinished: str | None = None) -> None:
+               cache: str = "writeback", unfinished: str | None = None, secrets: Secrets = NO_SECRETS) -> None:
         from safeimg.drivers.formats.vdi.create import create
 
         create(fs, path, size, options, cache=cache, unfinished=unfinished is not None)

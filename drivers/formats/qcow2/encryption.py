@@ -1,0 +1,99 @@
+"""Encrypted qcow2 images: the guest data of LUKS images and of the old AES format (spec: "Data encryption").
+
+The IV of a sector is made of its number: in LUKS images of its place in the file, in AES images of the guest's."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NoReturn
+
+from safeimg.drivers.errors import FormatError, SecretMissing
+from safeimg.drivers.formats.api import Cipher
+from safeimg.drivers.formats.qcow2.header import AES, Header
+from safeimg.drivers.storage.api import File
+
+if TYPE_CHECKING:
+    from safeimg.drivers.crypto.luks import Luks
+    from safeimg.drivers.crypto.sectors import SectorCipher
+
+SECTOR = 512
+AES_KEY = 16  # bytes of the password that are the key
+
+
+class Locked:
+    """The cipher of an image that was opened without its secret."""
+
+    ready = False
+
+    def encrypt(self, buffer: memoryview, host: int, guest: int) -> NoReturn:
+        raise secret_missing()
+
+    decrypt = encrypt
+
+
+class HostSectors:
+    """LUKS: sectors are numbered by their place in the file."""
+
+    ready = True
+
+    def __init__(self, sectors: SectorCipher) -> None:
+        self._sectors = sectors
+
+    def encrypt(self, buffer: memoryview, host: int, guest: int) -> None:
+        self._sectors.encrypt(buffer, host // SECTOR)
+
+    def decrypt(self, buffer: memoryview, host: int, guest: int) -> None:
+        self._sectors.decrypt(buffer, host // SECTOR)
+
+
+class GuestSectors:
+    """The old AES format: sectors are numbered by their place on the virtual disk."""
+
+    ready = True
+
+    def __init__(self, sectors: SectorCipher) -> None:
+        self._sectors = sectors
+
+    def encrypt(self, buffer: memoryview, host: int, guest: int) -> None:
+        self._sectors.encrypt(buffer, guest // SECTOR)
+
+    def decrypt(self, buffer: memoryview, host: int, guest: int) -> None:
+        self._sectors.decrypt(buffer, guest // SECTOR)
+
+
+def secret_missing() -> SecretMissing:
+    return SecretMissing("Parameter 'encrypt.key-secret' is required for cipher")
+
+
+def read_luks(file: File, header: Header) -> Luks:
+    """The LUKS header of an image that has one. Raises `FormatError` in QEMU's words."""
+    from safeimg.drivers.crypto.luks import HEADER_BYTES, parse
+
+    place = header.encryption
+    if place is None:
+        raise FormatError(file.path, "Missing CRYPTO header for crypt method 2")
+    if place.length < HEADER_BYTES:
+        raise FormatError(file.path, "Request for data outside of extension header")
+    if place.offset >= 1 << 63:
+        raise FormatError(file.path, "Could not read encryption header: Input/output error")
+    return parse(file.pread(place.offset, HEADER_BYTES), file.path)
+
+
+def unlocked(file: File, header: Header, password: bytes) -> Cipher:
+    """The cipher of an encrypted image. Raises `UsageError` for a wrong password, `UnsupportedError`."""
+    if header.crypt_method == AES:
+        from safeimg.drivers.crypto.ciphers import Block
+        from safeimg.drivers.crypto.sectors import SectorCipher
+
+        key = password[:AES_KEY].ljust(AES_KEY, b"\0")
+        return GuestSectors(SectorCipher("cbc", "plain64", Block("aes-128", key)))
+    from safeimg.drivers.crypto.luks import sector_cipher, unlock
+
+    luks, place = read_luks(file, header), header.encryption
+    assert place is not None
+
+    def read(offset: int, length: int) -> bytes:
+        if offset + length > place.length:
+            raise FormatError(file.path, "Request for data outside of extension header")
+        return file.pread(place.offset + offset, length)
+
+    return HostSectors(sector_cipher(luks, unlock(luks, read, password, file.path)))
