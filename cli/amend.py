@@ -23,6 +23,7 @@ from safeimg.cli.shared import (
     SHORT_FORMAT,
 )
 from safeimg.cli.values import cache_mode
+from safeimg.drivers.formats.naming import Blockdev
 
 COMMANDS = (
     Command(
@@ -89,7 +90,7 @@ def run(command: Command, arguments: Arguments) -> int:
     return 0
 
 
-def _help(name: str | None, fmt: str | None, cache: str) -> int:
+def _help(name: str | Blockdev | None, fmt: str | None, cache: str) -> int:
     """`-o help`, for a format or for that of an image."""
     from safeimg.drivers.errors import UsageError
     from safeimg.drivers.formats.registry import lookup

@@ -62,7 +62,10 @@ def run(command: Command, arguments: Arguments) -> int:
         raise CommandError("check -r is not supported yet: without -r it reports what is wrong")
     from safeimg.ops.check import check
 
-    done = check(filesystem(), name, fmt=fmt, cache=cache, force_share=arguments.flag("force-share"))
+    done = check(
+        filesystem(), name, fmt=fmt, cache=cache, force_share=arguments.flag("force-share"),
+        secrets=arguments.secrets,
+    )
     result = done.result
     if result is None:
         raise CommandError("This image format does not support checks", code=UNSUPPORTED)
@@ -71,7 +74,7 @@ def run(command: Command, arguments: Arguments) -> int:
     sys.stderr.flush()
     if not arguments.flag("quiet"):
         if output == "json":
-            print_json(_members(result, done.path, done.format))
+            print_json(_members(result, arguments.positional[0], done.format))
         else:
             print("\n".join(_lines(result)))
     if result.corruptions:

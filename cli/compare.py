@@ -73,7 +73,11 @@ def run(command: Command, arguments: Arguments) -> int:
             for text, fmt in zip(arguments.positional, formats, strict=True):
                 name, fmt = image_name(arguments, text, fmt, code=CANNOT_OPEN)
                 share = arguments.flag("force-share")
-                chains.append(open_chain(fs, name, format=fmt, cache=cache, force_share=share))
+                chains.append(
+                    open_chain(
+                        fs, name, format=fmt, cache=cache, force_share=share, secrets=arguments.secrets
+                    )
+                )
         except DriverError as error:
             raise CommandError(str(error), code=CANNOT_OPEN) from error
         else:

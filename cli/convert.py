@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from safeimg.cli import values
-from safeimg.cli.common import image_options
+from safeimg.cli.common import image_name
 from safeimg.cli.create import print_option_help
 from safeimg.cli.errors import CommandError
 from safeimg.cli.options import Argument, Command, Option
@@ -27,7 +27,8 @@ from safeimg.cli.shared import (
     SHORT_FORMAT,
     SOURCE_CACHE,
 )
-from safeimg.cli.values import cache_mode
+from safeimg.cli.values import cache_mode, warn
+from safeimg.drivers.formats.naming import Blockdev, from_options
 
 _LATER = (("bitmaps", "--bitmaps"), ("snapshot", "-l"), ("salvage", "--salvage"))
 
@@ -123,24 +124,23 @@ def run(command: Command, arguments: Arguments) -> int:
     if print_option_help(options, arguments.last("target-format", "raw"), words[-1] if words else None):
         return 0
     _check(arguments)
-    sources, fmt = list(words[:-1]), arguments.last("format")
-    target, target_format = words[-1], arguments.last("target-format")
-    if arguments.flag("image-opts"):
-        named = [image_options(text) for text in sources]
-        sources, fmt = [name for name, _ in named], named[0][1]
+    fmt, target_format = arguments.last("format"), arguments.last("target-format")
+    sources = tuple(image_name(arguments, word, fmt)[0] for word in words[:-1])
+    target: str | Blockdev = words[-1]
     if arguments.flag("target-image-opts"):
-        target, given = image_options(target)
-        target_format = given or target_format
+        if target_format is not None:
+            raise CommandError("--image-opts and --format are mutually exclusive")
+        target = from_options(words[-1], warn)
     cache = cache_mode(arguments.last("cache", _default_cache()), "Invalid cache option")
 
+    from safeimg.drivers.formats.options import split_options
     from safeimg.drivers.transfer.core import Settings, sensible_workers
     from safeimg.ops.convert import Options, convert
-    from safeimg.ops.create_options import split_options
     from safeimg.ops.launch import Environment
     from safeimg.recovery.gate import resumed, supersede
 
     request = Options(
-        sources=tuple(sources),
+        sources=sources,
         target=target,
         source_format=fmt,
         target_format=target_format,

@@ -44,7 +44,10 @@ def run(command: Command, arguments: Arguments) -> int:
     from safeimg.ops.info import info
 
     chain = arguments.flag("backing-chain")
-    images = info(filesystem(), name, fmt=fmt, chain=chain, force_share=arguments.flag("force-share"))
+    images = info(
+        filesystem(), name, fmt=fmt, chain=chain, force_share=arguments.flag("force-share"),
+        secrets=arguments.secrets,
+    )
     if output == "json":
         print_json(images if chain else images[0])
     else:

@@ -54,7 +54,8 @@ def run(command: Command, arguments: Arguments) -> int:
     from safeimg.drivers.formats.chain import close_chain, open_chain
     from safeimg.ops.map import block_map
 
-    layers = open_chain(filesystem(), name, format=fmt, force_share=arguments.flag("force-share"))
+    share = arguments.flag("force-share")
+    layers = open_chain(filesystem(), name, format=fmt, force_share=share, secrets=arguments.secrets)
     start: int = arguments.last("start-offset", 0)
     length: int = arguments.last("max-length", MAX_SIZE)
     entries = block_map(layers, start, length)

@@ -15,6 +15,7 @@ from safeimg.cli.common import filesystem
 from safeimg.cli.errors import CommandError
 from safeimg.cli.parser import Arguments
 from safeimg.cli.progress import Display
+from safeimg.drivers.formats.naming import Blockdev, local_name
 from safeimg.drivers.secrets import NO_SECRETS
 
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ def run_stoppable(
     shown: Display,
     work: Callable[[Environment], Awaitable[Result]],
     *,
-    image: str,
+    image: str | Blockdev,
     settings: Settings | None = None,
     own: bool = False,
 ) -> Result:
@@ -80,20 +81,21 @@ def run_stoppable(
     from safeimg.drivers.errors import DriverError
     from safeimg.ops.errors import OperationPaused
 
+    path = local_name(image)
     with stoppable() as stop:
         around = environment(arguments, settings, stop)
         try:
             with shown.watching(around.transfer.progress):
                 return trio.run(_cancellable, stop, work, around)
         except (OperationPaused, KeyboardInterrupt) as error:
-            raise paused(image, error, stop, own) from error
+            raise paused(path, error, stop, own) from error
         except DriverError as error:
-            if not _is_pending(image):
+            if not _is_pending(path):
                 raise
-            raise CommandError(f"{error}; {ways_out(image)}") from error
+            raise CommandError(f"{error}; {ways_out(path)}") from error
         except BaseExceptionGroup as group:
             if only(group, (OperationPaused, KeyboardInterrupt)):
-                raise paused(image, group.exceptions[0], stop, own) from group
+                raise paused(path, group.exceptions[0], stop, own) from group
             raise
 
 

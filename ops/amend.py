@@ -8,6 +8,7 @@ from safeimg.drivers.errors import UsageError
 from safeimg.drivers.formats.api import Driver, Image
 from safeimg.drivers.formats.chain import close_chain, open_chain
 from safeimg.drivers.formats.features import Amending
+from safeimg.drivers.formats.naming import Blockdev
 from safeimg.drivers.formats.registry import lookup
 from safeimg.drivers.storage.api import FileSystem
 from safeimg.ops.change import Action, Changing, Settings
@@ -18,7 +19,7 @@ from safeimg.ops.launch import Environment
 
 async def amend(
     environment: Environment,
-    filename: str,
+    filename: str | Blockdev,
     given: Sequence[str],
     *,
     fmt: str | None = None,
@@ -44,7 +45,7 @@ async def amend(
 
 
 def image_driver(
-    fs: FileSystem, filename: str, fmt: str | None, cache: str, warn: Callable[[str], None] | None
+    fs: FileSystem, filename: str | Blockdev, fmt: str | None, cache: str, warn: Callable[[str], None] | None
 ) -> Driver:
     """The driver of the format of an image that could be amended now."""
     layers = open_chain(fs, filename, format=fmt, write=True, cache=cache, warn=warn)

@@ -14,7 +14,9 @@ from typing import Any
 
 from safeimg.drivers.formats.api import Changes, Image, Patch, Planner
 from safeimg.drivers.formats.chain import close_chain, open_chain
+from safeimg.drivers.formats.naming import Blockdev, are_options, lasting, recalled
 from safeimg.drivers.formats.registry import lookup
+from safeimg.drivers.secrets import Secrets
 from safeimg.drivers.storage.api import FileSystem
 from safeimg.drivers.transfer.core import Transfer
 from safeimg.journal.state import OperationState
@@ -97,7 +99,7 @@ class Changing:
     async def run(
         self,
         environment: Environment,
-        filename: str,
+        filename: str | Blockdev,
         settings: Settings,
         *,
         fmt: str | None = None,
@@ -108,27 +110,30 @@ class Changing:
     ) -> None:
         """Changes the image, which `check` may refuse before anything is begun, as does a backing image that is not
         there, with `backing`. Raises what opening raises, `SomethingPending`, `OperationPaused`."""
-        layers = open_chain(environment.fs, filename, format=fmt, backing=backing, force_share=True)
+        fs, secrets = environment.fs, environment.secrets
+        layers = open_chain(fs, filename, format=fmt, backing=backing, force_share=True, secrets=secrets)
         try:
-            refuse_pending_on(environment.fs, layers[0].file.path)
+            refuse_pending_on(fs, layers[0].file.path)
         finally:
             close_chain(layers)
         layers = open_chain(
-            environment.fs, filename, format=fmt, write=True, cache=cache, backing=False, warn=warn
+            fs, filename, format=fmt, write=True, cache=cache, backing=False, warn=warn, secrets=secrets
         )
         try:
             check(layers[0])
-            job = self._job(layers, {**settings, "cache": cache, "format": layers[0].format})
+            opened = {"cache": cache, "format": layers[0].format, "options": lasting(filename, fs.resolve)}
+            job = self._job(layers, {**settings, **opened})
             await launch(job, environment)
         finally:
             close_chain(layers)
 
-    def open_layers(self, fs: FileSystem, home: str, state: OperationState) -> list[Image]:
+    def open_layers(self, fs: FileSystem, home: str, state: OperationState, secrets: Secrets) -> list[Image]:
         """See `registry.Reopener`."""
         settings = _settings(home, state)
         return open_chain(
-            fs, home, format=settings["format"], write=True, cache=settings["cache"], backing=False, repair=True
-        )
+            fs, recalled(settings["options"], home), format=settings["format"], write=True, cache=settings["cache"],
+            backing=False, repair=True, secrets=secrets,
+        )  # fmt: skip
 
     def make_job(self, layers: list[Image], state: OperationState, transfer: Transfer) -> Job:
         """See `registry.Reopener`."""
@@ -153,6 +158,6 @@ def _settings(home: str, state: OperationState) -> Settings:
     for name in ("cache", "format"):
         if not isinstance(settings.get(name), str):
             raise Conflict(f"{home}: the log does not say with which '{name}' the operation was started")
-    if len(state.declared.images) != 1:
+    if len(state.declared.images) != 1 or not are_options(settings.get("options")):
         raise Conflict(f"{home}: the log's images do not fit a {state.declared.command}")
     return settings

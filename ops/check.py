@@ -6,7 +6,9 @@ from typing import NamedTuple
 
 from safeimg.drivers.formats.api import CheckResult, Image
 from safeimg.drivers.formats.chain import close_chain, open_chain
+from safeimg.drivers.formats.naming import Blockdev
 from safeimg.drivers.formats.registry import lookup
+from safeimg.drivers.secrets import NO_SECRETS, Secrets
 from safeimg.drivers.storage.api import FileSystem
 
 FORMATS_WITHOUT_CHECKS = ("raw",)
@@ -16,23 +18,23 @@ class Checked(NamedTuple):
     """The result for one image."""
 
     format: str
-    path: str
     result: CheckResult | None  # None: the format has no checks
 
 
 def check(
     fs: FileSystem,
-    filename: str,
+    filename: str | Blockdev,
     *,
     fmt: str | None = None,
     cache: str = "writeback",
     force_share: bool = False,
+    secrets: Secrets = NO_SECRETS,
 ) -> Checked:
     """Checks the top image of a chain; its backing images have to open, as in qemu-img. `DriverError`."""
-    layers = open_chain(fs, filename, format=fmt, cache=cache, force_share=force_share)
+    layers = open_chain(fs, filename, format=fmt, cache=cache, force_share=force_share, secrets=secrets)
     try:
         image: Image = layers[0]
         result = None if image.format in FORMATS_WITHOUT_CHECKS else lookup(image.format).check(image)
-        return Checked(image.format, image.file.path, result)
+        return Checked(image.format, result)
     finally:
         close_chain(layers)

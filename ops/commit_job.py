@@ -8,8 +8,10 @@ from typing import Any
 
 from safeimg.drivers.errors import DriverError, UnsupportedError, UsageError
 from safeimg.drivers.formats.api import Image
-from safeimg.drivers.formats.chain import backing_filename, close_chain, local_path, open_chain, protocol
+from safeimg.drivers.formats.chain import backing_filename, close_chain, local_path, open_chain
+from safeimg.drivers.formats.naming import Blockdev, are_options, lasting, protocol, recalled
 from safeimg.drivers.formats.registry import lookup
+from safeimg.drivers.secrets import NO_SECRETS, Secrets
 from safeimg.drivers.storage.api import FileSystem
 from safeimg.drivers.transfer.core import Transfer
 from safeimg.journal.state import OperationState
@@ -23,7 +25,7 @@ from safeimg.ops.session import DATA_FILE, refuse_pending_on, touched
 
 async def commit(
     environment: Environment,
-    filename: str,
+    filename: str | Blockdev,
     *,
     base: str | None = None,
     fmt: str | None = None,
@@ -38,7 +40,7 @@ async def commit(
     `drop`: the committed image keeps its content. Raises what opening raises, `SomethingPending`, `OperationPaused`."""
     job = open_job(
         environment.fs, filename, environment.transfer, base=base, fmt=fmt, drop=drop or base is not None,
-        cache=cache, undo=undo, step_bytes=step_bytes, warn=warn,
+        cache=cache, undo=undo, step_bytes=step_bytes, warn=warn, secrets=environment.secrets,
     )
     try:
         await launch(job, environment)
@@ -48,7 +50,7 @@ async def commit(
 
 def open_job(
     fs: FileSystem,
-    filename: str,
+    filename: str | Blockdev,
     transfer: Transfer,
     *,
     base: str | None,
@@ -58,18 +60,23 @@ def open_job(
     undo: bool,
     step_bytes: int,
     warn: Callable[[str], None] | None = None,
+    secrets: Secrets = NO_SECRETS,
 ) -> Job:
     """The chain is opened twice: read-only to find the base, and what may be pending there; then the base and the top
     for writing, which a pending operation's fence would refuse in less helpful words."""
-    depth = _depth(fs, filename, base, fmt)
+    depth = _depth(fs, filename, base, fmt, secrets)
     layers = open_chain(
-        fs, filename, format=fmt, write=lambda level, _: level in (0, depth), cache=cache, warn=warn
-    )
+        fs, filename, format=fmt, write=lambda level, _: level in (0, depth), cache=cache, warn=warn,
+        secrets=secrets,
+    )  # fmt: skip
     try:
         if depth >= len(layers):
             raise UsageError("Image does not have a backing file")
         _check_growth(layers[0], layers[depth])
-        settings = {"base": depth, "drop": drop, "cache": cache, "format": layers[0].format, "step": step_bytes}
+        settings = {
+            "base": depth, "drop": drop, "cache": cache, "format": layers[0].format, "step": step_bytes,
+            "options": lasting(filename, fs.resolve),
+        }  # fmt: skip
         return _job(layers, settings, transfer, undo=undo, unlinked=())
     except BaseException:
         close_chain(layers)
@@ -85,14 +92,14 @@ def _check_growth(top: Image, base: Image) -> None:
             raise UsageError("Block job failed: Operation not supported") from error
 
 
-def open_layers(fs: FileSystem, home: str, state: OperationState) -> list[Image]:
+def open_layers(fs: FileSystem, home: str, state: OperationState, secrets: Secrets) -> list[Image]:
     """See `registry.Reopener`."""
     settings = _settings(home, state)
     top = os.path.join(os.path.dirname(home), state.declared.images[1].path)
     layers = open_chain(
-        fs, top, format=settings["format"], write=lambda level, _: level in (0, settings["base"]),
-        cache=settings["cache"], repair=True,
-    )
+        fs, recalled(settings["options"], top), format=settings["format"],
+        write=lambda level, _: level in (0, settings["base"]), cache=settings["cache"], repair=True, secrets=secrets,
+    )  # fmt: skip
     if len(layers) <= settings["base"]:
         close_chain(layers)
         raise Conflict(f"{top}: its backing chain is shorter than when the commit began")
@@ -114,7 +121,9 @@ def _settings(home: str, state: OperationState) -> dict[str, Any]:
         if not isinstance(settings.get(name), kind):
             raise Conflict(f"{home}: the log does not say with which '{name}' the commit was started")
     images = [image for image in state.declared.images if image.role != DATA_FILE]
-    if len(images) != settings["base"] + 1 or settings["base"] < 1 or settings["step"] < 1:
+    if len(images) != settings["base"] + 1 or settings["base"] < 1 or settings["step"] < 1 or (
+        not are_options(settings.get("options"))
+    ):
         raise Conflict(f"{home}: the log's images do not fit a commit")
     return settings
 
@@ -140,13 +149,16 @@ def _job(
     )
 
 
-def _depth(fs: FileSystem, filename: str, base: str | None, fmt: str | None) -> int:
+def _depth(
+    fs: FileSystem, filename: str | Blockdev, base: str | None, fmt: str | None, secrets: Secrets
+) -> int:
     """How far down the chain the image called `base` is; 1 if None. Raises `SomethingPending` for it or the top."""
-    layers = open_chain(fs, filename, format=fmt, force_share=True)
+    layers = open_chain(fs, filename, format=fmt, force_share=True, secrets=secrets)
     try:
         depth = 1 if base is None else _find(fs, layers, base)
         if depth is None:
-            raise UsageError(f"Did not find '{base}' in the backing chain of '{filename}'")
+            top = filename if isinstance(filename, str) else filename.text
+            raise UsageError(f"Did not find '{base}' in the backing chain of '{top}'")
         for layer in (layers[0], *layers[depth : depth + 1]):
             refuse_pending_on(fs, layer.file.path)
         return depth

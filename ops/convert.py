@@ -14,6 +14,8 @@ import trio
 from safeimg.drivers.errors import DriverError, LockError, StorageError, UsageError
 from safeimg.drivers.formats.api import Driver, Image
 from safeimg.drivers.formats.chain import close_chain, local_path, open_chain
+from safeimg.drivers.formats.naming import Blockdev, lasting
+from safeimg.drivers.secrets import NO_SECRETS, Secrets
 from safeimg.drivers.storage.api import FileSystem
 from safeimg.drivers.transfer.core import Transfer
 from safeimg.ops.convert_job import compressor, job_of
@@ -28,10 +30,10 @@ from safeimg.ops.session import refuse_pending_on
 class Options:
     """What `convert` is asked for; the letters are qemu-img's options."""
 
-    sources: tuple[str, ...]
-    target: str
+    sources: tuple[str | Blockdev, ...]
+    target: str | Blockdev
     source_format: str | None = None  # -f
-    target_format: str | None = None  # -O; raw if None (with -n, too)
+    target_format: str | None = None  # -O; raw if None (with -n, too), unless the target is a `Blockdev`
     create_options: Mapping[str, str] = field(default_factory=dict)  # -o
     backing: str | None = None  # -B
     backing_format: str | None = None  # -F
@@ -49,6 +51,11 @@ class Options:
     defer: float = 1.0  # seconds of work on a new target after which its journal begins
 
     @property
+    def target_name(self) -> str:
+        """As given."""
+        return self.target if isinstance(self.target, str) else self.target.text
+
+    @property
     def format(self) -> str:
         """The target's."""
         return "raw" if self.target_format is None else self.target_format
@@ -62,7 +69,9 @@ async def convert(
 
     Raises `DriverError` with qemu-img's message, `SomethingPending`, `OperationPaused`."""
     job = await trio.to_thread.run_sync(
-        lambda: open_job(environment.fs, options, environment.transfer, supersede=supersede)
+        lambda: open_job(
+            environment.fs, options, environment.transfer, supersede=supersede, secrets=environment.secrets
+        )
     )
     try:
         await launch(job, environment)
@@ -71,7 +80,12 @@ async def convert(
 
 
 def open_job(
-    fs: FileSystem, options: Options, transfer: Transfer, *, supersede: Callable[[str], None] | None = None
+    fs: FileSystem,
+    options: Options,
+    transfer: Transfer,
+    *,
+    supersede: Callable[[str], None] | None = None,
+    secrets: Secrets = NO_SECRETS,
 ) -> Job:
     """Opens the sources, makes the target (or opens it, with -n), and plans how it is written.
 
@@ -83,12 +97,12 @@ def open_job(
         for name in options.sources:
             chains.append(
                 open_chain(fs, name, format=options.source_format, cache=options.source_cache,
-                           force_share=options.force_share)
+                           force_share=options.force_share, secrets=secrets)
             )  # fmt: skip
         size = sum(chain[0].size for chain in chains)
         if _writes_existing(fs, options):
-            return _into_existing(fs, options, transfer, chains, size)
-        return _into_new(fs, options, transfer, chains, size, supersede)
+            return _into_existing(fs, options, transfer, chains, size, secrets)
+        return _into_new(fs, options, transfer, chains, size, supersede, secrets)
     except BaseException:
         for chain in chains:
             close_chain(chain)
@@ -111,20 +125,21 @@ def _writes_existing(fs: FileSystem, options: Options) -> bool:
     """With -n, and a block device as a raw target: its size is what it is, and it may hold anything."""
     if not options.create:
         return True
-    found = fs.stat(local_path(options.target)) if options.format == "raw" else None
+    found = fs.stat(local_path(options.target_name)) if options.format == "raw" else None
     return found is not None and found.is_device
 
 
-def _open_target(fs: FileSystem, options: Options, *, unfinished: bool) -> list[Image]:
+def _open_target(fs: FileSystem, options: Options, secrets: Secrets, *, unfinished: bool) -> list[Image]:
+    format = options.format if isinstance(options.target, str) else options.target_format
     return open_chain(
-        fs, options.target, format=options.format, write=True, cache=options.cache, repair=unfinished
+        fs, options.target, format=format, write=True, cache=options.cache, repair=unfinished, secrets=secrets
     )
 
 
 def _into_existing(
-    fs: FileSystem, options: Options, transfer: Transfer, chains: list[list[Image]], size: int
+    fs: FileSystem, options: Options, transfer: Transfer, chains: list[list[Image]], size: int, secrets: Secrets
 ) -> Job:
-    target = _open_target(fs, options, unfinished=False)
+    target = _open_target(fs, options, secrets, unfinished=False)
     try:
         refuse_pending_on(fs, target[0].file.path)
         if options.target_is_zero and len(target) > 1:
@@ -133,7 +148,7 @@ def _into_existing(
             compressor(target[0])
         if target[0].size < size:
             raise UsageError("output file is smaller than input file")
-        return _job(options, transfer, chains, target, created=False)
+        return _job(fs, options, transfer, chains, target, created=False)
     except BaseException:
         close_chain(target)
         raise
@@ -146,9 +161,10 @@ def _into_new(
     chains: list[list[Image]],
     size: int,
     supersede: Callable[[str], None] | None,
+    secrets: Secrets,
 ) -> Job:
     driver, asked = _creation(options, several=len(chains) > 1)
-    path = local_path(options.target)
+    path = local_path(options.target_name)
     _refuse_source(fs, options, path, chains)
     if supersede is None:
         refuse_pending_on(fs, path)
@@ -166,9 +182,9 @@ def _into_new(
         except DriverError as error:
             raise _while_converting(options, error) from error
         make_durable(fs, path, options.cache)
-        target = _open_target(fs, options, unfinished=True)
+        target = _open_target(fs, options, secrets, unfinished=True)
         try:
-            return _job(options, transfer, chains, target, created=True)
+            return _job(fs, options, transfer, chains, target, created=True)
         except BaseException:
             close_chain(target)
             raise
@@ -218,14 +234,20 @@ def _refuse_source(fs: FileSystem, options: Options, path: str, chains: Iterable
 
 
 def _while_converting(options: Options, error: DriverError) -> UsageError:
-    reason = str(error).removeprefix(f"{local_path(options.target)}: ")
+    reason = str(error).removeprefix(f"{local_path(options.target_name)}: ")
     if isinstance(error, StorageError):
-        reason = f"Could not create '{options.target}': {error.strerror}"
-    return UsageError(f"{options.target}: error while converting {options.format}: {reason}")
+        reason = f"Could not create '{options.target_name}': {error.strerror}"
+    return UsageError(f"{options.target_name}: error while converting {options.format}: {reason}")
 
 
 def _job(
-    options: Options, transfer: Transfer, chains: list[list[Image]], target: list[Image], *, created: bool
+    fs: FileSystem,
+    options: Options,
+    transfer: Transfer,
+    chains: list[list[Image]],
+    target: list[Image],
+    *,
+    created: bool,
 ) -> Job:
     size = sum(chain[0].size for chain in chains)
     backing = target[1].size if len(target) > 1 else 0
@@ -241,6 +263,7 @@ def _job(
     settings: dict[str, Any] = {
         "layers": [len(target), *map(len, chains)],
         "formats": [target[0].format, *(chain[0].format for chain in chains)],
+        "options": [lasting(name, fs.resolve) for name in (options.target, *options.sources)],
         "cache": options.cache,
         "source_cache": options.source_cache,
         "force_share": options.force_share,

@@ -15,6 +15,8 @@ from typing import Any
 from safeimg.drivers.errors import UsageError
 from safeimg.drivers.formats.api import Image
 from safeimg.drivers.formats.chain import close_chain, open_chain
+from safeimg.drivers.formats.naming import are_options, recalled
+from safeimg.drivers.secrets import Secrets
 from safeimg.drivers.storage.api import FileSystem
 from safeimg.drivers.transfer.core import Transfer
 from safeimg.drivers.transfer.view import ConcatenatedView, Source, View
@@ -26,28 +28,32 @@ from safeimg.ops.launch import Job
 from safeimg.ops.session import DATA_FILE, data_index, touched
 
 _KINDS: dict[str, type | tuple[type, ...]] = {
-    "layers": list, "formats": list, "cache": str, "source_cache": str, "force_share": bool, "created": bool,
+    "layers": list, "formats": list, "options": list, "cache": str,
+    "source_cache": str, "force_share": bool, "created": bool,
     "undo": bool, "compress": bool, "sparse": int, "zero_below": int, "skip_below": int, "step_bytes": int,
     "step_seconds": (int, float), "defer": (int, float),
 }  # fmt: skip
 
 
-def open_layers(fs: FileSystem, home: str, state: OperationState) -> list[Image]:
+def open_layers(fs: FileSystem, home: str, state: OperationState, secrets: Secrets) -> list[Image]:
     """See `registry.Reopener`."""
     settings = _settings(home, state)
     paths = [image.path for image in state.declared.images]
     found: list[Image] = []
     try:
         found += open_chain(
-            fs, home, format=settings["formats"][0], write=True, cache=settings["cache"], repair=True
-        )
+            fs, recalled(settings["options"][0], home), format=settings["formats"][0], write=True,
+            cache=settings["cache"], repair=True, secrets=secrets,
+        )  # fmt: skip
         _check_depth(home, len(found), settings["layers"][0])
         top = 1
-        for depth, format in zip(settings["layers"][1:], settings["formats"][1:], strict=True):
+        sources = zip(settings["layers"][1:], settings["formats"][1:], settings["options"][1:], strict=True)
+        for depth, format, options in sources:
             path = os.path.join(os.path.dirname(home), paths[top])
             chain = open_chain(
-                fs, path, format=format, cache=settings["source_cache"], force_share=settings["force_share"]
-            )
+                fs, recalled(options, path), format=format, cache=settings["source_cache"],
+                force_share=settings["force_share"], secrets=secrets,
+            )  # fmt: skip
             found += chain
             _check_depth(path, len(chain), depth)
             top += depth
@@ -123,7 +129,8 @@ def _settings(home: str, state: OperationState) -> dict[str, Any]:
     layers, formats = settings["layers"], settings["formats"]
     if (
         len(layers) < 2
-        or len(layers) != len(formats)
+        or not len(layers) == len(formats) == len(settings["options"])
+        or not all(map(are_options, settings["options"]))
         or not all(isinstance(depth, int) and depth > 0 for depth in layers)
         or not all(isinstance(format, str) for format in formats)
         or sum(layers[1:]) != sum(image.role != DATA_FILE for image in state.declared.images) - 1

@@ -8,6 +8,7 @@ from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 
 from safeimg.drivers.errors import UsageError
 from safeimg.drivers.formats.api import CreateOption
+from safeimg.drivers.formats.options import split_options
 from safeimg.ops.sizes import parse_size
 
 # What the storage of a local file adds to a format's options
@@ -19,33 +20,6 @@ FILE_OPTIONS = (
 
 _TRUE, _FALSE = ("on", "yes", "true", "y"), ("off", "no", "false", "n")
 _NUMBER = re.compile(r"\s*([+-]?)(0[xX][0-9a-fA-F]+|[0-9]+)", re.ASCII)
-
-
-def split_options(text: str, implied: str | None = None) -> Iterator[tuple[str, str]]:
-    """Names and values of `a=b,c=d`; two commas are one in a value; `x` is `x=on` and `nox` is `x=off`.
-
-    `implied`: the name of a first element that has no `=`."""
-    at = 0
-    while at < len(text):
-        match = re.compile(r"[^=,]*").match(text, at)
-        assert match is not None
-        name, at = match.group(), match.end()
-        if text[at : at + 1] == "=" or (implied is not None and name):
-            if text[at : at + 1] == "=":
-                at += 1
-            else:
-                at -= len(name)
-                name = implied or name
-            match = re.compile(r"(?:[^,]|,,)*").match(text, at)
-            assert match is not None
-            value, at = match.group().replace(",,", ","), match.end()
-            yield name, value
-        elif name.startswith("no"):
-            yield name[2:], "off"
-        else:
-            yield name, "on"
-        implied = None
-        at += 1
 
 
 def asks_for_help(text: str) -> bool:

@@ -7,7 +7,9 @@ from typing import Any
 
 from safeimg.drivers.formats.api import Image
 from safeimg.drivers.formats.chain import InfiniteLoop, backing_filename, close_chain, open_chain
+from safeimg.drivers.formats.naming import FILE_DRIVERS, Blockdev, Value, from_filename, shown
 from safeimg.drivers.formats.registry import lookup
+from safeimg.drivers.secrets import NO_SECRETS, Secrets
 from safeimg.drivers.storage.api import FileSystem
 
 # The order of members in QEMU's output (that of its hash table, hence no order that makes sense)
@@ -28,7 +30,13 @@ _ORDER = (
 
 
 def info(
-    fs: FileSystem, filename: str, *, fmt: str | None = None, chain: bool = False, force_share: bool = False
+    fs: FileSystem,
+    filename: str | Blockdev,
+    *,
+    fmt: str | None = None,
+    chain: bool = False,
+    force_share: bool = False,
+    secrets: Secrets = NO_SECRETS,
 ) -> list[dict[str, Any]]:
     """One dictionary an image: `filename`, and with `chain` its backing images down to the last.
 
@@ -36,30 +44,36 @@ def info(
     `DriverError`; a chain that comes back to an image is `InfiniteLoop`."""
     found = []
     seen: set[tuple[int, int]] = set()
-    name: str | None = filename
+    name: str | Blockdev | None = filename
     while name is not None:
-        images = open_chain(fs, name, format=fmt, backing=False, force_share=force_share)
+        images = open_chain(fs, name, format=fmt, backing=False, force_share=force_share, secrets=secrets)
         try:
             image = images[0]
             status = image.file.stat()
             if (status.device, status.inode) in seen:
                 raise InfiniteLoop(f"Backing file '{name}' creates an infinite loop.")
             seen.add((status.device, status.inode))
-            found.append(_describe(image))
+            options = (from_filename(name) if isinstance(name, str) else name).options
+            found.append(_describe(image, options))
             backing = image.backing_file if chain else None
-            name, fmt = None if backing is None else backing_filename(name, backing), image.backing_format
+            name = None if backing is None else backing_filename(image.file.path, backing)
+            fmt = image.backing_format
         finally:
             close_chain(images)
     return found
 
 
-def _describe(image: Image) -> dict[str, Any]:
+def _describe(image: Image, options: Mapping[str, Value]) -> dict[str, Any]:
+    """`options`: what it was opened with."""
+    driver = lookup(image.format)
+    format = str(options["driver"]) if options.get("driver") in FILE_DRIVERS else image.format
+    strong = [option.name for option in driver.runtime_options if option.strong]
     status = image.file.stat()
     header = getattr(image, "header", None)
     members: dict[str, Any] = {
         "virtual-size": image.size,
-        "filename": image.file.path,
-        "format": image.format,
+        "filename": shown(options, format, strong),
+        "format": format,
         "actual-size": status.allocated,
         "dirty-flag": bool(getattr(header, "is_dirty", False)),
     }
@@ -75,7 +89,7 @@ def _describe(image: Image) -> dict[str, Any]:
     snapshots = [_snapshot(snapshot) for snapshot in getattr(image, "snapshots", ())]
     if snapshots:
         members["snapshots"] = snapshots
-    specific: Mapping[str, object] | None = lookup(image.format).specific_info(image)
+    specific: Mapping[str, object] | None = driver.specific_info(image)
     if specific is not None:
         members["format-specific"] = {"type": image.format, "data": dict(specific)}
     return {name: members[name] for name in _ORDER if name in members}

@@ -7,6 +7,7 @@ from typing import Protocol
 
 from safeimg.drivers.formats.api import Image
 from safeimg.drivers.formats.registry import lookup
+from safeimg.drivers.secrets import Secrets
 from safeimg.drivers.storage.api import FileSystem
 from safeimg.drivers.transfer.core import Transfer
 from safeimg.journal.state import OperationState
@@ -17,9 +18,9 @@ from safeimg.ops.launch import Job
 class Reopener(Protocol):
     """What a command's module offers to recovery."""
 
-    def open_layers(self, fs: FileSystem, home: str, state: OperationState) -> list[Image]:
+    def open_layers(self, fs: FileSystem, home: str, state: OperationState, secrets: Secrets) -> list[Image]:
         """The images of the pending operation, open as it had them, fences notwithstanding. `home`: where the home
-        image lies now; the others are found from there."""
+        image lies now; the others are found from there. `secrets`: of encrypted ones."""
         ...
 
     def make_job(self, layers: list[Image], state: OperationState, transfer: Transfer) -> Job:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 
 from safeimg.drivers.errors import UnsupportedError, UsageError
+from safeimg.drivers.formats.naming import Blockdev, local_name
 from safeimg.journal import find
 from safeimg.journal.owner import current_owner
 from safeimg.ops.errors import SomethingPending
@@ -13,16 +14,16 @@ from safeimg.recovery.settle import abandon, resume, rollback
 
 
 async def begin_or_resume(
-    path: str, environment: Environment, command: str, begin: Callable[[], Awaitable[None]]
+    image: str | Blockdev, environment: Environment, command: str, begin: Callable[[], Awaitable[None]]
 ) -> None:
-    """Runs `begin`, which does `command` to the image at `path`, unless the identical command is pending there.
+    """Runs `begin`, which does `command` to an image, unless the identical command is pending there.
 
     What the image turns out not to allow is taken back.
 
     The operation's home may be another image (of a commit, the base), and a crash just before its start or just
     before its very end leaves a log there and no pointer to it: `begin` is refused then, and tried again once that
     is tidied up. Raises what `begin` and `resume` raise."""
-    if await resumed(path, environment, command):
+    if await resumed(image, environment, command):
         return
     try:
         await begin()
@@ -30,7 +31,7 @@ async def begin_or_resume(
         if not await resumed(pending.home, environment, command):
             await begin()
     except (UsageError, UnsupportedError):
-        await _withdraw(path, environment)
+        await _withdraw(local_name(image), environment)
         raise
 
 
@@ -41,11 +42,12 @@ async def _withdraw(path: str, environment: Environment) -> None:
         await rollback(path, environment)
 
 
-async def resumed(path: str, environment: Environment, command: str) -> bool:
-    """Whether the identical command was pending on the image at `path`, and has been finished instead of begun.
+async def resumed(image: str | Blockdev, environment: Environment, command: str) -> bool:
+    """Whether the identical command was pending on the image, and has been finished instead of begun.
 
     An operation that never began, or whose outcome is on record, is tidied up; any other stays pending, and the
     command will be refused. Raises what `resume` raises."""
+    path = local_name(image)
     found = find.find(environment.fs, path)
     if found is None or isinstance(found, find.VoidFound):
         return False

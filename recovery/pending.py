@@ -185,7 +185,7 @@ def _open_job(session: Session, environment: Environment) -> Job:
                 f"written to it; put both back together, or give the operation up with 'safeimg abandon'"
             )
     module = reopener(session.home, session.state)
-    layers = module.open_layers(session.fs, session.home, session.state)
+    layers = module.open_layers(session.fs, session.home, session.state, environment.secrets)
     try:
         return module.make_job(layers, session.state, environment.transfer)
     except BaseException:

@@ -241,11 +241,31 @@ class CreateOption:
     default: str | None = None
 
 
+class RuntimeOption(NamedTuple):
+    """What a format can be told when an image is opened: one member of `json:{…}` and `--image-opts`."""
+
+    name: str
+    kind: str = "bool"  # "bool", "size", "num", "str"
+    strong: bool = False  # changes what the guest sees: belongs to the image's name
+
+
+@dataclass(frozen=True, slots=True)
+class Opening:
+    """With what an image is opened."""
+
+    options: Mapping[str, str | int | bool] = field(default_factory=dict)  # those of `runtime_options` that are given
+    secrets: Secrets = NO_SECRETS
+
+
+PLAIN = Opening()
+
+
 class Driver(Protocol):
     """A format: one module (or package) that offers these. `registry.py` lists the drivers."""
 
     name: str
     create_options: Sequence[CreateOption]  # in the order in which "Formatting …" names them
+    runtime_options: Sequence[RuntimeOption]
     rebasing: Rebasing | None  # what only some formats can do: see `features.py`
 
     @property
@@ -255,7 +275,7 @@ class Driver(Protocol):
         """How sure (0 to 100) the driver is that a file with this beginning (up to 2048 bytes) is its format."""
         ...
 
-    def open(self, file: File, *, write: bool = False, repair: bool = False) -> Image:
+    def open(self, file: File, *, write: bool = False, repair: bool = False, given: Opening = PLAIN) -> Image:
         """Parses and validates the header. With `write`, refuses what must not be written (QEMU's messages).
         Everything read from the file is checked before use; `FormatError`, `UnsupportedError`."""
         ...

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import posixpath
-import stat
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 from safeimg.drivers.errors import DriverError, FormatError, StorageError, UnsupportedError, UsageError
-from safeimg.drivers.formats.api import Image
+from safeimg.drivers.formats.api import Image, Opening, RuntimeOption
+from safeimg.drivers.formats.naming import (
+    FILE_DRIVERS,
+    PROTOCOLS,
+    Blockdev,
+    Options,
+    Value,
+    from_filename,
+    protocol,
+)
+from safeimg.drivers.formats.protocols import Access, open_file, refuse_unknown, take_access
 from safeimg.drivers.formats.registry import lookup, probe
-from safeimg.drivers.storage.api import FileSystem
-
-# Protocols that QEMU knows and safeimg does not handle yet.
-_PROTOCOLS = frozenset((
-    "blkdebug", "blkverify", "fat", "ftp", "ftps", "gluster", "gluster+rdma", "gluster+tcp", "gluster+unix",
-    "host_cdrom", "host_device", "http", "https", "iscsi", "iser", "nbd", "nbd+tcp", "nbd+unix", "nbd+vsock",
-    "nfs", "nvme", "rbd", "ssh", "vvfat",
-))
+from safeimg.drivers.secrets import NO_SECRETS, Secrets
+from safeimg.drivers.storage.api import FileStat, FileSystem
 
 
 class OpenError(DriverError):
@@ -29,7 +33,7 @@ class InfiniteLoop(OpenError):
 
 def open_chain(
     fs: FileSystem,
-    filename: str,
+    filename: str | Blockdev,
     *,
     format: str | None = None,
     write: bool | Callable[[int, str], bool] = False,
@@ -38,35 +42,42 @@ def open_chain(
     force_share: bool = False,
     repair: bool = False,
     warn: Callable[[str], None] | None = None,
+    secrets: Secrets = NO_SECRETS,
 ) -> list[Image]:
     """The image and its backing images, top first.
 
-    `format` is the top image's; it is probed if None. `write` is True to write to the top image, or a
-    function of depth and filename. `backing` False opens the top alone. `repair` opens corrupt, fenced and
-    dirty images for writing. `warn` gets QEMU's warning when an image to write to was guessed to be raw.
+    `filename`: a file name as on the command line, or the description of a block device. `format` is the top
+    image's; it is probed if neither that nor the description names one. `write` is True to write to the top image,
+    or a function of depth and filename. `backing` False opens the top alone. `repair` opens corrupt, fenced and
+    dirty images for writing. `warn` gets QEMU's warning when an image to write to was guessed to be raw. `secrets`:
+    of encrypted images.
 
     Raises `OpenError` with QEMU's message; everything opened so far is closed then.
     """
     writes = write if callable(write) else lambda depth, _name: depth == 0 and bool(write)
+    opener = _Opener(fs, cache, force_share, repair, warn, secrets)
+    text = filename if isinstance(filename, str) else filename.text
     images: list[Image] = []
-    seen: set[tuple[int, int]] = set()
-    name, name_format = filename, format
     try:
+        layer: _Layer | None = None
         while True:
             depth = len(images)
-            context = f"Could not open '{filename}': " + depth * "Could not open backing file: "
             try:
-                image = _open_layer(
-                    fs, name, name_format, writes(depth, name), cache, force_share, repair, warn, seen
-                )
+                if layer is None:
+                    named = from_filename(filename) if isinstance(filename, str) else filename
+                    layer = _Layer(named.text, Options(named.options), format)
+                image = opener.open(layer, writes(depth, layer.name))
+                images.append(image)
+                found = _next_layer(layer, image, backing)
+                refuse_unknown(layer.options, image.format)
+                if found is None:
+                    return images
+                layer = found
             except OpenError:
                 raise
             except DriverError as error:
+                context = f"Could not open '{text}': " + depth * "Could not open backing file: "
                 raise OpenError(context + _reason(error)) from error
-            images.append(image)
-            if not backing or image.backing_file is None:
-                return images
-            name, name_format = backing_filename(name, image.backing_file), image.backing_format
     except BaseException:
         close_chain(images)
         raise
@@ -85,63 +96,117 @@ def backing_filename(overlay: str, backing: str) -> str:
     return posixpath.join(posixpath.dirname(base), backing)
 
 
-def protocol(filename: str) -> str | None:
-    """The protocol a name begins with: what stands before a colon that comes before any slash."""
-    colon = filename.find(":")
-    if colon < 0 or "/" in filename[:colon]:
-        return None
-    return filename[:colon]
-
-
 def local_path(filename: str) -> str:
-    """The path of a local file's name; `UnsupportedError` for other protocols and for `json:`."""
+    """The path of a local file that is to be made; `UnsupportedError` for other protocols."""
     prefix = protocol(filename)
     if prefix is None:
         return filename
     if prefix == "file":
         return filename[len("file:"):]
-    if prefix == "json":
-        raise UnsupportedError("json: file names are not supported yet")
-    if prefix in _PROTOCOLS:
+    if prefix in PROTOCOLS:
         raise UnsupportedError(f"Protocol '{prefix}' is not supported yet")
     raise UsageError(f"Unknown protocol '{prefix}'")
 
 
-def _open_layer(
-    fs: FileSystem,
-    name: str,
-    name_format: str | None,
-    write: bool,
-    cache: str,
-    force_share: bool,
-    repair: bool,
-    warn: Callable[[str], None] | None,
-    seen: set[tuple[int, int]],
-) -> Image:
-    path = local_path(name)
-    driver = None if name_format is None else lookup(name_format)
-    found = fs.stat(path)
-    if found is not None:
-        if not found.is_device and not stat.S_ISREG(found.mode):
-            raise UsageError(f"'file' driver requires '{path}' to be a regular file")
-        if (found.device, found.inode) in seen:
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    """An image to be opened."""
+
+    name: str  # what messages and callers call it
+    options: Options
+    format: str | None  # overrides the options'
+
+
+def _next_layer(layer: _Layer, image: Image, wanted: bool) -> _Layer | None:
+    """The backing image, which the layer's options may replace in whole or in part; None if there is none, or it is
+    not `wanted`."""
+    options = layer.options
+    if options.has("backing") and options.peek("backing") in (None, ""):
+        options.take("backing")
+        return None
+    if not wanted:
+        return None
+    node, replaced = options.text("backing"), options.child("backing")
+    if node is not None:
+        raise UsageError(f"Could not open backing file: Cannot find device='{node}' nor node-name='{node}'")
+    if image.backing_file is None and not replaced:
+        return None
+    name = ""
+    if not any(key == "file" or key.startswith("file.") for key in replaced) and image.backing_file is not None:
+        name = backing_filename(image.file.path, image.backing_file)
+        try:
+            replaced = {**from_filename(name).options, **replaced}
+        except UsageError as error:
+            raise UsageError(f"Could not open backing file: {error}") from error
+    format = image.backing_format if "driver" not in replaced else None
+    return _Layer(name or str(replaced.get("file.filename", "")), Options(replaced), format)
+
+
+def _file_options(options: Options, driver: str | None) -> dict[str, Value]:
+    """The options of the file that holds an image: its `file.…`, or all of them where the image is a file itself."""
+    if driver in FILE_DRIVERS or driver in PROTOCOLS:
+        return {"driver": driver, **options.rest()}
+    node, child = options.text("file"), options.child("file")
+    if node is not None and (child or options.has("filename")):
+        raise UsageError("Cannot reference an existing block device with additional options or a new filename")
+    if node is not None:
+        raise UsageError(f"Cannot find device='{node}' nor node-name='{node}'")
+    if not child and driver is None:
+        raise UsageError("Must specify either driver or file")
+    return child
+
+
+def _given(options: Options, known: Sequence[RuntimeOption], secrets: Secrets) -> Opening:
+    """Takes those that the driver knows."""
+    read: dict[str, Callable[[str], str | int | bool | None]] = {
+        "bool": options.boolean, "size": options.size, "num": options.number, "str": options.text,
+    }  # fmt: skip
+    found = {option.name: read[option.kind](option.name) for option in known}
+    return Opening({name: value for name, value in found.items() if value is not None}, secrets)
+
+
+@dataclass(frozen=True, slots=True)
+class _Opener:
+    """Opens layer after layer of a chain."""
+
+    fs: FileSystem
+    cache: str
+    force_share: bool
+    repair: bool
+    warn: Callable[[str], None] | None
+    secrets: Secrets
+    seen: set[tuple[int, int]] = field(default_factory=set)
+
+    def open(self, layer: _Layer, write: bool) -> Image:
+        options = layer.options
+        access = take_access(options, Access(write, self.cache, self.force_share))
+        own = options.text("driver")
+        name = own if layer.format is None else layer.format
+        file_options = _file_options(options, name)
+        driver = None if name is None else lookup("raw" if name in (*FILE_DRIVERS, *PROTOCOLS) else name)
+        if not file_options:
+            raise UsageError('A block device must be specified for "file"')
+        file = open_file(self.fs, file_options, access, seen=lambda found: self._note(layer.name, found))
+        try:
+            if driver is None:
+                driver = probe(file)
+                if write and self.warn is not None and driver.name == "raw":
+                    self.warn(
+                        f"Image format was not specified for '{layer.name}' and probing guessed raw.\n"
+                        "         Automatically detecting the format is dangerous for raw images, "
+                        "write operations on block 0 will be restricted.\n"
+                        "         Specify the 'raw' format explicitly to remove the restrictions."
+                    )
+            given = _given(options, driver.runtime_options, self.secrets)
+            return driver.open(file, write=write, repair=self.repair, given=given)
+        except BaseException:
+            file.close()
+            raise
+
+    def _note(self, name: str, found: FileStat) -> None:
+        if (found.device, found.inode) in self.seen:
             raise InfiniteLoop(f"Backing file '{name}' creates an infinite loop.")
-        seen.add((found.device, found.inode))
-    file = fs.open(path, write=write, cache=cache, locking=True, force_share=force_share)
-    try:
-        if driver is None:
-            driver = probe(file)
-            if write and warn is not None and driver.name == "raw":
-                warn(
-                    f"Image format was not specified for '{name}' and probing guessed raw.\n"
-                    "         Automatically detecting the format is dangerous for raw images, "
-                    "write operations on block 0 will be restricted.\n"
-                    "         Specify the 'raw' format explicitly to remove the restrictions."
-                )
-        return driver.open(file, write=write, repair=repair)
-    except BaseException:
-        file.close()
-        raise
+        self.seen.add((found.device, found.inode))
 
 
 def _reason(error: DriverError) -> str:

@@ -1,4 +1,4 @@
-"""JSON as QEMU reads it in names and options: strings in either quotes, no duplicate keys, and its messages."""
+"""JSON as QEMU reads and writes it: strings in either quotes, no duplicate keys, its messages; ASCII output."""
 
 from __future__ import annotations
 
@@ -79,7 +79,8 @@ def _value(tokens: list[_Token], at: int) -> tuple[Any, int]:
     if kind == "string":
         return _string(text), at + 1
     if kind == "number":
-        return int(text) if re.fullmatch(r"-?[0-9]{1,20}", text) else float(text), at + 1
+        is_whole = re.fullmatch(r"-?[0-9]{1,20}", text) is not None and -(1 << 63) <= int(text) < 1 << 64
+        return int(text) if is_whole else float(text), at + 1
     if kind == "word":
         if text not in _KEYWORDS:
             raise _wrong(f"invalid keyword '{text}'")
@@ -162,3 +163,54 @@ def _code_point(match: re.Match[str]) -> int | None:
     if low is not None:
         return 0x10000 + ((high & 0x3FF) << 10) + (int(low, 16) & 0x3FF)
     return None if 0xD800 <= high < 0xE000 else high
+
+
+def json_text(value: Any) -> str:
+    """A value on one line, in ASCII."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{_quoted(name)}: {json_text(item)}" for name, item in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(map(json_text, value)) + "]"
+    return _scalar(value)
+
+
+def json_lines(value: Any, indent: str = "") -> str:
+    """A value on lines of its own, in ASCII: four spaces a level, empty lists and objects on two lines."""
+    inner = indent + "    "
+    if isinstance(value, dict):
+        items = [f"{inner}{_quoted(name)}: {json_lines(item, inner)}" for name, item in value.items()]
+        return "".join(("{\n", ",\n".join(items), "\n" if items else "", indent, "}"))
+    if isinstance(value, list | tuple):
+        items = [inner + json_lines(item, inner) for item in value]
+        return "".join(("[\n", ",\n".join(items), "\n" if items else "", indent, "]"))
+    return _scalar(value)
+
+
+def _scalar(value: Any) -> str:
+    if isinstance(value, str):
+        return _quoted(value)
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return repr(value)
+
+
+_QUOTED = {'"': '\\"', "\\": "\\\\", "\b": "\\b", "\f": "\\f", "\n": "\\n", "\r": "\\r", "\t": "\\t"}
+
+
+def _quoted(text: str) -> str:
+    """A JSON string in ASCII. Bytes of file names that are no UTF-8 become U+FFFD."""
+    parts = []
+    for character in text:
+        code = ord(character)
+        if character in _QUOTED:
+            parts.append(_QUOTED[character])
+        elif 0x20 <= code < 0x7F:
+            parts.append(character)
+        elif 0xD800 <= code < 0xE000:
+            parts.append("\\uFFFD")
+        elif code < 0x10000:
+            parts.append(f"\\u{code:04X}")
+        else:
+            code -= 0x10000
+            parts.append(f"\\u{0xD800 + (code >> 10):04X}\\u{0xDC00 + (code & 0x3FF):04X}")
+    return '"' + "".join(parts) + '"'

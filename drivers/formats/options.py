@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from safeimg.drivers.errors import UsageError
 from safeimg.drivers.formats.api import CreateOption
@@ -13,6 +13,36 @@ _SIZE = re.compile(r"\s*(0[xX][0-9a-fA-F]+|[0-9]+(?:\.[0-9]*)?)([bkmgtpeBKMGTPE]
 _NUMBER = re.compile(r"\s*([-+]?)(?:0[xX]([0-9a-fA-F]+)|(0[0-7]+)|([0-9]+))")  # as C's strtoull reads it
 _TRUE = frozenset(("on", "yes", "true", "y"))
 _FALSE = frozenset(("off", "no", "false", "n"))
+
+
+def split_options(
+    text: str, implied: str | None = None, warn: Callable[[str], None] | None = None
+) -> Iterator[tuple[str, str]]:
+    """Names and values of `a=b,c=d`; two commas are one in a value; `x` is `x=on` and `nox` is `x=off`.
+
+    `implied`: the name of a first element that has no `=`. `warn` gets QEMU's warning for the short forms."""
+    at = 0
+    while at < len(text):
+        match = re.compile(r"[^=,]*").match(text, at)
+        assert match is not None
+        name, at = match.group(), match.end()
+        if text[at : at + 1] == "=" or (implied is not None and name):
+            if text[at : at + 1] == "=":
+                at += 1
+            else:
+                at -= len(name)
+                name = implied or name
+            match = re.compile(r"(?:[^,]|,,)*").match(text, at)
+            assert match is not None
+            value, at = match.group().replace(",,", ","), match.end()
+            yield name, value
+        else:
+            own, value = (name[2:], "off") if name.startswith("no") else (name, "on")
+            if warn is not None:
+                warn(f"short-form boolean option '{name}' deprecated\nPlease use {own}={value} instead")
+            yield own, value
+        implied = None
+        at += 1
 
 
 def check_names(path: str, options: Mapping[str, str], known: Sequence[CreateOption]) -> None:
@@ -74,6 +104,14 @@ def bool_option(path: str, options: Mapping[str, str], name: str, default: bool 
     if value not in _TRUE and value not in _FALSE:
         raise UsageError(f"{path}: Parameter '{name}' expects 'on' or 'off'")
     return value in _TRUE
+
+
+def is_on(text: str) -> bool:
+    return text in _TRUE
+
+
+def is_off(text: str) -> bool:
+    return text in _FALSE
 
 
 def choice_option(

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from safeimg.drivers.errors import UnsupportedError
-from safeimg.drivers.formats.api import Changes, Extent, Image, Patch, Placement
+from safeimg.drivers.formats.api import Changes, Extent, Image, Patch, Placement, RuntimeOption
 from safeimg.drivers.formats.features import Amending, Rebasing
 from safeimg.drivers.storage.api import Buffer, File
 
@@ -97,6 +97,7 @@ class PlainDriver:
 
     rebasing: Rebasing | None = None
     amending: Amending | None = None
+    runtime_options: Sequence[RuntimeOption] = ()
 
     def fence(self, image: Image) -> Changes:
         return Changes()

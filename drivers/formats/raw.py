@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from safeimg.drivers.errors import UnsupportedError, UsageError
 from safeimg.drivers.formats.api import (
+    PLAIN,
     Changes,
     CheckResult,
     CreateOption,
@@ -16,10 +17,13 @@ from safeimg.drivers.formats.api import (
     Extent,
     Image,
     Kind,
+    Opening,
     Placement,
+    RuntimeOption,
 )
 from safeimg.drivers.formats.options import storage_preallocation
 from safeimg.drivers.formats.plain import PlainDriver, PlainImage, PlainPlanner
+from safeimg.drivers.formats.protocols import check_window
 from safeimg.drivers.secrets import NO_SECRETS, Secrets
 from safeimg.drivers.storage.api import File, FileSystem
 
@@ -31,13 +35,21 @@ def _sectors(length: int) -> int:
 
 
 class RawImage(PlainImage):
-    """Implements `api.Image`."""
+    """Implements `api.Image`. The guest disk may be a part of the file: from `offset` on, with a `fixed` size in
+    bytes."""
 
     format = "raw"
 
+    def __init__(self, file: File, offset: int = 0, fixed: int | None = None) -> None:
+        super().__init__(file)
+        self.offset = offset
+        self.fixed = fixed
+
     @property
     def size(self) -> int:
-        return _sectors(self._file.length())
+        if self.fixed is not None:
+            return self.fixed
+        return _sectors(max(_sectors(self._file.length()) - self.offset, 0))
 
     @property
     def cluster_size(self) -> int:
@@ -52,18 +64,21 @@ class RawImage(PlainImage):
         """Holes are zeroes with an offset, as in `qemu-img map`: they are there to be written into."""
         end = min(start + length, self.size)
         position = start
-        for span in self._file.spans(start, end - start) if end > start else ():
-            yield Extent(span.start, span.length, Kind.DATA if span.is_data else Kind.ZERO, span.start)
-            position = span.start + span.length
+        for span in self._file.spans(self.offset + start, end - start) if end > start else ():
+            kind = Kind.DATA if span.is_data else Kind.ZERO
+            yield Extent(span.start - self.offset, span.length, kind, span.start)
+            position = span.start - self.offset + span.length
         if position < end:
-            yield Extent(position, end - position, Kind.ZERO, position)
+            yield Extent(position, end - position, Kind.ZERO, self.offset + position)
 
 
 class RawPlanner(PlainPlanner):
     """Implements `api.Planner`: no metadata, so most of it has nothing to do."""
 
-    def __init__(self, image: Image) -> None:
+    def __init__(self, image: RawImage) -> None:
         super().__init__(image)
+        self._offset = image.offset
+        self._fixed = image.fixed is not None
         self._device = image.file.stat().is_device
         self._capacity = image.size
 
@@ -77,12 +92,14 @@ class RawPlanner(PlainPlanner):
 
     def place(self, start: int, length: int) -> Sequence[Placement]:
         self._check_range(start, length)
-        return [Placement(start, length, start, False)] if length else []
+        return [Placement(start, length, self._offset + start, False)] if length else []
 
     def zero(self, start: int, length: int) -> Sequence[Placement]:
         return self.place(start, length)
 
     def prepare_resize(self, size: int) -> Sequence[Changes]:
+        if self._fixed and size != self._size:
+            raise UsageError("Cannot resize fixed-size raw disks")
         if size < self._size:
             raise UnsupportedError(f"{self._path}: shrinking is not supported yet")
         if self._device and size > self._capacity:
@@ -93,7 +110,7 @@ class RawPlanner(PlainPlanner):
         """What the file grows by reads as zeroes."""
         self.prepare_resize(size)
         self._size = size
-        return (Changes(length=size),)
+        return (Changes(length=self._offset + size),)
 
     def take(self) -> Changes:
         return Changes()
@@ -108,19 +125,26 @@ class RawDriver(PlainDriver):
         CreateOption("nocow", "bool", "Turn off copy-on-write (valid only on btrfs)"),
         CreateOption("preallocation", "str", "Preallocation mode (allowed values: off, falloc, full)"),
     )
+    runtime_options: Sequence[RuntimeOption] = (
+        RuntimeOption("offset", "size", strong=True),
+        RuntimeOption("size", "size", strong=True),
+    )
 
     def probe(self, head: bytes, path: str) -> int:
         """What nobody else recognises is raw."""
         return 1
 
-    def open(self, file: File, *, write: bool = False, repair: bool = False) -> Image:
-        return RawImage(file)
+    def open(self, file: File, *, write: bool = False, repair: bool = False, given: Opening = PLAIN) -> Image:
+        offset, size = given.options.get("offset", 0), given.options.get("size")
+        assert isinstance(offset, int) and isinstance(size, int | None)
+        return RawImage(file, offset, check_window(_sectors(file.length()), offset, size))
 
     def reopen(self, image: Image) -> Image:
-        return RawImage(image.file)
+        own = _own(image)
+        return RawImage(own.file, own.offset, own.fixed)
 
     def planner(self, image: Image) -> RawPlanner:
-        return RawPlanner(image)
+        return RawPlanner(_own(image))
 
     def referenced(self, image: Image, ranges: Sequence[tuple[int, int]]) -> Sequence[tuple[int, int]]:
         return ()
@@ -148,6 +172,12 @@ class RawDriver(PlainDriver):
                 file.write_zeroes(0, length, unmap=False)
         finally:
             file.close()
+
+
+def _own(image: Image) -> RawImage:
+    if not isinstance(image, RawImage):
+        raise TypeError("the image is not of the raw driver")
+    return image
 
 
 driver: Driver = RawDriver()

@@ -13,7 +13,9 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from twin import qemu_io
+pytest.register_assert_rewrite("twin")
+
+from twin import qemu_io  # noqa: E402
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,7 @@ import json
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from safeimg.cli.common import _json
+from safeimg.drivers.formats.jsontext import json_lines
 from safeimg.ops.create_options import asks_for_help, split_options
 from safeimg.ops.sizes import human_size, parse_size
 
@@ -62,10 +62,10 @@ def test_option_lists() -> None:
     )
 )
 def test_printed_json_reads_back(value: object) -> None:
-    text = "".join(_json(value, ""))
+    text = json_lines(value)
     assert text.isascii()
     assert json.loads(text) == value
 
 
 def test_bytes_that_are_no_text_do_not_break_json() -> None:
-    assert "".join(_json("b\udcffad\x01\x7f", "")) == '"b\\uFFFDad\\u0001\\u007F"'
+    assert json_lines("b\udcffad\x01\x7f") == '"b\\uFFFDad\\u0001\\u007F"'

@@ -5,10 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from safeimg.drivers.formats.api import Changes, CheckResult, CreateOption, Image, Patch, Planner
+from safeimg.drivers.formats.api import (
+    PLAIN,
+    Changes,
+    CheckResult,
+    CreateOption,
+    Image,
+    Opening,
+    Patch,
+    Planner,
+    RuntimeOption,
+)
 from safeimg.drivers.formats.features import Amending, Rebasing
 from safeimg.drivers.formats.qcow2.header import MAGIC, UNFINISHED
 from safeimg.drivers.formats.qcow2.image import Qcow2Image, open_image
+from safeimg.drivers.formats.qcow2.runtime import RUNTIME_OPTIONS, apply_runtime
 from safeimg.drivers.secrets import NO_SECRETS, Secrets
 from safeimg.drivers.storage.api import File, FileSystem
 
@@ -66,12 +77,17 @@ class Qcow2Driver:
         return Qcow2Amending()
 
     create_options: Sequence[CreateOption] = CREATE_OPTIONS
+    runtime_options: Sequence[RuntimeOption] = RUNTIME_OPTIONS
 
     def probe(self, head: bytes, path: str) -> int:
         return 100 if head[:4] == MAGIC and int.from_bytes(head[4:8], "big") >= 2 else 0
 
-    def open(self, file: File, *, write: bool = False, repair: bool = False) -> Qcow2Image:
-        return open_image(file, write=write, repair=repair)
+    def open(
+        self, file: File, *, write: bool = False, repair: bool = False, given: Opening = PLAIN
+    ) -> Qcow2Image:
+        image = open_image(file, write=write, repair=repair)
+        apply_runtime(image, given)
+        return image
 
     def reopen(self, image: Image) -> Qcow2Image:
         return open_image(image.file, write=image.file.writable, repair=True).inherit(own_image(image))

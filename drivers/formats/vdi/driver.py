@@ -5,7 +5,16 @@ from __future__ import annotations
 import struct
 from collections.abc import Mapping, Sequence
 
-from safeimg.drivers.formats.api import CheckResult, CreateOption, Driver, Image, Patch, Planner
+from safeimg.drivers.formats.api import (
+    PLAIN,
+    CheckResult,
+    CreateOption,
+    Driver,
+    Image,
+    Opening,
+    Patch,
+    Planner,
+)
 from safeimg.drivers.formats.plain import PlainDriver
 from safeimg.drivers.formats.vdi.header import SIGNATURE, SIGNATURE_OFFSET, UNFINISHED
 from safeimg.drivers.formats.vdi.image import VdiImage, open_image
@@ -30,7 +39,9 @@ class VdiDriver(PlainDriver):
     def probe(self, head: bytes, path: str) -> int:
         return 100 if head[SIGNATURE_OFFSET : SIGNATURE_OFFSET + 4] == _MAGIC else 0
 
-    def open(self, file: File, *, write: bool = False, repair: bool = False) -> VdiImage:
+    def open(
+        self, file: File, *, write: bool = False, repair: bool = False, given: Opening = PLAIN
+    ) -> VdiImage:
         return open_image(file, write=write, repair=repair)
 
     def reopen(self, image: Image) -> Image:

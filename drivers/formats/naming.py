@@ -1,0 +1,243 @@
+"""How users name images: plain file names, `json:{…}`, and the `driver=…,file.filename=…` of `--image-opts`.
+
+All three become one description, QEMU's options for a block device in dotted form: `driver`, the options of that
+driver, `file.…` for what lies below it, `backing.…` where it replaces what the image says. `chain.open_chain` opens
+descriptions, `protocols.py` what is at their lower end; a format declares its options (`Driver.runtime_options`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from safeimg.drivers.errors import UsageError
+from safeimg.drivers.formats.jsontext import JsonError, json_text, parse_json
+from safeimg.drivers.formats.options import is_off, is_on, parse_size, split_options
+
+Value = str | int | float | bool | None
+
+FILE_DRIVERS = ("file", "host_device", "host_cdrom")  # of local files and block devices
+
+# Protocols that QEMU knows and safeimg does not handle yet
+PROTOCOLS = frozenset((
+    "blkdebug", "blklogwrites", "blkreplay", "blkverify", "cloop", "compress", "copy-before-write", "copy-on-read",
+    "dmg", "fat", "ftp", "ftps", "gluster", "gluster+rdma", "gluster+tcp", "gluster+unix", "http", "https", "io_uring",
+    "iscsi", "iser", "nbd", "nbd+tcp", "nbd+unix", "nbd+vsock", "nfs", "null-aio", "null-co", "nvme", "preallocate",
+    "quorum", "rbd", "replication", "ssh", "throttle", "vvfat",
+))  # fmt: skip
+# The order of members in file names that QEMU writes (that of its hash table)
+_ORDER = ("offset", "encrypt.key-secret", "driver", "size", "file")
+_SIZE_ERROR = (
+    "Parameter '{}' expects a non-negative number below 2^64\n"
+    "Optional suffix k, M, G, T, P or E means kilo-, mega-, giga-, tera-, peta-\n"
+    "and exabytes, respectively."
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Blockdev:
+    """An image as its user names it."""
+
+    text: str  # as given: what messages call it
+    options: Mapping[str, Value]
+
+    @property
+    def path(self) -> str | None:
+        """The name of the local file at its lower end, if the description has one."""
+        value = self.options.get(self._path_key())
+        return value if isinstance(value, str) else None
+
+    def at(self, path: str) -> Blockdev:
+        """The same, with another local file at its lower end."""
+        return replace(self, options={**self.options, self._path_key(): path})
+
+    def _path_key(self) -> str:
+        found = [key for key in self.options if re.fullmatch(r"(file\.)*filename", key)]
+        return max(found, key=len, default="file.filename")
+
+def local_name(name: str | Blockdev) -> str:
+    """The path of the local file that an image lies in; the text given where there is none."""
+    try:
+        named = from_filename(name) if isinstance(name, str) else name
+    except UsageError:
+        return str(name)
+    return named.path or named.text
+
+
+def lasting(name: str | Blockdev, resolve: Callable[[str], str]) -> dict[str, Value]:
+    """The options of a name, to be kept in a log: what replaces backing images is named by absolute paths."""
+    named = from_filename(name) if isinstance(name, str) else name
+    return {
+        key: resolve(value) if isinstance(value, str) and re.fullmatch(r"backing\..*filename", key) else value
+        for key, value in named.options.items()
+    }
+
+
+def recalled(options: Mapping[str, Value], path: str) -> Blockdev:
+    """The name that `lasting` kept, of an image that lies at `path` now."""
+    return Blockdev(path, options).at(path)
+
+
+def are_options(value: object) -> bool:
+    """Whether this is what `lasting` makes: a log may hold anything."""
+    return isinstance(value, Mapping) and all(
+        isinstance(key, str) and (item is None or isinstance(item, str | int | float | bool))
+        for key, item in value.items()
+    )
+
+
+def below(options: Mapping[str, Value], name: str) -> dict[str, Value]:
+    """Those of the options that begin with `name` and a dot, without it."""
+    return {key[len(name) + 1 :]: value for key, value in options.items() if key.startswith(f"{name}.")}
+
+
+def protocol(filename: str) -> str | None:
+    """The protocol a name begins with: what stands before a colon that comes before any slash."""
+    colon = filename.find(":")
+    if colon < 0 or "/" in filename[:colon]:
+        return None
+    return filename[:colon]
+
+
+def from_filename(name: str) -> Blockdev:
+    """What a file name on the command line or in an image means. `UsageError` for JSON that is none."""
+    prefix = protocol(name)
+    if prefix == "json":
+        return Blockdev(name, _from_json(name[len("json:") :]))
+    if prefix in FILE_DRIVERS:
+        return Blockdev(name, {"file.driver": prefix, "file.filename": name[len(prefix) + 1 :]})
+    if prefix is not None and prefix not in PROTOCOLS:
+        raise UsageError(f"Unknown protocol '{prefix}'")
+    if prefix is not None:
+        return Blockdev(name, {"file.driver": prefix, "file.filename": name})
+    return Blockdev(name, {"file.filename": name})
+
+
+def from_options(text: str, warn: Callable[[str], None] | None = None) -> Blockdev:
+    """What an argument means with `--image-opts`. `warn` gets QEMU's warnings about what is deprecated."""
+    options = dict(split_options(text, implied="file", warn=warn))
+    if warn is not None and options.get("backing") == "":
+        warn('Use of "backing": "" is deprecated; use "backing": null instead')
+    return Blockdev(text, options)
+
+
+def _from_json(text: str) -> dict[str, Value]:
+    try:
+        found = parse_json(text)
+    except JsonError as error:
+        raise UsageError(f"Could not parse the JSON options: {error}") from None
+    if not isinstance(found, dict):
+        raise UsageError("Invalid JSON object given")
+    return dict(_flattened(found, ""))
+
+
+def _flattened(value: dict[str, Any] | list[Any], prefix: str) -> Iterator[tuple[str, Value]]:
+    members = value.items() if isinstance(value, dict) else ((str(at), item) for at, item in enumerate(value))
+    for name, item in members:
+        if isinstance(item, dict | list):
+            yield from _flattened(item, f"{prefix}{name}.")
+        else:
+            yield prefix + name, item
+
+
+def shown(options: Mapping[str, Value], driver: str, strong: Sequence[str]) -> str:
+    """The file name that QEMU calls an open image by: a plain one if that is enough to open it again, else JSON.
+
+    `strong`: which of the driver's options change what the guest sees."""
+    found = _members(options, driver, strong)
+    if driver in FILE_DRIVERS:
+        return plain(str(found["filename"]))
+    file = found["file"]
+    if found.keys() == {"driver", "file"} and file["driver"] in FILE_DRIVERS:
+        return plain(file["filename"])
+    return "json:" + json_text(found)
+
+
+def plain(path: str) -> str:
+    """A path as a file name that is not taken for a protocol's."""
+    return path if protocol(path) is None else f"./{path}"
+
+
+def _members(options: Mapping[str, Value], driver: str, strong: Sequence[str]) -> dict[str, Any]:
+    if driver in FILE_DRIVERS:
+        return {"driver": driver, "filename": str(options.get("filename"))}
+    found: dict[str, Any] = {name: value for name, value in options.items() if name in strong}
+    child = below(options, "file")
+    found["driver"] = driver
+    found["file"] = _members(child, str(child.get("driver", "file")), ("offset", "size"))
+    return {name: found[name] for name in sorted(found, key=_ORDER.index)}
+
+
+class Options:
+    """Options that are taken one after the other; what is left in the end nobody knows."""
+
+    __slots__ = ("_left",)
+
+    def __init__(self, values: Mapping[str, Value]) -> None:
+        self._left = dict(values)
+
+    def take(self, name: str) -> Value:
+        """The value, or None if it was not given."""
+        return self._left.pop(name, None)
+
+    def has(self, name: str) -> bool:
+        return name in self._left
+
+    def child(self, name: str) -> dict[str, Value]:
+        """Takes all options that begin with `name` and a dot."""
+        found = below(self._left, name)
+        for key in found:
+            del self._left[f"{name}.{key}"]
+        return found
+
+    def peek(self, name: str) -> Value:
+        """The value, which stays."""
+        return self._left.get(name)
+
+    def rest(self) -> dict[str, Value]:
+        """Takes all."""
+        found, self._left = self._left, {}
+        return found
+
+    def text(self, name: str) -> str | None:
+        value = self.take(name)
+        return None if value is None else str(value)
+
+    def boolean(self, name: str) -> bool | None:
+        value = self.take(name)
+        if value is None or isinstance(value, bool):
+            return value
+        if isinstance(value, str) and (is_on(value) or is_off(value)):
+            return is_on(value)
+        raise UsageError(f"Parameter '{name}' expects 'on' or 'off'")
+
+    def size(self, name: str) -> int | None:
+        """Bytes."""
+        value = self.take(name)
+        if value is None:
+            return None
+        number = value if type(value) is int else parse_size(value) if isinstance(value, str) else None
+        if number is None or not 0 <= number < 1 << 64:
+            raise UsageError(_SIZE_ERROR.format(name))
+        return number
+
+    def number(self, name: str) -> int | None:
+        value = self.take(name)
+        if value is None or type(value) is int:
+            return value
+        if not isinstance(value, str) or not re.fullmatch(r"[0-9]{1,19}", value):
+            raise UsageError(f"Parameter '{name}' expects a number")
+        return int(value)
+
+    def choice(self, name: str, allowed: Sequence[str], message: str = "invalid parameter value: {}") -> str | None:
+        value = self.text(name)
+        if value is not None and value not in allowed:
+            raise UsageError(message.format(value))
+        return value
+
+    @property
+    def left(self) -> str | None:
+        """The first one that nobody took."""
+        return next(iter(self._left), None)

@@ -1,0 +1,160 @@
+"""What lies at the lower end of an image's description: the file that holds it.
+
+A new protocol is a function here that makes a `File` of its options."""
+
+from __future__ import annotations
+
+import re
+import stat
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from safeimg.drivers.errors import UnsupportedError, UsageError
+from safeimg.drivers.formats.naming import FILE_DRIVERS, PROTOCOLS, Options, Value
+from safeimg.drivers.storage.api import File, FileStat, FileSystem
+
+_FORMATS = frozenset((
+    "bochs", "luks", "parallels", "qcow", "qcow2", "qed", "vdi", "vhdx", "vmdk", "vpc",
+))  # fmt: skip
+_DISCARD = ("ignore", "off", "unmap", "on")
+_DETECT_ZEROES = ("off", "on", "unmap")
+
+
+@dataclass(frozen=True, slots=True)
+class Access:
+    """How a file is opened; what is below an image inherits it from there."""
+
+    write: bool = False
+    cache: str = "writeback"  # see `storage.api.CACHE_MODES`
+    force_share: bool = False
+
+
+def take_access(options: Options, given: Access) -> Access:
+    """Takes the options that every block device has. `UsageError` for values that are none."""
+    name = options.text("node-name")
+    if name is not None and not re.fullmatch(r"[A-Za-z][A-Za-z0-9\-._]{0,30}", name):
+        raise UsageError(f"Invalid node-name: '{name}'")
+    read_only = options.boolean("read-only")
+    options.boolean("auto-read-only")
+    share = options.boolean("force-share") or given.force_share
+    direct, no_flush = options.boolean("cache.direct"), options.boolean("cache.no-flush")
+    discard = options.choice("discard", _DISCARD, "Invalid discard option")
+    zeroes = options.choice("detect-zeroes", _DETECT_ZEROES)
+    if zeroes == "unmap" and discard not in ("unmap", "on"):
+        raise UsageError(
+            "setting detect-zeroes to unmap is not allowed without setting discard operation to unmap"
+        )
+    if given.write and share:
+        raise UsageError("force-share=on can only be used with read-only images")
+    if given.write and read_only:
+        raise UsageError("Block node is read-only")
+    return Access(given.write, _cache(given.cache, direct, no_flush), share)
+
+
+def _cache(mode: str, direct: bool | None, no_flush: bool | None) -> str:
+    """The cache mode with its parts changed as far as given."""
+    parts = {"none": (True, False), "directsync": (True, False), "unsafe": (False, True)}.get(mode, (False, False))
+    wanted = (parts[0] if direct is None else direct, parts[1] if no_flush is None else no_flush)
+    if wanted == parts:
+        return mode
+    through = mode in ("writethrough", "directsync")
+    if wanted[0]:
+        return "directsync" if through else "none"
+    return "unsafe" if wanted[1] else "writethrough" if through else "writeback"
+
+
+def open_file(
+    fs: FileSystem,
+    values: Mapping[str, Value],
+    access: Access,
+    *,
+    seen: Callable[[FileStat], None] = lambda found: None,
+) -> File:
+    """Opens the file that `values` describe. `seen` is told of a local file that exists, and may refuse it.
+
+    Raises `DriverError` in QEMU's words; other protocols and images inside images are `UnsupportedError`."""
+    options = Options(values)
+    driver = options.text("driver") or "file"
+    if driver in FILE_DRIVERS:
+        return _local(fs, driver, options, access, seen)
+    if driver == "raw":
+        return _window(fs, options, access, seen)
+    if driver in _FORMATS:
+        raise UnsupportedError(f"An image inside a {driver} image is not supported yet")
+    if driver in PROTOCOLS:
+        raise UnsupportedError(f"Protocol '{driver}' is not supported yet")
+    raise UsageError(f"Unknown driver '{driver}'")
+
+
+def _local(
+    fs: FileSystem, driver: str, options: Options, access: Access, seen: Callable[[FileStat], None]
+) -> File:
+    access = take_access(options, access)
+    path = options.text("filename")
+    aio = options.choice("aio", ("threads", "native", "io_uring"))
+    locking = options.choice("locking", ("auto", "on", "off"))
+    options.boolean("drop-cache")
+    options.boolean("x-check-cache-dropped")
+    options.number("aio-max-batch")
+    if (manager := options.text("pr-manager")) is not None:
+        raise UsageError(f"No persistent reservation manager with id '{manager}'")
+    if path is None:
+        raise UsageError(f"The '{driver}' block driver requires a file name")
+    if aio == "native" and access.cache not in ("none", "directsync"):
+        raise UsageError("aio=native was specified, but it requires cache.direct=on, which was not specified.")
+    refuse_unknown(options, driver, protocol=True)
+    found = fs.stat(path)
+    if found is not None:
+        if driver != "file" and not (found.is_device or stat.S_ISCHR(found.mode)):
+            raise UsageError(f"'{driver}' driver requires '{path}' to be either a character or block device")
+        if not found.is_device and not stat.S_ISREG(found.mode):
+            raise UsageError(f"'{driver}' driver requires '{path}' to be a regular file")
+        seen(found)
+    return fs.open(
+        path, write=access.write, cache=access.cache, locking=locking != "off", force_share=access.force_share
+    )
+
+
+def _window(fs: FileSystem, options: Options, access: Access, seen: Callable[[FileStat], None]) -> File:
+    """A part of another file, as raw's options name it."""
+    from safeimg.drivers.storage.window import Window
+
+    access = take_access(options, access)
+    if access.write:
+        raise UnsupportedError("Writing to an image that is a part of another file is not supported yet")
+    offset, size = options.size("offset") or 0, options.size("size")
+    below = options.child("file")
+    if not below:
+        raise UsageError('A block device must be specified for "file"')
+    refuse_unknown(options, "raw")
+    file = open_file(fs, below, access, seen=seen)
+    try:
+        return Window(file, offset, check_window(file.length(), offset, size))
+    except BaseException:
+        file.close()
+        raise
+
+
+def check_window(length: int, offset: int, size: int | None) -> int | None:
+    """The size of a part of a file of `length` bytes, None if it goes on to the end. `UsageError` in QEMU's words."""
+    if offset > length:
+        raise UsageError(
+            f"Offset ({offset}) cannot be greater than size of the containing file ({length})"
+        )
+    if size is None:
+        return None
+    if offset + size > length:
+        raise UsageError(
+            f"The sum of offset ({offset}) and size ({size}) has to be smaller or equal to the  actual size of the "
+            f"containing file ({length})"
+        )
+    if size % 512:
+        raise UsageError("Specified size is not multiple of 512")
+    return size
+
+
+def refuse_unknown(options: Options, driver: str, *, protocol: bool = False) -> None:
+    """`UsageError` if there is an option that nobody took."""
+    if options.left is not None:
+        what = f"protocol '{driver}' doesn't" if protocol else f"format '{driver}' does not"
+        raise UsageError(f"Block {what} support the option '{options.left}'")
