@@ -18,6 +18,7 @@ _MODULES = {
     "map": "map",
     "convert": "convert",
     "commit": "commit",
+    "snapshot": "snapshot",
     "status": "status",
     "resume": "settle",
     "rollback": "settle",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -75,13 +76,18 @@ def _describe(image: Mapping[str, Any]) -> Iterator[str]:
         if "backing-filename-format" in image:
             yield f"backing file format: {image['backing-filename-format']}"
     if "snapshots" in image:
-        yield "Snapshot list:"
-        yield "ID        TAG               VM SIZE                DATE     VM CLOCK     ICOUNT"
-        for snapshot in image["snapshots"]:
-            yield _snapshot(snapshot)
+        yield from snapshot_list(image["snapshots"])
     if "format-specific" in image:
         yield "Format specific information:"
         yield from _members(image["format-specific"]["data"], "    ")
+
+
+def snapshot_list(snapshots: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """The lines in which qemu-img lists snapshots, given as in its JSON."""
+    yield "Snapshot list:"
+    yield "ID        TAG               VM SIZE                DATE     VM CLOCK     ICOUNT"
+    for snapshot in snapshots:
+        yield _snapshot(snapshot)
 
 
 def _snapshot(snapshot: Mapping[str, Any]) -> str:
@@ -92,9 +98,14 @@ def _snapshot(snapshot: Mapping[str, Any]) -> str:
     milliseconds = snapshot["vm-clock-nsec"] // 10**6
     clock = f"{seconds // 3600:02}:{seconds // 60 % 60:02}:{seconds % 60:02}.{milliseconds:03}"
     return (
-        f"{snapshot['id']:<9} {snapshot['name']:<16} {human_size(snapshot['vm-state-size']):>8}"
+        f"{_padded(snapshot['id'], 9)} {_padded(snapshot['name'], 16)} {human_size(snapshot['vm-state-size']):>8}"
         f"{date:>20}{clock:>13}{snapshot.get('icount', ''):>11}"
     )
+
+
+def _padded(text: str, width: int) -> str:
+    """As wide as QEMU makes it, which counts bytes."""
+    return text + " " * (width - len(os.fsencode(text)))
 
 
 def _members(members: Mapping[str, Any], indent: str) -> Iterator[str]:

@@ -45,5 +45,16 @@ class SecretMissing(DriverError):
     """Guest data is encrypted, and nobody gave what it takes to read or write it. The message is QEMU's."""
 
 
+class RefusedError(UnsupportedError):
+    """An image does not allow a change. QEMU's message names `errno` if there is one, and tells the `problem` in a
+    line of its own if `explain` is set; else it names the problem."""
+
+    def __init__(self, path: str, problem: str, *, errno: int | None = None, explain: bool = False) -> None:
+        self.problem = problem
+        self.errno = errno
+        self.explain = explain
+        super().__init__(f"{path}: {problem}")
+
+
 class UsageError(DriverError):
     """An option or argument that makes no sense, in qemu-img's words."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import trio
 from safeimg.drivers.formats.api import Changes, Image, Patch, Planner
 from safeimg.drivers.formats.chain import close_chain, open_chain
 from safeimg.drivers.formats.naming import Blockdev, are_options, lasting, recalled
@@ -19,6 +20,7 @@ from safeimg.drivers.formats.registry import lookup
 from safeimg.drivers.secrets import Secrets
 from safeimg.drivers.storage.api import FileSystem
 from safeimg.drivers.transfer.core import Transfer
+from safeimg.drivers.transfer.digest import Written, digests
 from safeimg.journal.state import OperationState
 from safeimg.ops.errors import Conflict
 from safeimg.ops.launch import Environment, Job, launch
@@ -52,11 +54,11 @@ class Change:
             assert self._planner is not None
             held: Changes | None = None
             for changes in self._actions[number](image, self._planner):
-                if held is not None:
-                    yield self._step({"at": number}, held)
+                if held is not None:  # planned anew, what is fresh would be written once more
+                    yield await self._step(None if held.fresh else {"at": number}, held)
                 held = changes
             if held is not None:
-                yield self._step({"at": number + 1}, held)
+                yield await self._step({"at": number + 1}, held)
         if at <= len(self._actions):
             if self._planner is None:
                 self._plan_anew(self._reopened())
@@ -65,9 +67,15 @@ class Change:
             if changes:
                 yield Step("release", {"at": len(self._actions) + 1}, 0, changes=[(0, changes)])
 
-    def _step(self, cursor: Any, changes: Changes) -> Step:
+    async def _step(self, cursor: Any, changes: Changes) -> Step:
         self._unlinked += changes.unlinked
-        return Step(self._command, cursor, 0, changes=[(0, changes)])
+        fresh = [await trio.to_thread.run_sync(self._write, *piece) for piece in changes.fresh]
+        return Step(self._command, cursor, 0, fresh=fresh, changes=[(0, changes)])
+
+    def _write(self, offset: int, content: bytes) -> Written:
+        """Puts a new structure into space that nobody references yet."""
+        self._image.file.pwrite(offset, content)
+        return Written(0, offset, len(content), digests(content))
 
     def _reopened(self) -> Image:
         """The same open file, its metadata read afresh."""

@@ -7,8 +7,10 @@ from typing import Any
 
 from safeimg.drivers.formats.api import Image
 from safeimg.drivers.formats.chain import InfiniteLoop, backing_filename, close_chain, open_chain
+from safeimg.drivers.formats.features import SnapshotEntry
 from safeimg.drivers.formats.naming import FILE_DRIVERS, Blockdev, Value, from_filename, shown
 from safeimg.drivers.formats.registry import lookup
+from safeimg.drivers.formats.snapshots import entries
 from safeimg.drivers.secrets import NO_SECRETS, Secrets
 from safeimg.drivers.storage.api import FileSystem
 
@@ -86,7 +88,7 @@ def _describe(image: Image, options: Mapping[str, Value]) -> dict[str, Any]:
         members["full-backing-filename"] = backing_filename(image.file.path, image.backing_file)
         if image.backing_format is not None:
             members["backing-filename-format"] = image.backing_format
-    snapshots = [_snapshot(snapshot) for snapshot in getattr(image, "snapshots", ())]
+    snapshots = [snapshot_members(entry) for entry in entries(image)]
     if snapshots:
         members["snapshots"] = snapshots
     specific: Mapping[str, object] | None = driver.specific_info(image)
@@ -95,7 +97,8 @@ def _describe(image: Image, options: Mapping[str, Value]) -> dict[str, Any]:
     return {name: members[name] for name in _ORDER if name in members}
 
 
-def _snapshot(snapshot: Any) -> dict[str, Any]:
+def snapshot_members(snapshot: SnapshotEntry) -> dict[str, Any]:
+    """A snapshot as in qemu-img's JSON."""
     seconds, nanoseconds = divmod(snapshot.vm_clock_nsec, 10**9)
     members: dict[str, Any] = {} if snapshot.icount is None else {"icount": snapshot.icount}
     return members | {

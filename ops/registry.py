@@ -34,6 +34,7 @@ _MODULES = {
     "commit": "safeimg.ops.commit_job",
     "convert": "safeimg.ops.convert_job",
     "rebase": "safeimg.ops.rebase",
+    "snapshot": "safeimg.ops.snapshot",
 }
 
 

@@ -15,7 +15,7 @@ from safeimg.drivers.secrets import NO_SECRETS, Secrets
 from safeimg.drivers.storage.api import Buffer, File, FileSystem
 
 if TYPE_CHECKING:
-    from safeimg.drivers.formats.features import Amending, Rebasing
+    from safeimg.drivers.formats.features import Amending, Rebasing, Snapshotting
 
 
 class Kind(Enum):
@@ -53,9 +53,12 @@ class Changes:
     link: tuple[Patch, ...] = ()
     length: int | None = None  # the file is made at least this long together with `allocate`
     unlinked: tuple[tuple[int, int], ...] = ()  # host ranges (offset, length) that lose one reference: see `release`
+    # New structures (offset, content) in space that nobody references, too large for a log: like guest data they are
+    # written before the step, which knows them by their digests.
+    fresh: tuple[tuple[int, bytes], ...] = ()
 
     def __bool__(self) -> bool:
-        return bool(self.allocate or self.link or self.length is not None)
+        return bool(self.allocate or self.link or self.fresh or self.length is not None)
 
 
 class Placement(NamedTuple):
@@ -267,6 +270,7 @@ class Driver(Protocol):
     create_options: Sequence[CreateOption]  # in the order in which "Formatting …" names them
     runtime_options: Sequence[RuntimeOption]
     rebasing: Rebasing | None  # what only some formats can do: see `features.py`
+    snapshots: Snapshotting | None
 
     @property
     def amending(self) -> Amending | None: ...

@@ -43,3 +43,58 @@ class Amending(Protocol):
         """What the options ask for, in the order of doing. Does not depend on the image: an interrupted command asks
         again."""
         ...
+
+
+class SnapshotEntry(Protocol):
+    """An internal snapshot, as an image lists it."""
+
+    @property
+    def id(self) -> str: ...
+    @property
+    def name(self) -> str: ...
+    @property
+    def date_sec(self) -> int:
+        """When it was taken: seconds since the epoch."""
+        ...
+
+    @property
+    def date_nsec(self) -> int: ...
+    @property
+    def vm_clock_nsec(self) -> int: ...
+    @property
+    def vm_state_size(self) -> int: ...
+    @property
+    def disk_size(self) -> int: ...
+    @property
+    def icount(self) -> int | None:
+        """Instructions that the machine had executed; None: not recorded."""
+        ...
+
+
+class Snapshotting(Protocol):
+    """Formats with internal snapshots. Ids are unique within an image, names need not be.
+
+    What an image does not allow is a `RefusedError` with QEMU's error number."""
+
+    def entries(self, image: Image) -> Sequence[SnapshotEntry]:
+        """In the image's own order. `FormatError`."""
+        ...
+
+    def at(self, image: Image, entry: SnapshotEntry) -> Image:
+        """The guest content of a snapshot, as an image of the present virtual size on the same open files: closing
+        either closes both. For reading. `FormatError`."""
+        ...
+
+    def refuse_apply(self, image: Image) -> None:
+        """Raises `RefusedError` if none of the image's snapshots can be applied."""
+        ...
+
+    def create(self, image: Image, planner: Planner, name: str, seconds: int, nanoseconds: int) -> Iterable[Changes]:
+        """Takes a snapshot, with the next id and the given date."""
+        ...
+
+    def apply(self, image: Image, planner: Planner, entry: SnapshotEntry) -> Iterable[Changes]:
+        """Makes the guest content, and the virtual size, that of the snapshot, which stays."""
+        ...
+
+    def delete(self, image: Image, planner: Planner, entry: SnapshotEntry) -> Iterable[Changes]: ...

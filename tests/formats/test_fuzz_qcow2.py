@@ -59,7 +59,7 @@ def read(image: Qcow2Image) -> None:
     ))
 
 
-def walk(image: Qcow2Image, mapping: Mapping) -> None:
+def walk(image: Qcow2Image, mapping: Mapping | Qcow2Image) -> None:
     position = 0
     for number, extent in enumerate(mapping.extents(0, mapping.size)):
         assert extent.start == position and extent.length > 0
@@ -82,7 +82,7 @@ def walk(image: Qcow2Image, mapping: Mapping) -> None:
 def look_inside(image: Qcow2Image) -> None:
     for snapshot in image.snapshots:
         try:
-            walk(image, image.snapshot_mapping(snapshot))
+            walk(image, image.at(snapshot))
         except DriverError:
             pass
     specific_info(image)

@@ -59,6 +59,20 @@ def write_compressed(fs: FileSystem, path: str, pieces: Iterable[tuple[int, byte
     close_chain(chain)
 
 
+def snapshot(fs: FileSystem, path: str, name: str) -> None:
+    """Takes an internal snapshot."""
+    chain = open_chain(fs, path, format="qcow2", write=True, backing=False)
+    image = chain[0]
+    driver = lookup("qcow2")
+    assert driver.snapshots is not None
+    for changes in driver.snapshots.create(image, driver.planner(image), name, 1_700_000_000, 0):
+        for offset, content in changes.fresh:
+            image.file.pwrite(offset, content)
+        _apply(image, changes)
+    image.file.sync_all()
+    close_chain(chain)
+
+
 def _apply(image: Image, changes: Changes) -> None:
     if changes.length is not None and image.file.length() < changes.length:
         image.file.truncate(changes.length)

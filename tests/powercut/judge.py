@@ -15,8 +15,10 @@ from pathlib import Path
 import trio
 from blake3 import blake3
 from safeimg.drivers.errors import DriverError
+from safeimg.drivers.formats.api import Image
 from safeimg.drivers.formats.chain import close_chain, open_chain
 from safeimg.drivers.formats.registry import lookup
+from safeimg.drivers.formats.snapshots import entries, load
 from safeimg.drivers.storage.powercut import CrashState, crash_states, power_cut
 from safeimg.drivers.storage.simulated import SimulatedFileSystem
 from safeimg.drivers.transfer.core import Settings, Transfer
@@ -27,6 +29,7 @@ from safeimg.journal.history import MemoryHistory
 from safeimg.journal.log import read_events
 from safeimg.journal.state import fold
 from safeimg.ops.errors import Impossible, OperationError, SomethingPending
+from safeimg.ops.info import snapshot_members
 from safeimg.ops.launch import Environment
 from safeimg.ops.session import refuse_pending_on
 from safeimg.recovery.pending import NothingPending
@@ -76,6 +79,7 @@ class Look:
     backing: tuple[str | None, str | None]
     leaks: int
     details: object
+    snapshots: object  # what is listed of each, and its content
 
     @classmethod
     def at(cls, fs: SimulatedFileSystem, path: str, fmt: str) -> Look:
@@ -93,9 +97,7 @@ class Look:
     def _at(cls, fs: SimulatedFileSystem, path: str, fmt: str) -> Look:
         chain = open_chain(fs, path, format=fmt)
         try:
-            view = View(chain)
-            data = bytearray(view.size)
-            view.read_into(0, memoryview(data))
+            data = cls._content(chain)
             driver = lookup(fmt)
             leaks = 0
             if fmt != "raw":
@@ -104,9 +106,20 @@ class Look:
                 if found.corruptions or found.check_errors:
                     raise Violation(f"{path}: {found.messages}")
             backing = chain[0].backing_file, chain[0].backing_format
-            return cls(bytes(data), chain[0].size, backing, leaks, driver.specific_info(chain[0]))
+            snapshots = [
+                (snapshot_members(entry), entry.disk_size, cls._content(load(chain, f"snapshot.id={entry.id}")))
+                for entry in entries(chain[0])
+            ]
+            return cls(data, chain[0].size, backing, leaks, driver.specific_info(chain[0]), snapshots)
         finally:
             close_chain(chain)
+
+    @staticmethod
+    def _content(chain: Sequence[Image]) -> bytes:
+        view = View(chain)
+        data = bytearray(view.size)
+        view.read_into(0, memoryview(data))
+        return bytes(data)
 
 
 _LOOKS: dict[bytes, Look] = {}

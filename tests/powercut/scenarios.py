@@ -7,7 +7,9 @@ from collections.abc import Awaitable, Callable
 
 from powercut import guest
 from powercut.judge import STEP_BYTES, Scenario
+from safeimg.drivers.formats.qcow2 import shadow
 from safeimg.drivers.storage.simulated import SimulatedFileSystem
+from safeimg.ops import snapshot
 from safeimg.ops.amend import amend
 from safeimg.ops.commit_job import commit
 from safeimg.ops.convert import Options, convert
@@ -15,6 +17,7 @@ from safeimg.ops.launch import Environment
 from safeimg.ops.rebase import rebase_unsafe
 
 KIB = 1024
+shadow.STEP_BYTES = STEP_BYTES  # of metadata made anew, too
 
 
 def _data(seed: int, length: int) -> bytes:
@@ -272,4 +275,80 @@ AMENDMENTS = [
     _amendment("several, down", "compat=0.10,refcount_bits=16", refcount_bits="2"),
 ]
 
-SCENARIOS = [*COMMITS, *CONVERSIONS, *CHANGES, *AMENDMENTS]
+DISK = (("/disk.qcow2", "qcow2"),)
+
+
+def _two_snapshots(compressed: bool = False, **options: str) -> Callable[[SimulatedFileSystem], None]:
+    """What both snapshots and the disk share, what only some do, and what is in one alone; a cluster written anew and
+    zeroed again; with `compressed`, clusters that share a host cluster."""
+
+    def build(fs: SimulatedFileSystem) -> None:
+        fs.write_file("/root.raw", _data(60, 200 * KIB))
+        cluster = int(options.setdefault("cluster_size", "4096"))
+        guest.create(
+            fs, "/disk.qcow2", "qcow2", 160 * cluster, backing_file="root.raw", backing_fmt="raw", **options
+        )
+        guest.write(fs, "/disk.qcow2", _base_pieces(cluster))
+        if compressed:
+            packed = [((80 + number) * cluster, _text(number, cluster)) for number in range(9)]
+            guest.write_compressed(fs, "/disk.qcow2", packed)
+        guest.snapshot(fs, "/disk.qcow2", "first")
+        guest.write(fs, "/disk.qcow2", _overlay_pieces(cluster))
+        if compressed:
+            guest.write(fs, "/disk.qcow2", [(81 * cluster + 9, _data(61, 90)), (83 * cluster, None)])
+            guest.write_compressed(fs, "/disk.qcow2", [(120 * cluster, _text(62, cluster))])
+        guest.snapshot(fs, "/disk.qcow2", "second")
+        guest.write(fs, "/disk.qcow2", [(2 * cluster, _data(63, 700)), (60 * cluster, None), (150 * cluster, b"last")])
+
+    return build
+
+
+def _snapshot(action: str, name: str) -> Callable[[Environment], Awaitable[None]]:
+    async def run(env: Environment) -> None:
+        if action == "create":
+            await snapshot.create(env, "/disk.qcow2", name, 1_800_000_000_000_001_000)
+        else:
+            await (snapshot.apply if action == "apply" else snapshot.delete)(env, "/disk.qcow2", name)
+
+    return run
+
+
+def _snapshots() -> list[Scenario]:
+    images = {
+        "": _two_snapshots(),
+        ", compressed": _two_snapshots(compressed=True),
+        ", version 2": _two_snapshots(compat="0.10"),
+        ", 512-byte clusters, narrow refcounts": _two_snapshots(cluster_size="512", refcount_bits="2"),
+    }
+    actions = {"-c third": ("create", "third"), "-a first": ("apply", "first"), "-d first": ("delete", "first"),
+               "-d second": ("delete", "second")}
+    return [
+        Scenario(
+            f"snapshot {action}{kind}", build, _snapshot(*words), "/disk.qcow2", "/disk.qcow2",
+            DISK,
+        )
+        for kind, build in images.items()
+        for action, words in actions.items()
+        if "narrow" not in kind or action != "-c third"
+    ]
+
+
+def _last_snapshot(fs: SimulatedFileSystem) -> None:
+    """The disk shares everything with its only snapshot, and has another size by now."""
+    guest.create(fs, "/disk.qcow2", "qcow2", 256 * KIB, cluster_size="4096", refcount_bits="8")
+    guest.write(fs, "/disk.qcow2", _base_pieces(4096))
+    guest.snapshot(fs, "/disk.qcow2", "only")
+    file = fs.open("/disk.qcow2", write=True)
+    file.pwrite(24, (192 * KIB).to_bytes(8, "big"))
+    file.close()
+
+
+SNAPSHOTS = [
+    *_snapshots(),
+    Scenario(
+        "snapshot -a, another size", _last_snapshot, _snapshot("apply", "only"), "/disk.qcow2", "/disk.qcow2", DISK
+    ),
+    Scenario("snapshot -d, the last", _last_snapshot, _snapshot("delete", "only"), "/disk.qcow2", "/disk.qcow2", DISK),
+]
+
+SCENARIOS = [*COMMITS, *CONVERSIONS, *CHANGES, *AMENDMENTS, *SNAPSHOTS]

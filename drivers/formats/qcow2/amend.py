@@ -137,7 +137,7 @@ def _check_downgrade(image: Qcow2Image, refcount_bits: int, size: int) -> None:
 
 def _has_compressed(image: Qcow2Image) -> bool:
     views = [image.extents(0, image.size)]
-    views += [image.snapshot_mapping(each).extents(0, each.disk_size) for each in image.snapshots]
+    views += [image.at(each).extents(0, image.size) for each in image.snapshots]
     return any(extent.kind is Kind.COMPRESSED for view in views for extent in view)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from safeimg.drivers.errors import RefusedError
 from safeimg.drivers.formats.api import (
     PLAIN,
     Changes,
@@ -16,10 +17,11 @@ from safeimg.drivers.formats.api import (
     Planner,
     RuntimeOption,
 )
-from safeimg.drivers.formats.features import Amending, Rebasing
+from safeimg.drivers.formats.features import Amending, Rebasing, SnapshotEntry, Snapshotting
 from safeimg.drivers.formats.qcow2.header import MAGIC, UNFINISHED
 from safeimg.drivers.formats.qcow2.image import Qcow2Image, open_image
 from safeimg.drivers.formats.qcow2.runtime import RUNTIME_OPTIONS, apply_runtime
+from safeimg.drivers.formats.qcow2.snapshots import Snapshot
 from safeimg.drivers.secrets import NO_SECRETS, Secrets
 from safeimg.drivers.storage.api import File, FileSystem
 
@@ -64,11 +66,41 @@ class Qcow2Rebasing:
         return set_backing(own_planner(planner), filename, fmt)
 
 
+class Qcow2Snapshotting:
+    """Implements `formats.features.Snapshotting`."""
+
+    def entries(self, image: Image) -> Sequence[SnapshotEntry]:
+        return own_image(image).snapshots
+
+    def at(self, image: Image, entry: SnapshotEntry) -> Qcow2Image:
+        return own_image(image).at(_own_entry(entry))
+
+    def refuse_apply(self, image: Image) -> None:
+        if own_image(image).bitmaps:  # which would have to know what changes
+            raise RefusedError(image.file.path, "Device has active dirty bitmaps")
+
+    def create(self, image: Image, planner: Planner, name: str, seconds: int, nanoseconds: int) -> Iterable[Changes]:
+        from safeimg.drivers.formats.qcow2.snapshot_changes import create
+
+        return create(own_planner(planner), name, seconds, nanoseconds)
+
+    def apply(self, image: Image, planner: Planner, entry: SnapshotEntry) -> Iterable[Changes]:
+        from safeimg.drivers.formats.qcow2.snapshot_changes import apply
+
+        return apply(own_planner(planner), _own_entry(entry))
+
+    def delete(self, image: Image, planner: Planner, entry: SnapshotEntry) -> Iterable[Changes]:
+        from safeimg.drivers.formats.qcow2.snapshot_changes import delete
+
+        return delete(own_planner(planner), _own_entry(entry))
+
+
 class Qcow2Driver:
     """Implements `formats.api.Driver`."""
 
     name = "qcow2"
     rebasing: Rebasing | None = Qcow2Rebasing()
+    snapshots: Snapshotting | None = Qcow2Snapshotting()
 
     @property
     def amending(self) -> Amending | None:
@@ -150,6 +182,12 @@ def own_image(image: Image) -> Qcow2Image:
     if not isinstance(image, Qcow2Image):
         raise TypeError(f"{image.file.path} was not opened by the qcow2 driver")
     return image
+
+
+def _own_entry(entry: SnapshotEntry) -> Snapshot:
+    if not isinstance(entry, Snapshot):
+        raise TypeError("the snapshot was not listed by the qcow2 driver")
+    return entry
 
 
 def own_planner(planner: Planner) -> Qcow2Planner:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from copy import copy
+from dataclasses import replace
 from functools import cached_property
 from itertools import pairwise
 
@@ -114,21 +116,18 @@ class Qcow2Image:
         """The persistent bitmaps, if consistent. Raises `FormatError`."""
         return read_bitmaps(self._file, self._header)
 
-    def snapshot_mapping(self, snapshot: Snapshot) -> Mapping:
-        """The guest view of an internal snapshot. Raises `FormatError` if its L1 table cannot be right."""
+    def at(self, snapshot: Snapshot) -> Qcow2Image:
+        """The guest content of an internal snapshot, for reading. The virtual size is the present one, as QEMU has
+        it. Raises `FormatError` if the snapshot's L1 table cannot be right."""
         header, path = self._header, self._file.path
-        size = snapshot.disk_size & ~511
         if 8 * snapshot.l1_size > MAX_L1_BYTES:
             raise FormatError(path, "Snapshot L1 table too large", offset=snapshot.offset)
         end = snapshot.l1_table_offset + 8 * snapshot.l1_size
         if snapshot.l1_table_offset % header.cluster_size or end >= 1 << 63:
             raise FormatError(path, "Snapshot L1 table offset invalid", offset=snapshot.offset)
-        if snapshot.l1_size < -(-size // header.l2_coverage):
-            raise FormatError(path, "Snapshot L1 table is too small", offset=snapshot.offset)
-        return Mapping(
-            self._file, header, l1_table_offset=snapshot.l1_table_offset, l1_size=snapshot.l1_size, size=size,
-            cache_bytes=self._cache_bytes,
-        )
+        image = copy(self)
+        image._adopt(replace(header, l1_table_offset=snapshot.l1_table_offset, l1_size=snapshot.l1_size))
+        return image
 
     def forget(self) -> None:
         """Drops cached tables: the image's metadata was changed on disk, its header was not."""

@@ -83,6 +83,9 @@ class Mapping:
         position = start
         while position < end:
             index = position // coverage
+            if index >= self._l1_size:  # a snapshot's table may be too small for the present virtual disk
+                yield [Extent(position, end - position, _UNALLOCATED)]
+                return
             page_start = index - index % SLICE_ENTRIES
             page_entries = min(SLICE_ENTRIES, self._l1_size - page_start)
             page_end = (page_start + page_entries) * coverage

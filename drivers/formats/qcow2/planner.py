@@ -39,8 +39,8 @@ from safeimg.drivers.storage.api import File
 # Fields that switches change: all in the first sector, so that one patch changes any set of them at once.
 _FIELDS = {
     "size": (24, 8), "l1_size": (36, 4), "l1_table_offset": (40, 8), "refcount_table_offset": (48, 8),
-    "refcount_table_clusters": (56, 4), "incompatible_features": (72, 8), "compatible_features": (80, 8),
-    "refcount_order": (96, 4),
+    "refcount_table_clusters": (56, 4), "nb_snapshots": (60, 4), "snapshots_offset": (64, 8),
+    "incompatible_features": (72, 8), "compatible_features": (80, 8), "refcount_order": (96, 4),
 }
 
 MAX_HEADER_CLUSTERS = 1 << 16  # of a LUKS header: the rest of a hostile one is not looked at
@@ -260,6 +260,10 @@ class Qcow2Planner:
         """The header points to another refcount table, which counts everything."""
         self._begin(refcount_table_offset, refcount_table_clusters)
         self.trusted = True
+
+    def note_freed(self, runs: Sequence[tuple[int, int]]) -> None:
+        """Clusters (first, count) that a switch to other refcounts has freed."""
+        self._freed += runs
 
     def restart_tables(self, l1_table_offset: int, l1_size: int) -> None:
         self.l1_table_offset, self.l1_size = l1_table_offset, l1_size

@@ -7,8 +7,8 @@ memory is four bytes a cluster where clusters are in use. Spec: docs/interop/qco
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Protocol
 
 from safeimg.drivers.errors import FormatError, UnsupportedError
 from safeimg.drivers.formats.qcow2.dirty_bitmaps import read_table
@@ -26,6 +26,13 @@ PAGE = 4096  # clusters whose counts are kept together
 MAX_PAGES = 16384  # 256 MiB
 L2_BATCH = 1 << 16  # entries decoded at once
 Array = Any  # numpy is loaded only when something is counted
+
+
+class Counting(Protocol):
+    """Where references are counted."""
+
+    def add_range(self, offset: int, length: int, cluster_bits: int, times: int = 1) -> None: ...
+    def add_many(self, clusters: Array, cluster_bits: int, times: int) -> None: ...
 
 
 class References:
@@ -126,14 +133,7 @@ class References:
                 f"{self._path}: a cluster is used {int(values.max())} times, which does not fit into "
                 f"{1 << layout.refcount_order} bits"
             )
-        bits = 1 << layout.refcount_order
-        if bits >= 8:
-            return values.astype(f">u{bits // 8}").tobytes()
-        per_byte = 8 // bits
-        packed = numpy.zeros(count // per_byte, numpy.uint8)
-        for position in range(per_byte):
-            packed |= (values[position::per_byte] << (position * bits)).astype(numpy.uint8)
-        return packed.tobytes()
+        return encode_block(values, layout.refcount_order)
 
     def _page(self, number: int) -> Array:
         page = self._pages.get(number)
@@ -149,6 +149,21 @@ class References:
         if cluster >= self._limit:
             raise FormatError(self._path, "metadata refers to a cluster past the end of the file",
                               offset=cluster << cluster_bits)
+
+
+def encode_block(values: Array, order: int) -> bytes:
+    """A refcount block (the inverse of `check.decode_block`); the counts fit."""
+    import numpy
+
+    bits = 1 << order
+    if bits >= 8:
+        block: bytes = values.astype(f">u{bits // 8}").tobytes()
+        return block
+    per_byte = 8 // bits
+    packed = numpy.zeros(len(values) // per_byte, numpy.uint8)
+    for position in range(per_byte):
+        packed |= (values[position::per_byte] << (position * bits)).astype(numpy.uint8)
+    return packed.tobytes()
 
 
 def count_everything(planner: Qcow2Planner) -> References:
@@ -189,14 +204,20 @@ def refcount_blocks(planner: Qcow2Planner) -> Iterator[int]:
             yield block
 
 
-def count_l1(planner: Qcow2Planner, references: References, tables: dict[tuple[int, int], int]) -> None:
+def count_l1(planner: Qcow2Planner, references: References, tables: Mapping[tuple[int, int], int]) -> None:
     """L1 tables (offset, entries) with the number of times each is referred to, and everything below them."""
+    for (offset, size), times in tables.items():
+        references.add_range(offset, 8 * size, planner.header.cluster_bits, times)
+    count_below(planner, references, tables)
+
+
+def count_below(planner: Qcow2Planner, references: Counting, tables: Mapping[tuple[int, int], int]) -> None:
+    """What L1 tables lead to, without the tables themselves. What comes out even is not looked at."""
     import numpy
 
     bits, view = planner.header.cluster_bits, planner.view
     l2_tables: Counter[int] = Counter()
     for (offset, size), times in tables.items():
-        references.add_range(offset, 8 * size, bits, times)
         for position in range(0, size, L2_BATCH):
             count = min(L2_BATCH, size - position)
             data = view.read(offset + 8 * position, 8 * count)
@@ -207,13 +228,15 @@ def count_l1(planner: Qcow2Planner, references: References, tables: dict[tuple[i
             for table in (entries & numpy.uint64(OFFSET_MASK)).tolist():
                 l2_tables[table] += times
     for table, times in sorted(l2_tables.items()):
+        if not times:
+            continue
         if table % planner.cluster_size:
             raise FormatError(planner.path, "L2 table is not aligned to a cluster", offset=table)
         references.add_range(table, 1, bits, times)
         _count_l2(planner, references, table, times)
 
 
-def _count_l2(planner: Qcow2Planner, references: References, table: int, times: int) -> None:
+def _count_l2(planner: Qcow2Planner, references: Counting, table: int, times: int) -> None:
     import numpy
     from safeimg.drivers.formats.qcow2.l2_arrays import compressed_clusters, referred
 

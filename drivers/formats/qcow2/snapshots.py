@@ -1,9 +1,10 @@
-"""The table of internal snapshots (spec: QEMU's qcow2, "Snapshots"). Parsing only."""
+"""The table of internal snapshots (spec: QEMU's qcow2, "Snapshots")."""
 
 from __future__ import annotations
 
 import os
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from safeimg.drivers.errors import FormatError
@@ -14,7 +15,11 @@ MAX_EXTRA_DATA = 1024
 MAX_TABLE_BYTES = 64 << 20
 COMPLETE_EXTRA_DATA = 16  # what version 3 requires: VM state size and virtual disk size
 
+NO_ICOUNT = (1 << 64) - 1
+MAX_NAME = 255  # bytes: QEMU cuts longer ones
+
 _ENTRY = struct.Struct(">QIHHIIQII")
+_EXTRA = struct.Struct(">QQQ")
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +36,7 @@ class Snapshot:
     vm_state_size: int
     disk_size: int  # virtual size when the snapshot was taken; the image's where it is not recorded
     icount: int | None  # None: not recorded, or recording was off
+    unknown_extra: bytes  # extra data behind what is known, kept as it is
     extra_data_size: int
     offset: int  # of the entry, in the file
     length: int  # of the entry, with padding
@@ -70,9 +76,26 @@ def read_snapshots(file: File, header: Header, *, zero_fill: bool = False) -> tu
             raise FormatError(file.path, "Snapshot table too large")
         snapshots.append(
             Snapshot(l1_offset, l1_size, identifier, name, sec, nsec, clock, vm_state_size, disk_size,
-                     None if icount == (1 << 64) - 1 else icount, extra_size, start, reader.position - start)
+                     None if icount == NO_ICOUNT else icount, extra[_EXTRA.size:], extra_size, start,
+                     reader.position - start)
         )
     return tuple(snapshots)
+
+
+def encode_snapshots(snapshots: Sequence[Snapshot]) -> bytes:
+    """The snapshot table, each entry with all the extra data that is known."""
+    table = bytearray()
+    for entry in snapshots:
+        identifier, name = os.fsencode(entry.id), os.fsencode(entry.name)
+        table += bytes(-len(table) % 8)
+        table += _ENTRY.pack(
+            entry.l1_table_offset, entry.l1_size, len(identifier), len(name), entry.date_sec, entry.date_nsec,
+            entry.vm_clock_nsec, entry.vm_state_size if entry.vm_state_size < 1 << 32 else 0,
+            _EXTRA.size + len(entry.unknown_extra),
+        )
+        icount = NO_ICOUNT if entry.icount is None else entry.icount
+        table += _EXTRA.pack(entry.vm_state_size, entry.disk_size, icount) + entry.unknown_extra + identifier + name
+    return bytes(table)
 
 
 class _Reader:
