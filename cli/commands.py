@@ -8,6 +8,7 @@ from types import ModuleType
 
 from safeimg.cli.options import Command, Option
 from safeimg.cli.shared import HELP
+from safeimg.cli.values import trace
 
 _MODULES = {
     "create": "create",
@@ -34,8 +35,10 @@ PROGRAM = Command(
     (),
     (
         HELP,
-        Option("version", "V", "version", None, "Show the version and exit."),
-        Option("trace", "T", "trace", "pattern", "Accepted for qemu-img's sake; does nothing."),
+        Option("version", "V", "version", None, "Show the version and exit.", ends=True),
+        Option(
+            "trace", "T", "trace", "pattern", "Accepted for qemu-img's sake: there is nothing to trace.", trace
+        ),
     ),
     (),
 )

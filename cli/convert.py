@@ -121,7 +121,7 @@ COMMANDS = (
 def run(command: Command, arguments: Arguments) -> int:
     options: list[str] = arguments.all("options")
     words = arguments.positional
-    if print_option_help(options, arguments.last("target-format", "raw"), words[-1] if words else None):
+    if print_option_help(options, arguments.last("target-format", "raw"), words[-1] if len(words) > 1 else None):
         return 0
     _check(arguments)
     fmt, target_format = arguments.last("format"), arguments.last("target-format")

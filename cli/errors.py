@@ -14,6 +14,10 @@ class CommandError(Exception):
         super().__init__("; ".join(messages))
 
 
+class Answer(Exception):
+    """An option asks for information instead of work: `args` are the lines that answer it."""
+
+
 def usage(message: str) -> CommandError:
     """A mistake in the syntax of a command that qemu-img has."""
     return CommandError(message, hint=True)

@@ -7,8 +7,8 @@ import sys
 from importlib import import_module
 
 from safeimg.cli.commands import PROGRAM, find, module
-from safeimg.cli.errors import CommandError, usage
-from safeimg.cli.objects import ObjectHelp, store
+from safeimg.cli.errors import Answer, CommandError, usage
+from safeimg.cli.objects import store
 from safeimg.cli.options import Command
 from safeimg.cli.parser import parse
 
@@ -35,6 +35,9 @@ def guarded(words: list[str]) -> int:
     """Runs `words` (the program's name first); failures of every kind become one message and an exit code."""
     try:
         return dispatch(words)
+    except Answer as answer:
+        print(*answer.args, sep="\n", end="\n" if answer.args else "")
+        return 0
     except CommandError as error:
         return _fail(error)
     except BaseException as error:
@@ -52,11 +55,12 @@ def dispatch(words: list[str]) -> int:
         return int(import_module("safeimg.cli.help").run_typer(words[1:]))
     if len(words) == 1:
         raise usage("Not enough arguments")
-    arguments, wants_help = parse(PROGRAM, words, permute=False)
-    if wants_help:
+    arguments, asked = parse(PROGRAM, words, permute=False)
+    if asked == "help":
         return show_help(None)
-    if arguments.flag("version"):
-        return _version()
+    if asked == "version":
+        print(version_line())
+        return 0
     if not arguments.positional:
         raise usage("Not enough arguments")
     name = arguments.positional[0]
@@ -64,24 +68,24 @@ def dispatch(words: list[str]) -> int:
     if command is None:
         raise usage(f"Command not found: {name}")
     try:
-        own, wants_help = parse(command, arguments.positional)
+        own, asked = parse(command, arguments.positional)
         if own.flag("object"):
             own.secrets = store(own.all("object"))
-    except ObjectHelp as help:
-        print("\n".join(help.args))
-        return 0
     except CommandError as error:
         raise CommandError(*error.messages, code=2, hint=error.hint) if command.new else error from None
-    if wants_help:
+    if asked == "help":
         return show_help(command)
     return int(module(name).run(command, own))
 
 
 def show_help(command: Command | None) -> int:
+    """As safeimg: the command's own; as qemu-img: what that shows of all commands."""
+    if program_name() == "qemu-img":
+        return int(import_module("safeimg.cli.overview").show())
     return int(import_module("safeimg.cli.help").show(command))
 
 
-def _version() -> int:
+def version_line() -> str:
     from importlib.metadata import PackageNotFoundError, version
 
     try:
@@ -89,10 +93,8 @@ def _version() -> int:
     except PackageNotFoundError:
         own = "0"
     if program_name() == "qemu-img":  # tools look for this line, to know which options they may use
-        print(f"qemu-img version 7.2.0 (safeimg {own})")
-    else:
-        print(f"safeimg version {own} (commands of qemu-img 7.2)")
-    return 0
+        return f"qemu-img version 7.2.0 (safeimg {own})"
+    return f"safeimg version {own} (commands of qemu-img 7.2)"
 
 
 def _fail(error: CommandError) -> int:

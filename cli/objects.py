@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
-from safeimg.cli.errors import CommandError
+from safeimg.cli.errors import Answer, CommandError
 from safeimg.drivers.errors import UsageError
 from safeimg.drivers.secrets import Secrets, decode_base64, decrypt
 
@@ -45,15 +45,11 @@ class UserObject(NamedTuple):
         return f"<{self.kind} {self.name}>"
 
 
-class ObjectHelp(Exception):
-    """Help was asked for: `args` are its lines."""
-
-
 def user_object(text: str) -> UserObject:
-    """Reads `kind,id=…,name=value…`, or the same as JSON. Raises `CommandError` in QEMU's words, and `ObjectHelp`."""
+    """Reads `kind,id=…,name=value…`, or the same as JSON. Raises `CommandError` in QEMU's words, and `Answer`."""
     members = _from_json(text) if text.startswith("{") else dict(_keyval(text))
     if "help" in members and not text.startswith("{"):
-        raise ObjectHelp(*_help(members.get("qom-type")))
+        raise Answer(*_help(members.get("qom-type")))
     kind = members.pop("qom-type", None)
     if kind is None:
         raise CommandError("Parameter 'qom-type' is missing")

@@ -16,6 +16,7 @@ class Option(NamedTuple):
     help: str
     check: Callable[[str], Any] | None = None  # turns the argument into a value, or raises `CommandError`
     constant: Any = True  # a flag's value
+    ends: bool = False  # nothing behind it counts, as with --help
 
 
 class Argument(NamedTuple):

@@ -109,9 +109,11 @@ def _is_option(word: str) -> bool:
     return len(word) > 1 and word[0] == "-"
 
 
-def parse(command: Command, words: Sequence[str], *, permute: bool = True) -> tuple[Arguments, bool]:
-    """Parses `words`, of which the first is the command's (or program's) name; also whether help was asked
-    for.
+def parse(
+    command: Command, words: Sequence[str], *, permute: bool = True
+) -> tuple[Arguments, str | None]:
+    """Parses `words`, of which the first is the command's (or program's) name; also the name of the
+    option, if any, behind which nothing counts (`Option.ends`).
 
     Values are checked as they are met, so that of several mistakes the one reported is the one that qemu-img
     reports. With `permute` False it stops at the first argument that is no option. Raises `CommandError`."""
@@ -136,15 +138,15 @@ def parse(command: Command, words: Sequence[str], *, permute: bool = True) -> tu
             if option.argument is not None:
                 value = scanner.argument()
         if option.argument is None:
-            if option.name == "help":
-                return arguments, True
+            if option.ends:
+                return arguments, option.name
             arguments.add(option.name, option.constant)
         elif value is None:
             raise usage(f"missing argument for option '{scanner.current}'")
         else:
             arguments.add(option.name, value if option.check is None else option.check(value))
     arguments.positional = scanner.words[scanner.next :]
-    return arguments, False
+    return arguments, None
 
 
 def _short(options: Sequence[Option], letter: str) -> Option | None:

@@ -6,7 +6,7 @@ from safeimg.cli import values
 from safeimg.cli.objects import user_object
 from safeimg.cli.options import Argument, Option
 
-HELP = Option("help", "h", "help", None, "Show this help and exit.")
+HELP = Option("help", "h", "help", None, "Show this help and exit.", ends=True)
 OBJECT = Option(
     "object", None, "object", "objectdef", "A QEMU user-creatable object (repeatable).", user_object
 )
@@ -47,7 +47,7 @@ OPTIONS = Option(
     "options",
     "o",
     None,
-    "k=v[,k=v…]",
+    "options",
     "Options of the format (`-o help` lists them; repeatable).",
     values.option_list,
 )

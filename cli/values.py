@@ -6,7 +6,7 @@ from __future__ import annotations
 import re
 import sys
 
-from safeimg.cli.errors import CommandError, usage
+from safeimg.cli.errors import Answer, CommandError, usage
 
 MAX_SIZE = (1 << 63) - 1
 CACHE_MODES = ("none", "off", "directsync", "writeback", "unsafe", "writethrough")
@@ -31,6 +31,25 @@ def warn(message: str) -> None:
     from safeimg.cli.main import program_name
 
     print(f"{program_name()}: warning: {message}", file=sys.stderr)
+
+
+def trace(text: str) -> str:
+    """-T: checked as far as that goes without any events to trace."""
+    from safeimg.drivers.formats.options import split_options
+
+    given = dict(split_options(text, implied="enable"))
+    pattern, events = given.get("enable"), given.get("events")
+    if pattern in ("help", "?"):
+        raise Answer
+    if pattern is not None and not set(pattern) & set("*?"):
+        warn(f"trace event '{pattern}' does not exist")
+    if events is not None:
+        try:
+            with open(events, encoding="utf-8", errors="replace"):
+                pass
+        except OSError as error:
+            raise CommandError(f"{events}: {error.strerror}") from error
+    return text
 
 
 def start_offset(text: str) -> int:
