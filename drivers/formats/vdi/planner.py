@@ -10,7 +10,7 @@ No block is ever given back, as in QEMU: what is zeroed is zeroed in place.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from safeimg.drivers.errors import UnsupportedError
 from safeimg.drivers.formats.api import Changes, Placement
@@ -45,23 +45,18 @@ class VdiPlanner(PlainPlanner):
         return self._view.pending
 
     def place(self, start: int, length: int) -> Sequence[Placement]:
-        self._check_range(start, length)
         placements: list[Placement] = []
-        for block in range(start // BLOCK, -(-(start + length) // BLOCK)):
-            low, high = max(start, block * BLOCK), min(start + length, (block + 1) * BLOCK)
+        for block, low, high in self._blocks(start, length):
             place = self._present(block, low, high)
             if place is None:
                 begin = block * BLOCK
-                size = min(BLOCK, self._size - begin)
-                place = Placement(begin, size, self._allocate(block), True)
+                place = Placement(begin, min(BLOCK, self._size - begin), self._allocate(block), True)
             _add(placements, place)
         return placements
 
     def zero(self, start: int, length: int) -> Sequence[Placement]:
-        self._check_range(start, length)
         placements: list[Placement] = []
-        for block in range(start // BLOCK, -(-(start + length) // BLOCK)):
-            low, high = max(start, block * BLOCK), min(start + length, (block + 1) * BLOCK)
+        for block, low, high in self._blocks(start, length):
             place = self._present(block, low, high)
             if place is not None:
                 _add(placements, place)
@@ -76,6 +71,12 @@ class VdiPlanner(PlainPlanner):
     def take(self) -> Changes:
         patches, length = self._view.take()
         return Changes(patches.allocate, patches.link, length)
+
+    def _blocks(self, start: int, length: int) -> Iterator[tuple[int, int, int]]:
+        """The range by blocks: number, and from where to where in the guest."""
+        self._check_range(start, length)
+        for low in range(start - start % BLOCK if length else start, start + length, BLOCK):
+            yield low // BLOCK, max(start, low), min(start + length, low + BLOCK)
 
     def _present(self, block: int, low: int, high: int) -> Placement | None:
         """Where a part of the block lies, if it lies anywhere."""
