@@ -6,6 +6,7 @@ state that only a killed process left (its writes not synced) as well as after a
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 from collections.abc import Awaitable, Callable, Iterator, Sequence
@@ -102,8 +103,9 @@ class Look:
             leaks = 0
             if fmt != "raw":
                 found = driver.check(chain[0])
-                leaks = found.leaks
-                if found.corruptions or found.check_errors:
+                lost = _lost_blocks(fmt, "\n".join(found.messages))
+                leaks = found.leaks + lost
+                if found.corruptions != bool(lost) or found.check_errors:
                     raise Violation(f"{path}: {found.messages}")
             backing = chain[0].backing_file, chain[0].backing_format
             snapshots = [
@@ -123,6 +125,13 @@ class Look:
 
 
 _LOOKS: dict[bytes, Look] = {}
+
+
+def _lost_blocks(fmt: str, messages: str) -> int:
+    """Blocks that a VDI image counts and does not refer to, if that is all that is wrong: what a leak is elsewhere is
+    an error in the words of its check."""
+    found = re.fullmatch(r"ERROR: allocated blocks mismatch, is (\d+), should be (\d+)\n?", messages)
+    return 0 if fmt != "vdi" or found is None else max(0, int(found[2]) - int(found[1]))
 
 
 @dataclass
@@ -221,7 +230,7 @@ class Judge:
     def _is_fenced(self, fs: SimulatedFileSystem, path: str, fmt: str) -> bool:
         if fs.stat(path) is None:
             return True  # a rollback has removed it and was stopped
-        if fmt == "raw" or fs.read_file(path)[4:8] == bytes([0, 0, 0, 2]):
+        if fmt != "qcow2" or fs.read_file(path)[4:8] == bytes([0, 0, 0, 2]):
             return True  # there is no fence in this format
         try:
             close_chain(open_chain(fs, path, format=fmt, backing=False, write=True))
@@ -260,7 +269,7 @@ class Judge:
 
     def _unfinished(self, fs: SimulatedFileSystem) -> bool:
         """Before its journal begins, an operation that makes an image leaves what nobody takes for one: QEMU's tools
-        refuse it (its feature bit says so), unless it is raw, which has no such bit."""
+        refuse it (its feature bit or version says so), unless it is raw, which has no such thing."""
         path, fmt = self.scenario.images[0]
         if fs.stat(path) is None or fmt == "raw":
             return True
@@ -335,7 +344,7 @@ class Judge:
             result = subprocess.run(
                 ["qemu-img", "check", "-U", "-f", fmt, folder / path[1:]], capture_output=True, text=True, check=False
             )
-            if result.returncode not in (0, 3):
+            if result.returncode not in (0, 3) and not _lost_blocks(fmt, result.stderr):
                 raise Violation(f"G1: qemu-img check {path}: {result.stdout}{result.stderr}")
 
 

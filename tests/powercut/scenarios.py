@@ -118,6 +118,31 @@ def compressed(fs: SimulatedFileSystem) -> None:
     guest.write_compressed(fs, "/top.qcow2", pieces)
 
 
+MIB = 1 << 20
+
+
+def _large_pieces(fs: SimulatedFileSystem) -> None:
+    """A disk of several VDI blocks, some without data."""
+    guest.create(fs, "/source.qcow2", "qcow2", 4 * MIB + 1536)
+    pieces = [(100, _data(61, 70 * KIB)), (MIB + 7 * KIB, _data(62, 9000)), (3 * MIB - 512, _data(63, 1024))]
+    guest.write(fs, "/source.qcow2", [*pieces, (4 * MIB + 512, _data(64, 512)), (0, None)])
+
+
+def _existing_vdi(fs: SimulatedFileSystem) -> None:
+    """Blocks that are written anew, zeroed, or left alone."""
+    _large_pieces(fs)
+    guest.create(fs, "/target.vdi", "vdi", 5 * MIB)
+    guest.write(fs, "/target.vdi", [(3 * MIB, _data(65, MIB)), (MIB, _data(66, MIB))], fmt="vdi")
+
+
+def vdi_chain(fs: SimulatedFileSystem) -> None:
+    guest.create(fs, "/base.vdi", "vdi", 4 * MIB)
+    guest.write(fs, "/base.vdi", [(3 * MIB, _data(67, 50 * KIB)), (MIB, _data(68, 90 * KIB))], fmt="vdi")
+    guest.create(fs, "/top.qcow2", "qcow2", 4 * MIB, backing_file="base.vdi", backing_fmt="vdi")
+    pieces = [(100 * KIB, _data(69, 70 * KIB)), (MIB + 64 * KIB, _data(70, 100 * KIB)), (2 * MIB, _data(71, 512))]
+    guest.write(fs, "/top.qcow2", [*pieces, (3 * MIB, None), (64 * KIB, None)])
+
+
 BASE_AND_TOP = (("/base.qcow2", "qcow2"), ("/top.qcow2", "qcow2"))
 
 COMMITS = [
@@ -146,6 +171,10 @@ COMMITS = [
     Scenario(
         "commit -b through three layers", three_layers, _commit("/top.qcow2", base="/base.qcow2"), "/base.qcow2",
         "/top.qcow2", BASE_AND_TOP,
+    ),
+    Scenario(
+        "commit into vdi", vdi_chain, _commit("/top.qcow2"), "/base.vdi", "/top.qcow2",
+        (("/base.vdi", "vdi"), ("/top.qcow2", "qcow2")),
     ),
     Scenario("commit, compressed", compressed, _commit("/top.qcow2"), "/base.qcow2", "/top.qcow2", BASE_AND_TOP),
 ]
@@ -178,6 +207,7 @@ def _backed_target(fs: SimulatedFileSystem) -> None:
 
 SMALL = {"cluster_size": "4096"}
 NEW_QCOW2 = (("/target.qcow2", "qcow2"),)
+NEW_VDI = (("/target.vdi", "vdi"),)
 
 CONVERSIONS = [
     Scenario(
@@ -198,6 +228,19 @@ CONVERSIONS = [
             "/top.qcow2", "/target.qcow2", "qcow2", backing="mid.qcow2", backing_format="qcow2", create_options=SMALL
         ),
         "/target.qcow2", None, NEW_QCOW2, created=True,
+    ),
+    Scenario(
+        "convert to vdi", _large_pieces, _convert("/source.qcow2", "/target.vdi", "vdi"), "/target.vdi", None,
+        NEW_VDI, created=True,
+    ),
+    Scenario(
+        "convert to static vdi", _large_pieces,
+        _convert("/source.qcow2", "/target.vdi", "vdi", create_options={"static": "on"}), "/target.vdi", None,
+        NEW_VDI, created=True,
+    ),
+    Scenario(
+        "convert -n --undo to vdi", _existing_vdi,
+        _convert("/source.qcow2", "/target.vdi", "vdi", create=False, undo=True), "/target.vdi", None, NEW_VDI,
     ),
     Scenario(
         "convert -n --undo to qcow2", _existing_target,
