@@ -20,6 +20,7 @@ from safeimg.drivers.formats.api import Changes
 from safeimg.drivers.formats.metadata import Phase
 from safeimg.drivers.formats.qcow2.driver import Qcow2Driver
 from safeimg.drivers.formats.qcow2.planner import Qcow2Planner
+from safeimg.drivers.formats.vdi.planner import VdiPlanner
 from safeimg.drivers.storage.api import File
 from safeimg.journal.errors import JournalError
 from safeimg.journal.events import Completed, PatchRecord, StepPrepared
@@ -68,6 +69,14 @@ _take = Qcow2Planner.take
 
 def _links_first(self: Qcow2Planner) -> Changes:
     changes = _take(self)
+    return replace(changes, allocate=changes.link, link=changes.allocate)
+
+
+_take_vdi = VdiPlanner.take
+
+
+def _linked_before_counted(self: VdiPlanner) -> Changes:
+    changes = _take_vdi(self)
     return replace(changes, allocate=changes.link, link=changes.allocate)
 
 
@@ -155,6 +164,8 @@ MUTATIONS = [
     Mutation("no sync between allocations and links", "commit", _replace(
         Engine, "_sync_images", _images_not_synced_before_links)),
     Mutation("links before allocations", "commit", _replace(Qcow2Planner, "take", _links_first)),
+    Mutation("VDI blocks are linked before they are counted", "commit into vdi", _replace(
+        VdiPlanner, "take", _linked_before_counted)),
     Mutation("freed clusters are free at once", "commit, compressed", _replace(
         Qcow2Planner, "unlink_clusters", _freed_at_once)),
     Mutation("taking back skips bytes that look right", "commit", _replace(
