@@ -171,7 +171,7 @@ class Writer:
                 content = self._widened(place, span, _of(window, chunk, span), buffers)
             self._put(place.offset, content, place.start, batch)
             if place.fresh:
-                zero_tail(self.target, place, self.planner.cluster_size, buffers)
+                zero_tail(self.target, place, self.planner.granularity, buffers)
 
     def _write_zeroes(self, span: Span, places: Sequence[Placement], buffers: BufferPool,
                       batch: Batch) -> None:
@@ -189,7 +189,7 @@ class Writer:
             for part in _parts(place, self.planner.cluster_size):
                 self._put(part.offset, self._widened(part, span, None, buffers), part.start, batch)
             if place.fresh:
-                zero_tail(self.target, place, self.planner.cluster_size, buffers)
+                zero_tail(self.target, place, self.planner.granularity, buffers)
 
     def _widened(self, place: Placement, span: Span, content: memoryview | None,
                  buffers: BufferPool) -> memoryview:

@@ -66,13 +66,15 @@ class Filler:
             yield Step("reserve", cursor, done, changes=[(0, changes)])
 
     def plan(self, batch: Batch, start: int, length: int, *, zero: bool) -> int:
-        """Places one range. The end of what is covered: fresh clusters are filled wholly, from the view."""
+        """Places one range. The end of what is covered: fresh places are wider, and filled from the view."""
         covered = start + length
         places = self.planner.zero(start, length) if zero else self.planner.place(start, length)
         for place in places:
             if place.fresh:
                 batch.fresh.append(place)
-                batch.cost += place.length
+                # However short the place is, each cluster that it touches may be a new one.
+                first, last = place.start // self.cluster, (place.start + place.length - 1) // self.cluster
+                batch.cost += (last - first + 1) * self.cluster
                 covered = max(covered, place.start + place.length)
             else:
                 source = None if zero else place.start
@@ -88,7 +90,7 @@ class Filler:
         """Copies the batch's fresh part from `view`, and makes the step of all of it."""
         fresh = await copy_fresh(
             self._transfer, view, self._data_file, Target(self._image.data, self._image.cipher), batch.fresh,
-            cluster_size=self.cluster,
+            granularity=self.planner.granularity,
         )
         return Step(name, cursor, done, fresh, batch.moves, [(0, self.planner.take())])
 

@@ -24,7 +24,7 @@ class Kind(Enum):
     DATA = "data"  # at `offset` of the image's `data` file, encrypted if the image has a `cipher`
     ZERO = "zero"  # reads as zeroes; `offset` is the preallocated host range, if there is one
     COMPRESSED = "compressed"  # `offset`: where the compressed data starts; one extent is one cluster
-    UNALLOCATED = "unallocated"  # not in this image: the backing image's, or zeroes without one
+    UNALLOCATED = "unallocated"  # not in this image: the backing image's, or zeroes; `offset` as with ZERO
 
 
 class Extent(NamedTuple):
@@ -52,7 +52,9 @@ class Changes:
     allocate: tuple[Patch, ...] = ()
     link: tuple[Patch, ...] = ()
     length: int | None = None  # the file is made at least this long together with `allocate`
-    unlinked: tuple[tuple[int, int], ...] = ()  # host ranges (offset, length) that lose one reference: see `release`
+    # Host ranges (offset, length): clusters that lose one reference, and parts of clusters that nothing refers to any
+    # more; see `release`.
+    unlinked: tuple[tuple[int, int], ...] = ()
     # New structures (offset, content) in space that nobody references, too large for a log: like guest data they are
     # written before the step, which knows them by their digests.
     fresh: tuple[tuple[int, bytes], ...] = ()
@@ -153,7 +155,13 @@ class Planner(Protocol):
 
     @property
     def cluster_size(self) -> int:
-        """Fresh placements cover whole clusters (clipped to the end of the virtual disk)."""
+        """What `reserve` counts in, and what is compressed as a whole."""
+        ...
+
+    @property
+    def granularity(self) -> int:
+        """Fresh placements begin and end at multiples of it, or at the end of the virtual disk: a cluster, or a part
+        of one where the format allocates smaller parts."""
         ...
 
     @property
@@ -168,8 +176,8 @@ class Planner(Protocol):
         ...
 
     def place(self, start: int, length: int) -> Sequence[Placement]:
-        """Places for data. In-place parts cover just the range asked for; fresh parts are widened to whole clusters,
-        and the caller writes all of them."""
+        """Places for data, in guest order without gaps. In-place parts cover just the range asked for; fresh parts
+        are widened, at most to whole clusters, and the caller writes all of them."""
         ...
 
     def place_compressed(self, start: int, stored: int) -> Placement:
@@ -177,8 +185,9 @@ class Planner(Protocol):
         ...
 
     def zero(self, start: int, length: int) -> Sequence[Placement]:
-        """Makes whole clusters read as zeroes by metadata alone; what cannot be done so comes back as placements
-        that the caller fills (with the new content: zeroes inside the range, old data outside)."""
+        """Makes whole clusters, or parts of them where the format has those, read as zeroes by metadata alone; what
+        cannot be done so comes back as placements that the caller fills (with the new content: zeroes inside the
+        range, old data outside)."""
         ...
 
     def marking_clusters(self, ranges: Sequence[tuple[int, int]]) -> int:

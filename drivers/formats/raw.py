@@ -87,6 +87,10 @@ class RawPlanner(PlainPlanner):
         return 1
 
     @property
+    def granularity(self) -> int:
+        return 1
+
+    @property
     def pending(self) -> int:
         return 0
 

@@ -90,12 +90,12 @@ def _is_plain_zero(target: Target, move: FileMove) -> bool:
 
 
 async def copy_fresh(transfer: Transfer, view: Source, image: int, target: Target,
-                     placements: Sequence[Placement], *, cluster_size: int = 1) -> list[Written]:
+                     placements: Sequence[Placement], *, granularity: int = 1) -> list[Written]:
     """Writes the view's content of each placement to its place in `target`, and tells what was written.
 
-    A placement that ends inside a cluster (of `cluster_size`) is one that the end of the virtual disk clips:
-    the rest of its cluster is written as zeroes, so that nothing old shows when the disk grows. Neighbours in
-    the file are reported as one."""
+    A placement that does not end at a multiple of the planner's `granularity` is one that the end of the virtual
+    disk clips: what lies behind up to that multiple is written as zeroes, so that nothing old shows when the disk
+    grows. Neighbours in the file are reported as one."""
     made: list[dict[int, bytes]] = [{} for _ in placements]
 
     def work(part: Part, buffers: BufferPool) -> None:
@@ -108,7 +108,7 @@ async def copy_fresh(transfer: Transfer, view: Source, image: int, target: Targe
         if transfer.digests:
             made[part.index][part.start] = digests(buffer)
         if part.start + part.length == place.length:
-            zero_tail(target, place, cluster_size, buffers)
+            zero_tail(target, place, granularity, buffers)
 
     await transfer.each(parts(place.length for place in placements), work, cost=lambda part: part.length)
     return join(
@@ -117,10 +117,10 @@ async def copy_fresh(transfer: Transfer, view: Source, image: int, target: Targe
     )
 
 
-def zero_tail(target: Target, place: Placement, cluster_size: int, buffers: BufferPool) -> None:
-    """Fills the cluster that `place` ends in with zeroes, from its end on."""
+def zero_tail(target: Target, place: Placement, granularity: int, buffers: BufferPool) -> None:
+    """Fills what lies behind `place`, up to a multiple of `granularity`, with zeroes."""
     end = place.start + place.length
-    target.zero(place.offset + place.length, -end % cluster_size, end, buffers)
+    target.zero(place.offset + place.length, -end % granularity, end, buffers)
 
 
 def join(pieces: Iterable[Written]) -> list[Written]:

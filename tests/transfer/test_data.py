@@ -105,7 +105,7 @@ def test_copy_fresh_writes_what_the_view_shows(workers: int) -> None:
     places = [Placement(0, unit, 2 * unit, True), Placement(unit, unit, 0, True),
               Placement(2 * unit, big, 3 * unit, True), Placement(2 * unit + big, 100, unit, True)]
     transfer = Transfer(Settings(workers=workers))
-    made = trio.run(lambda: copy_fresh(transfer, view, 4, Target(file), places, cluster_size=unit))
+    made = trio.run(lambda: copy_fresh(transfer, view, 4, Target(file), places, granularity=unit))
     one, two = bytes([1]) * unit, bytes([2]) * big
     expected = bytes(unit) + bytes([3]) * 100 + bytes(unit - 100) + one + two
     assert bytes(file.content[: 3 * unit + big]) == expected

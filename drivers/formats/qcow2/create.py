@@ -37,6 +37,7 @@ from safeimg.drivers.formats.qcow2.header import (
     COMPRESSION_TYPE,
     EXT_BACKING_FORMAT,
     EXT_FEATURE_NAMES,
+    EXTENDED_L2,
     FEATURE_TABLE_MIN_CLUSTER,
     LAZY_REFCOUNTS,
     LUKS,
@@ -55,6 +56,7 @@ from safeimg.drivers.formats.qcow2.header import (
     parse_header,
     serialise,
 )
+from safeimg.drivers.formats.qcow2.l2 import EXTENDED_MIN_CLUSTER_BITS
 from safeimg.drivers.secrets import NO_SECRETS, Secrets
 from safeimg.drivers.storage.api import File, FileSystem
 
@@ -64,7 +66,7 @@ DEFAULT_CLUSTER_SIZE = 65536
 
 _VERSIONS = {"1.1": 3, "v3": 3, "0.10": 2, "v2": 2}
 _NEWER = "compatibility level 1.1 and above (use version=v3 or greater)"
-_UNSUPPORTED = ("data_file", "extended_l2")
+_UNSUPPORTED = ("data_file",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +110,7 @@ def create(fs: FileSystem, path: str, size: int, options: Mapping[str, str], *, 
     check_names(path, options, CREATE_OPTIONS)
     header = _header(path, -(-size // SECTOR) * SECTOR, options)
     preallocation = choice_option(path, options, "preallocation", ("off", "metadata", "falloc", "full"))
-    if preallocation != "off" and header.backing_file is not None:
+    if preallocation != "off" and header.backing_file is not None and not header.extended_l2:
         raise UsageError(
             f"{path}: Backing file and preallocation can only be used at the same time if extended_l2 is on"
         )
@@ -161,6 +163,13 @@ def _header(path: str, size: int, options: Mapping[str, str]) -> Header:
     if not 512 <= cluster_size <= 2 << 20 or cluster_size & (cluster_size - 1):
         raise UsageError(f"{path}: Cluster size must be a power of two between 512 and 2048k")
     version = _VERSIONS[choice_option(path, options, "compat", tuple(_VERSIONS), "version")]
+    zstd = choice_option(path, options, "compression_type", ("zlib", "zstd"), "compression-type") == "zstd"
+    extended_l2 = bool_option(path, options, "extended_l2")
+    if extended_l2 and version < 3:
+        raise UsageError(f"{path}: Extended L2 entries are only supported with {_NEWER}")
+    if extended_l2 and cluster_size < 1 << EXTENDED_MIN_CLUSTER_BITS:
+        raise UsageError(f"{path}: Extended L2 entries are only supported with cluster sizes of at least "
+                         f"{1 << EXTENDED_MIN_CLUSTER_BITS} bytes")
     lazy_refcounts = bool_option(path, options, "lazy_refcounts")
     if version < 3 and lazy_refcounts:
         raise UsageError(f"{path}: Lazy refcounts only supported with {_NEWER}")
@@ -170,7 +179,6 @@ def _header(path: str, size: int, options: Mapping[str, str]) -> Header:
     if version < 3 and refcount_bits != 16:
         raise UsageError(f"{path}: Different refcount widths than 16 bits require compatibility level 1.1 or "
                          "above (use version=v3 or greater)")
-    zstd = choice_option(path, options, "compression_type", ("zlib", "zstd"), "compression-type") == "zstd"
     if version < 3 and zstd:
         raise UsageError(f"{path}: Non-zlib compression type is only supported with {_NEWER}")
     _refuse_unsupported(path, options)
@@ -182,7 +190,8 @@ def _header(path: str, size: int, options: Mapping[str, str]) -> Header:
     header = Header(
         version=version, backing_file_offset=0, backing_file_size=0, cluster_bits=cluster_bits, size=size,
         crypt_method=0, l1_size=0, l1_table_offset=0, refcount_table_offset=0, refcount_table_clusters=0,
-        nb_snapshots=0, snapshots_offset=0, incompatible_features=COMPRESSION_TYPE if zstd else 0,
+        nb_snapshots=0, snapshots_offset=0,
+        incompatible_features=(COMPRESSION_TYPE if zstd else 0) | (EXTENDED_L2 if extended_l2 else 0),
         compatible_features=LAZY_REFCOUNTS if lazy_refcounts else 0,
         refcount_order=refcount_bits.bit_length() - 1, compression_type=int(zstd), extensions=extensions,
         backing_file=backing_file,
@@ -361,8 +370,9 @@ def _write_tables(file: File, header: Header, layout: _Layout) -> None:
     for number, cluster in enumerate(l2_tables):
         mapped = min(entries, layout.data_clusters - number * entries)
         first = COPIED | (cluster + 1) << bits
-        table = array("Q", range(first, first + (mapped << bits), 1 << bits))
-        file.pwrite(cluster << bits, encode_table(table).ljust(1 << bits, b"\0"))
+        # With extended entries, nothing of the clusters that have their places is allocated yet.
+        table = header.l2.encode(range(first, first + (mapped << bits), 1 << bits))
+        file.pwrite(cluster << bits, table.ljust(1 << bits, b"\0"))
     if not file.stat().is_device:
         end = layout.encryption_start << bits if l2_tables else (layout.l1_start << bits) + 8 * header.l1_size
         if file.length() < end:

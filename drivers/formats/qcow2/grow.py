@@ -17,7 +17,7 @@ from safeimg.drivers.errors import UnsupportedError, UsageError
 from safeimg.drivers.formats.api import Changes
 from safeimg.drivers.formats.metadata import Phase
 from safeimg.drivers.formats.qcow2.bitmaps import MAX_TABLE_ENTRIES, Bitmap, table_entries
-from safeimg.drivers.formats.qcow2.entries import COMPRESSED, SECTOR, ZERO
+from safeimg.drivers.formats.qcow2.entries import COMPRESSED, SECTOR
 from safeimg.drivers.formats.qcow2.header import (
     EXT_BITMAPS,
     EXT_FEATURE_NAMES,
@@ -26,6 +26,7 @@ from safeimg.drivers.formats.qcow2.header import (
     parse_header_cluster,
     serialise_extension,
 )
+from safeimg.drivers.formats.qcow2.l2 import subcluster_runs
 
 if TYPE_CHECKING:
     from safeimg.drivers.formats.qcow2.planner import Qcow2Planner
@@ -126,16 +127,24 @@ def _exposed(planner: Qcow2Planner, start: int, end: int, backing_size: int) -> 
                 yield position, min(limit, visible)
             position = limit
             continue
-        first = position // planner.cluster_size
-        count = -(-limit // planner.cluster_size) - first
-        data = planner.view.read(table + first % header.l2_entries * 8, 8 * count)
-        for entry in struct.unpack(f">{count}Q", data):
-            stop = min(limit, (position // planner.cluster_size + 1) * planner.cluster_size)
-            if entry & COMPRESSED or (entry and not entry & ZERO):
-                yield position, stop
-            elif not entry and position < visible:
-                yield position, min(stop, visible)
-            position = stop
+        for cluster, entries in planner.tables.entries(position, limit - position):
+            for number, entry in enumerate(entries, cluster):
+                yield from _exposed_in(planner, number, entry, position, limit, visible)
+        position = limit
+
+
+def _exposed_in(planner: Qcow2Planner, cluster: int, entry: int, start: int, end: int,
+                visible: int) -> Iterator[tuple[int, int]]:
+    """The part of one guest cluster: ranges (start, end)."""
+    l2 = planner.header.l2
+    allocated, zeroes = (l2.every, 0) if entry & COMPRESSED else l2.masks(entry)
+    for first, count, is_data, is_zero in subcluster_runs(allocated, zeroes, l2.subclusters):
+        left = max(start, cluster * planner.cluster_size + first * l2.subcluster_size)
+        right = min(end, cluster * planner.cluster_size + (first + count) * l2.subcluster_size)
+        if not is_data:
+            right = left if is_zero else min(right, visible)
+        if left < right:
+            yield left, right
 
 
 # Bitmaps

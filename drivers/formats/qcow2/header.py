@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from safeimg.drivers.errors import FormatError, UnsupportedError
-from safeimg.drivers.formats.qcow2.l2 import L2Layout, l2_layout
+from safeimg.drivers.formats.qcow2.l2 import EXTENDED_MIN_CLUSTER_BITS, L2Layout, l2_layout
 from safeimg.drivers.storage.api import File
 
 MAGIC = b"QFI\xfb"
@@ -329,6 +329,8 @@ def parse_header_cluster(head: bytes, path: str, *, unfinished: bool = False) ->
     if unknown_bits:
         raise UnsupportedError(_unsupported(head[:extensions_end], header_length, unknown_bits))
     _check_compression(path, compression_type, bool(incompatible & COMPRESSION_TYPE))
+    if incompatible & EXTENDED_L2 and cluster_bits < EXTENDED_MIN_CLUSTER_BITS:
+        raise UnsupportedError(f"Unsupported subcluster size: {l2_layout(cluster_bits, True).subcluster_size}")
     if refcount_order > 6:
         raise FormatError(path, "Reference count entry width too large; may not exceed 64 bits")
     header = Header(
@@ -353,8 +355,6 @@ def parse_header_cluster(head: bytes, path: str, *, unfinished: bool = False) ->
     header = replace(header, extensions=extensions, backing_file=backing_file)
     if incompatible & EXTERNAL_DATA_FILE:
         raise UnsupportedError("qcow2 images with an external data file are not supported yet")
-    if incompatible & EXTENDED_L2:
-        raise UnsupportedError("qcow2 images with extended L2 entries are not supported yet")
     return header
 
 

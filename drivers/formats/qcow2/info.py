@@ -37,7 +37,7 @@ def specific_info(image: Qcow2Image) -> Mapping[str, object]:
     if header.crypt_method:
         info["encrypt"] = _encrypt(image)
     info["corrupt"] = header.is_corrupt
-    info["extended-l2"] = False
+    info["extended-l2"] = header.extended_l2
     return info
 
 

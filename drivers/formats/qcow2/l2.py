@@ -18,19 +18,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from safeimg.drivers.formats.qcow2.entries import (
-    COMPRESSED,
-    COPIED,
-    OFFSET_MASK,
-    ZERO,
-)
+from safeimg.drivers.formats.qcow2.entries import COMPRESSED, COPIED, OFFSET_MASK, ZERO
 
 SUBCLUSTERS = 32  # of a cluster with an extended entry
-MIN_CLUSTER_BITS = 14  # with extended entries
-MIN_CLUSTER_SIZE = 1 << MIN_CLUSTER_BITS
+EXTENDED_MIN_CLUSTER_BITS = 14
 EVERY = (1 << SUBCLUSTERS) - 1  # all subclusters of a cluster
-
-_DESCRIPTOR = (1 << 64) - 1
+DESCRIPTOR = (1 << 64) - 1  # the part of an entry that every image has
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +72,7 @@ class L2Layout:
     def encode(self, entries: Sequence[int]) -> bytes:
         """The inverse of `decode`."""
         if self.extended:
-            entries = [word for entry in entries for word in (entry & _DESCRIPTOR, entry >> 64)]
+            entries = [word for entry in entries for word in (entry & DESCRIPTOR, entry >> 64)]
         return struct.pack(f">{len(entries)}Q", *entries)
 
     # What entries of standard clusters say
@@ -105,7 +98,7 @@ class L2Layout:
         """The entry with other subclusters allocated and zero. Without a place, nothing can be allocated; with one,
         a cluster without subclusters is either."""
         if self.extended:
-            return entry & _DESCRIPTOR & ~ZERO | allocated << 64 | zeroes << 96
+            return entry & DESCRIPTOR & ~ZERO | allocated << 64 | zeroes << 96
         return entry | ZERO if zeroes else entry & ~ZERO
 
     def is_sound(self, entry: int) -> bool:
@@ -131,9 +124,17 @@ def runs(mask: int, count: int) -> tuple[tuple[int, int, bool], ...]:
     while at < count:
         rest = mask >> at
         is_set = bool(rest & 1)
-        # The lowest bit that differs from bit 0.
-        other = ~rest if is_set else rest
+        other = ~rest if is_set else rest  # its lowest bit is where the run ends
         length = min((other & -other).bit_length() - 1 if other else count, count - at)
         found.append((at, length, is_set))
         at += length
+    return tuple(found)
+
+
+@lru_cache(maxsize=4096)
+def subcluster_runs(allocated: int, zeroes: int, count: int) -> tuple[tuple[int, int, bool, bool], ...]:
+    """The subclusters below `count` as runs of equal ones: (first, length, allocated, zero)."""
+    found: list[tuple[int, int, bool, bool]] = []
+    for first, length, is_zero in runs(zeroes, count):
+        found += ((first + at, part, is_set, is_zero) for at, part, is_set in runs(allocated >> first, length))
     return tuple(found)

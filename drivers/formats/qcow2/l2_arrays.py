@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from safeimg.drivers.formats.qcow2.entries import COMPRESSED, L2_STANDARD_RESERVED, OFFSET_MASK
-from safeimg.drivers.formats.qcow2.l2 import L2Layout
+from safeimg.drivers.formats.qcow2.entries import COMPRESSED, COPIED, L2_STANDARD_RESERVED, OFFSET_MASK, ZERO
+from safeimg.drivers.formats.qcow2.l2 import EVERY, SUBCLUSTERS, L2Layout
 
 Words = NDArray[np.uint64]
 Clusters = NDArray[np.int64]  # host clusters by number
@@ -28,7 +28,12 @@ def descriptors(l2: L2Layout, words: Words) -> Words:
 def referred(l2: L2Layout, words: Words) -> Referred | None:
     """What the entries in a part of a table refer to; None if one is such as the specification does not allow."""
     found = descriptors(l2, words)
-    found = found[found != 0]
+    used = found != 0
+    if l2.extended:
+        used |= words[1::2] != 0
+        if not _are_sound(found[used], words[1::2][used]):
+            return None
+    found = found[used]
     is_compressed = (found & np.uint64(COMPRESSED)) != 0
     standard = found[~is_compressed]
     if (standard & np.uint64(L2_STANDARD_RESERVED)).any():
@@ -37,6 +42,26 @@ def referred(l2: L2Layout, words: Words) -> Referred | None:
     if (hosts & np.uint64((1 << l2.cluster_bits) - 1)).any():
         return None
     return Referred(hosts[hosts != 0], found[is_compressed])
+
+
+def _are_sound(found: Words, bitmaps: Words) -> bool:
+    """`L2Layout.is_sound` of all entries."""
+    allocated, zeroes = bitmaps & np.uint64(EVERY), bitmaps >> np.uint64(SUBCLUSTERS)
+    is_compressed = (found & np.uint64(COMPRESSED)) != 0
+    needs_place = (allocated != 0) & ((found & np.uint64(OFFSET_MASK)) == 0)
+    bad = ((allocated & zeroes) != 0) | np.where(is_compressed, bitmaps != 0, needs_place)
+    return not bad.any()
+
+
+def partly_used(l2: L2Layout, words: Words) -> tuple[Words, Words]:
+    """Clusters of an L2 table that are its alone and not allocated as a whole: their offsets and, for each, the mask
+    of the subclusters that are."""
+    found = descriptors(l2, words)
+    allocated = words[1::2] & np.uint64(EVERY) if l2.extended else np.uint64(1) - (found & np.uint64(ZERO))
+    hosts = found & np.uint64(OFFSET_MASK)
+    own = (found >> np.uint64(62)) == np.uint64(COPIED >> 62)
+    wanted = own & (hosts != 0) & (allocated != np.uint64(l2.every))
+    return hosts[wanted], allocated[wanted]
 
 
 def compressed_clusters(l2: L2Layout, compressed: Words) -> list[Clusters]:

@@ -16,14 +16,16 @@ from safeimg.drivers.formats.qcow2.entries import (
     MAX_HOST_OFFSET,
     OFFSET_MASK,
     ZERO,
+    decode_compressed,
     decode_table,
     hexadecimal,
 )
 from safeimg.drivers.formats.qcow2.header import Header
+from safeimg.drivers.formats.qcow2.l2 import EVERY, SUBCLUSTERS, subcluster_runs
 from safeimg.drivers.storage.api import File
 
 DEFAULT_CACHE_BYTES = 8 << 20
-SLICE_ENTRIES = 8192  # tables are read and cached in pieces of at most 64 KiB
+SLICE_WORDS = 8192  # tables are read and cached in pieces of at most 64 KiB
 
 _DATA, _ZERO, _COMPRESSED, _UNALLOCATED = Kind.DATA, Kind.ZERO, Kind.COMPRESSED, Kind.UNALLOCATED
 
@@ -42,8 +44,10 @@ class Mapping:
         self._l1_table_offset = l1_table_offset
         self._l1_size = l1_size
         self._size = size
-        self._slice_entries = min(SLICE_ENTRIES, header.l2_entries)
-        self._capacity = max(4, cache_bytes // (8 * SLICE_ENTRIES))
+        self._l2 = header.l2
+        self._words = self._l2.entry_size // 8  # of an L2 entry
+        self._slice_entries = min(SLICE_WORDS // self._words, self._l2.entries)
+        self._capacity = max(4, cache_bytes // (8 * SLICE_WORDS))
         self._cache: OrderedDict[tuple[int, int], array[int] | None] = OrderedDict()
         self._lock = Lock()
         self._end = 0  # the file's end, rounded up to a cluster, when last looked at
@@ -86,8 +90,8 @@ class Mapping:
             if index >= self._l1_size:  # a snapshot's table may be too small for the present virtual disk
                 yield [Extent(position, end - position, _UNALLOCATED)]
                 return
-            page_start = index - index % SLICE_ENTRIES
-            page_entries = min(SLICE_ENTRIES, self._l1_size - page_start)
+            page_start = index - index % SLICE_WORDS
+            page_entries = min(SLICE_WORDS, self._l1_size - page_start)
             page_end = (page_start + page_entries) * coverage
             page = self._load(self._l1_table_offset + 8 * page_start, page_entries, "L1")
             if page is None:
@@ -112,19 +116,20 @@ class Mapping:
         if l2_offset % self._header.cluster_size:
             where = f"(L1 index: {hexadecimal(index)})"
             raise self._error(f"Image is corrupt: L2 table offset {l2_offset:#x} unaligned {where}")
-        bits = self._header.cluster_bits
+        bits, words = self._header.cluster_bits, self._words
+        extents_of = self._subcluster_extents if self._l2.extended else self._slice_extents
         table_start = index * self._header.l2_coverage
         entries = self._slice_entries
         while position < stop:
             l2_index = (position - table_start) >> bits
             slice_index = l2_index - l2_index % entries
             slice_stop = min(stop, table_start + ((slice_index + entries) << bits))
-            table = self._load(l2_offset + 8 * slice_index, entries, "L2")
+            table = self._load(l2_offset + 8 * words * slice_index, words * entries, "L2")
             if table is None:
                 yield [Extent(position, slice_stop - position, _UNALLOCATED)]
             else:
                 base = table_start + (slice_index << bits)
-                yield self._slice_extents(table, base, position, slice_stop, l2_offset, slice_index)
+                yield extents_of(table, base, position, slice_stop, l2_offset, slice_index)
             position = slice_stop
 
     def _slice_extents(self, table: array[int], base: int, position: int, stop: int, l2_offset: int,
@@ -192,6 +197,67 @@ class Mapping:
             continues = None if offset is None else offset + length
             position = run_end
         return extents
+
+    def _subcluster_extents(self, table: array[int], base: int, position: int, stop: int, l2_offset: int,
+                            slice_index: int) -> list[Extent]:
+        """Like `_slice_extents`, for a table of extended entries."""
+        bits = self._header.cluster_bits
+        cluster_size, unit = 1 << bits, self._l2.subcluster_size
+        alike = (EVERY, EVERY << SUBCLUSTERS, 0)  # clusters whose subclusters are all the same: most of them
+        extents: list[Extent] = []
+        i = (position - base) >> bits
+        last = (stop - base + cluster_size - 1) >> bits
+        while i < last:
+            entry, bitmap = table[2 * i], table[2 * i + 1]
+            start = base + (i << bits)
+            if entry & COMPRESSED:
+                offset, stored = decode_compressed(entry, bits)
+                if offset >= self._end:
+                    self._check_end(offset, 1, "compressed cluster", l2_offset, slice_index + i)
+                i += 1
+                run_end = min(stop, start + cluster_size)
+                extents.append(Extent(position, run_end - position, _COMPRESSED, offset, stored))
+                position = run_end
+                continue
+            host = self._subclustered(entry, bitmap, l2_offset, slice_index + i)
+            first = i
+            i += 1
+            if bitmap in alike:
+                step = cluster_size if host else 0
+                expected = entry + step
+                while i < last and table[2 * i] == expected and table[2 * i + 1] == bitmap:
+                    expected += step
+                    i += 1
+            allocated, zeroes = bitmap & EVERY, bitmap >> SUBCLUSTERS
+            if allocated and host + ((i - first) << bits) > self._end:
+                self._check_end(host, (i - first) << bits, "data cluster", l2_offset, slice_index + first)
+            for sub, count, is_data, is_zero in subcluster_runs(allocated, zeroes, SUBCLUSTERS):
+                run_start = max(position, start + sub * unit)
+                run_end = min(stop, base + (i << bits), start + (sub + count) * unit if i == first + 1 else stop)
+                if run_start >= run_end:
+                    continue
+                kind = _DATA if is_data else _ZERO if is_zero else _UNALLOCATED
+                piece = Extent(run_start, run_end - run_start, kind, host + run_start - start if host else None)
+                joined = _joined(extents[-1], piece) if extents else None
+                if joined is None:
+                    extents.append(piece)
+                else:
+                    extents[-1] = joined
+            position = min(stop, base + (i << bits))
+        return extents
+
+    def _subclustered(self, entry: int, bitmap: int, l2_offset: int, l2_index: int) -> int:
+        """The place of a standard cluster with an extended entry (0: none), which is checked."""
+        if entry & L2_STANDARD_RESERVED:
+            raise self._reserved("L2 entry", entry, l2_index)
+        host = entry & OFFSET_MASK
+        if not self._l2.is_sound(entry | bitmap << 64):
+            where = _where(l2_offset, l2_index)
+            raise self._error(f"Image is corrupt: Invalid cluster entry found  {where}")
+        if host & (self._header.cluster_size - 1):
+            where = _where(l2_offset, l2_index)
+            raise self._error(f"Image is corrupt: Cluster allocation offset {host:#x} unaligned {where}")
+        return host
 
     def _check_end(self, offset: int, length: int, what: str, l2_offset: int, l2_index: int) -> None:
         """Raises `FormatError` if the range's last cluster does not begin inside the file as it is now."""

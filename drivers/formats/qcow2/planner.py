@@ -14,23 +14,21 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from safeimg.drivers.errors import FormatError, UnsupportedError
-from safeimg.drivers.formats.api import Changes, Patch, Placement
+from safeimg.drivers.formats.api import Changes, Placement
 from safeimg.drivers.formats.metadata import MetadataView, Phase
 from safeimg.drivers.formats.qcow2 import dirty_bitmaps, empty, grow
 from safeimg.drivers.formats.qcow2.allocator import Allocator
 from safeimg.drivers.formats.qcow2.bitmaps import Bitmap, read_bitmaps
 from safeimg.drivers.formats.qcow2.entries import (
-    COMPRESSED,
-    COPIED,
     MAX_HOST_OFFSET,
     OFFSET_MASK,
     SECTOR,
-    ZERO,
     compressed_shift,
     encode_compressed,
 )
 from safeimg.drivers.formats.qcow2.header import Header
 from safeimg.drivers.formats.qcow2.packing import Packer
+from safeimg.drivers.formats.qcow2.placing import Placer
 from safeimg.drivers.formats.qcow2.refcounts import RefcountLayout, Refcounts, add_run
 from safeimg.drivers.formats.qcow2.references import References, count_everything
 from safeimg.drivers.formats.qcow2.tables import REPAIR, ActiveTables
@@ -79,10 +77,10 @@ class Qcow2Planner:
         self._released: list[tuple[int, int]] = []  # the same, of all steps until `release`
         self._recalled = False
         self._freed: list[tuple[int, int]] = []
-        self._tails: list[Patch] = []
-        self._packer = Packer(self)
         self._verified = False
         self.tables = ActiveTables(self)
+        self._packer = Packer(self)
+        self._placer = Placer(self)
 
     def _begin(self, table_offset: int, table_clusters: int) -> None:
         self.refcounts = Refcounts(self.view, self.layout, table_offset, table_clusters)
@@ -93,6 +91,10 @@ class Qcow2Planner:
     @property
     def cluster_size(self) -> int:
         return self.header.cluster_size
+
+    @property
+    def granularity(self) -> int:
+        return self.header.l2.subcluster_size
 
     @property
     def pending(self) -> int:
@@ -109,10 +111,7 @@ class Qcow2Planner:
     def place(self, start: int, length: int) -> Sequence[Placement]:
         self.ready()
         self._check_range(start, length)
-        placements: list[Placement] = []
-        for cluster, entries in self.tables.entries(start, length):
-            self._place_clusters(cluster, entries, start, start + length, placements)
-        return placements
+        return self._placer.place(start, start + length)
 
     def place_compressed(self, start: int, stored: int) -> Placement:
         """See `api.Planner`. The placement's `length` is `stored`: the bytes to be written at its
@@ -133,21 +132,7 @@ class Qcow2Planner:
     def zero(self, start: int, length: int) -> Sequence[Placement]:
         self.ready()
         self._check_range(start, length)
-        size, end = self.cluster_size, start + length
-        placements: list[Placement] = []
-        for first, entries in self.tables.entries(start, length):
-            for cluster, entry in enumerate(entries, first):
-                if self.tables.reads_zero(cluster, entry):
-                    continue
-                left, right = max(start, cluster * size), min(end, (cluster + 1) * size)
-                whole = left == cluster * size and right == min((cluster + 1) * size, self.size)
-                replacement = self._zero_entry if whole else None
-                if replacement is not None:
-                    self.tables.unlink(cluster, entry)
-                    self.tables.put(cluster, [replacement])
-                else:
-                    self._place_clusters(cluster, [entry], left, right, placements)
-        return placements
+        return self._placer.zero(start, start + length)
 
     def prepare_resize(self, size: int) -> Sequence[Changes]:
         return grow.prepare_resize(self, size)
@@ -162,23 +147,32 @@ class Qcow2Planner:
         patches, length = self.view.take()
         bits = self.header.cluster_bits
         changes = Changes(
-            patches.allocate + tuple(self._tails), patches.link, length,
-            tuple((first << bits, count << bits) for first, count in self._unlinked),
+            patches.allocate + self._placer.take_tails(), patches.link, length,
+            tuple((first << bits, count << bits) for first, count in self._unlinked)
+            + self._placer.take_vacated(),
         )
         self._released += self._unlinked
         self._unlinked = []
-        self._tails = []
         self._packer.finish()
         return changes
 
     def recall(self, unlinked: Sequence[tuple[int, int]]) -> None:
-        bits = self.header.cluster_bits
-        end = -(-self.view.length // self.cluster_size) * self.cluster_size
+        bits, size = self.header.cluster_bits, self.cluster_size
+        file_end = -(-self.view.length // size) * size
         for offset, length in unlinked:
-            if offset < 0 or not 0 < length <= end - offset or (offset | length) & (self.cluster_size - 1):
+            if offset < 0 or not 0 < length <= file_end - offset or (offset | length) & (self.granularity - 1):
                 raise FormatError(self.path, f"no clusters to free in {length} bytes", offset=offset)
-            add_run(self._released, offset >> bits, length >> bits)
-            self.allocator.exclude(offset >> bits, length >> bits)
+            # Parts of clusters at either end were only taken out of use.
+            end = offset + length
+            while offset < end:
+                behind = min(end, (offset // size + 1) * size)
+                if behind - offset == size:
+                    behind = end - end % size
+                    add_run(self._released, offset >> bits, (behind - offset) >> bits)
+                    self.allocator.exclude(offset >> bits, (behind - offset) >> bits)
+                else:
+                    self._placer.recall(offset, behind - offset)
+                offset = behind
         self._recalled = self._recalled or bool(unlinked)
 
     def release(self) -> Changes:
@@ -275,63 +269,6 @@ class Qcow2Planner:
         if start < 0 or length < 0 or start + length > self.size:
             raise ValueError(f"{self.path}: guest range {start:#x}+{length:#x} is not within {self.size:#x}")
 
-    @property
-    def _zero_entry(self) -> int | None:
-        """What makes a cluster read as zeroes by metadata alone, if anything does."""
-        if self.header.version > 2:
-            return ZERO
-        return 0 if self.header.backing_file is None else None
-
-    def _place_clusters(self, first: int, entries: Sequence[int], start: int, end: int,
-                        placements: list[Placement]) -> None:
-        """Places for the part of the guest range start…end that lies in clusters of one L2 table."""
-        size, index = self.cluster_size, 0
-        while index < len(entries):
-            cluster, entry = first + index, entries[index]
-            if entry & COPIED and not entry & COMPRESSED:
-                count = 1
-                while index + count < len(entries) and entries[index + count] == entry + count * size:
-                    count += 1
-                host = self.tables.standard(cluster, entry)
-                self.tables.exclusive(host, count, True, "data")
-                if entry & ZERO:
-                    # Preallocated: nobody reads this space until the flag goes.
-                    self.tables.put(cluster, [(entry & ~ZERO) + number * size for number in range(count)])
-                    self.view.extend((host + count) * size)
-                    self._add_fresh(cluster, host, count, placements)
-                else:
-                    left, right = max(start, cluster * size), min(end, (cluster + count) * size)
-                    offset = host * size + left - cluster * size
-                    _add(placements, Placement(left, right - left, offset, False))
-            else:
-                count = 1
-                while index + count < len(entries) and not _in_place(entries[index + count]):
-                    count += 1
-                self._place_fresh(cluster, entries[index:index + count], placements)
-            index += count
-
-    def _place_fresh(self, cluster: int, old: Sequence[int], placements: list[Placement]) -> None:
-        for number, entry in enumerate(old, cluster):
-            if entry:
-                self.tables.unlink(number, entry)
-        done = 0
-        while done < len(old):
-            host, count = self.allocator.allocate(len(old) - done)
-            offsets = range(host * self.cluster_size, (host + count) * self.cluster_size, self.cluster_size)
-            self.tables.put(cluster + done, [offset | COPIED for offset in offsets])
-            self._add_fresh(cluster + done, host, count, placements)
-            done += count
-
-    def _add_fresh(self, cluster: int, host: int, count: int, placements: list[Placement]) -> None:
-        size = self.cluster_size
-        start, offset = cluster * size, host * size
-        length = min(count * size, self.size - start)
-        _add(placements, Placement(start, length, offset, True))
-        tail = offset + length
-        if length < count * size and tail < self.original_length:
-            # What lies past the end of the virtual disk is exposed should it grow: no remains of other data.
-            self._tails.append(Patch(tail, None, bytes(count * size - length)))
-
     # Refcounts
 
     def _lower(self, first: int, count: int, references: References | None) -> None:
@@ -377,18 +314,3 @@ class Qcow2Planner:
                     raise FormatError(self.path, f"metadata has refcount 0: {REPAIR}",
                                       offset=first + values.index(0) << bits)
             structures = []
-
-
-def _in_place(entry: int) -> bool:
-    return bool(entry & COPIED) and not entry & COMPRESSED
-
-
-def _add(placements: list[Placement], new: Placement) -> None:
-    """Appends a placement, joined to the last one if it continues it in the guest and in the file."""
-    if placements:
-        last = placements[-1]
-        joins = last.start + last.length == new.start and last.offset + last.length == new.offset
-        if joins and last.fresh == new.fresh:
-            placements[-1] = last._replace(length=last.length + new.length)
-            return
-    placements.append(new)

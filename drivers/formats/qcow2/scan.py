@@ -27,11 +27,11 @@ from safeimg.drivers.formats.qcow2.entries import (
     OFFSET_MASK,
     REFCOUNT_BLOCK_MASK,
     REFCOUNT_TABLE_RESERVED,
-    ZERO,
     decode_compressed,
 )
 from safeimg.drivers.formats.qcow2.header import MAX_L1_BYTES
 from safeimg.drivers.formats.qcow2.image import Qcow2Image
+from safeimg.drivers.formats.qcow2.l2 import DESCRIPTOR
 from safeimg.drivers.formats.qcow2.l2_arrays import Words, compressed_clusters, referred
 from safeimg.drivers.formats.qcow2.snapshots import Snapshot, read_snapshots
 
@@ -198,9 +198,9 @@ class ReferenceScan:
             # Every sector of the file could be taken for one of these.
             self._spend(self.header.l2_entries)
         expected = [0]  # where the next cluster would be if it was not fragmented
-        for _, words in self.read_l2(offset):
+        for index, words in self.read_l2(offset):
             if words.any() and not self._count_sound(words, times, expected, active):
-                entries = [entry for entry in self._l2.join(words.tolist()) if entry]
+                entries = [(at, entry) for at, entry in enumerate(self._l2.join(words.tolist()), index) if entry]
                 self._spend(len(entries) * times)
                 start = expected[0]
                 for _ in range(times):
@@ -250,15 +250,20 @@ class ReferenceScan:
         else:
             np.add.at(self.counts, clusters, np.uint32(times))
 
-    def _count_damaged(self, entries: list[int], expected: list[int], active: bool) -> None:
-        """Like `_count_sound`, entry by entry, with everything that is wrong reported."""
+    def _count_damaged(self, entries: list[tuple[int, int]], expected: list[int], active: bool) -> None:
+        """Like `_count_sound`, entry by entry (with their indexes), with everything that is wrong reported."""
         header, findings = self.header, self.findings
-        for entry in entries:
+        for index, entry in entries:
+            is_sound, descriptor = self._l2.is_sound(entry), entry & DESCRIPTOR
             if entry & COMPRESSED:
-                offset, stored = decode_compressed(entry & ~COPIED, header.cluster_bits)
+                offset, stored = decode_compressed(descriptor, header.cluster_bits)
                 if entry & COPIED:
                     problem = "copied flag must never be set for compressed clusters"
                     findings.corrupt(f"ERROR: coffset={offset:#x}: {problem}")
+                if not is_sound:
+                    problem = "with non-zero subcluster allocation bitmap"
+                    findings.corrupt(f"ERROR compressed cluster {index} {problem}, entry={descriptor & ~COPIED:#x}")
+                    continue
                 if active:
                     findings.allocated_clusters += 1
                     findings.compressed_clusters += 1
@@ -266,12 +271,17 @@ class ReferenceScan:
                 self.add_region(offset, stored)
                 continue
             if entry & L2_STANDARD_RESERVED:
-                findings.corrupt(f"ERROR found l2 entry with reserved bits set: {entry:x}")
+                findings.corrupt(f"ERROR found l2 entry with reserved bits set: {descriptor:x}")
             offset = entry & OFFSET_MASK
+            if not is_sound and offset:
+                problem = "Allocated cluster has corrupted subcluster allocation bitmap"
+                findings.corrupt(f"ERROR offset={offset:x}: {problem}")
+            elif not is_sound:
+                findings.corrupt("ERROR: Unallocated cluster has non-zero subcluster allocation map")
             if not offset:
                 continue
             if offset % header.cluster_size:
-                what = "Preallocated" if entry & ZERO else "Data"
+                what = "Data" if self._l2.masks(entry)[0] else "Preallocated"
                 problem = f"{what} cluster is not properly aligned; L2 entry corrupted."
                 findings.corrupt(f"ERROR offset={offset:x}: {problem}")
             if active:

@@ -103,17 +103,17 @@ class ActiveTables:
         """The host cluster (0: none) of a guest cluster's entry that is not compressed."""
         offset = entry & OFFSET_MASK
         bad = entry & L2_STANDARD_RESERVED or offset % self._size or (entry & COPIED and not offset)
-        if bad or (entry & ZERO and self._planner.header.version == 2):
+        if bad or not self._l2.is_sound(entry) or (entry & ZERO and self._planner.header.version == 2):
             raise self._invalid(cluster, entry)
         return offset >> self._bits
 
-    def reads_zero(self, cluster: int, entry: int) -> bool:
+    def reads_zero(self, cluster: int, entry: int) -> int:
+        """The subclusters (a mask) of a guest cluster that read as zeroes."""
         if entry & COMPRESSED:
-            return False
-        if entry & ZERO:
-            self.standard(cluster, entry)
-            return True
-        return entry == 0 and self._planner.header.backing_file is None
+            return 0
+        self.standard(cluster, entry)
+        allocated, zeroes = self._l2.masks(entry)
+        return zeroes if self._planner.header.backing_file is not None else self._l2.every & ~allocated
 
     def unlink(self, cluster: int, entry: int) -> None:
         """Records the references that go with a guest cluster's entry when it is replaced."""
@@ -131,7 +131,7 @@ class ActiveTables:
     def _compressed(self, cluster: int, entry: int) -> tuple[int, int]:
         """Host clusters (first, count) that compressed data touches."""
         offset, stored = decode_compressed(entry, self._bits)
-        if entry & COPIED or offset >= MAX_HOST_OFFSET:
+        if entry & COPIED or offset >= MAX_HOST_OFFSET or not self._l2.is_sound(entry):
             raise self._invalid(cluster, entry)
         first, last = offset >> self._bits, (offset + stored - 1) >> self._bits
         return first, last - first + 1
