@@ -63,19 +63,21 @@ class _Resolver:
             stop = min(end, start - start % covered + covered)
             for extent in image.extents(start, stop - start):
                 if extent.kind is Kind.UNALLOCATED:
-                    yield from self._below(depth, extent.start, extent.start + extent.length)
+                    yield from self._below(depth, extent)
                 else:
                     yield from self._own(depth, extent)
             start = stop
 
-    def _below(self, depth: int, start: int, end: int) -> Iterator[Entry]:
+    def _below(self, depth: int, extent: Extent) -> Iterator[Entry]:
+        start, end, offset = extent.start, extent.start + extent.length, extent.offset
         if depth + 1 < len(self._layers):
             shared = min(end, self._layers[depth + 1].size)
             if start < shared:
                 yield from self.resolve(depth + 1, start, shared)
                 start = shared
         if start < end:
-            yield Entry(start, end - start, depth, False, True, False, None)
+            place = None if offset is None else offset + start - extent.start
+            yield Entry(start, end - start, depth, False, True, False, place)
 
     def _own(self, depth: int, extent: Extent) -> Iterator[Entry]:
         start, length, kind, offset = extent.start, extent.length, extent.kind, extent.offset

@@ -5,34 +5,47 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 from planner_harness import Engine, check, guest, needs_qemu, qemu_io, run, snapshot_guest
 
 pytestmark = needs_qemu
 
-Shape = tuple[int, int, int, int]
+
+class Shape(NamedTuple):
+    cluster: int
+    refcount_bits: int
+    version: int
+    size: int
+    extended: bool = False
+
+
 SHAPES = [
-    # cluster size, refcount bits, version, virtual size; backed
-    ((512, 1, 3, 200 * 512), False),
-    ((512, 64, 3, 3000 * 512), True),
-    ((512, 16, 2, 1001 * 512), True),
-    ((4096, 2, 3, 1 << 20), True),
-    ((4096, 4, 3, (1 << 20) + 1536), False),
-    ((65536, 16, 3, (4 << 20) + 512), True),
-    ((65536, 16, 2, 4 << 20), False),
-    ((65536, 8, 3, 4 << 20), False),
-    ((2 << 20, 32, 3, (8 << 20) - 1024), True),
+    # …; backed
+    (Shape(512, 1, 3, 200 * 512), False),
+    (Shape(512, 64, 3, 3000 * 512), True),
+    (Shape(512, 16, 2, 1001 * 512), True),
+    (Shape(4096, 2, 3, 1 << 20), True),
+    (Shape(4096, 4, 3, (1 << 20) + 1536), False),
+    (Shape(65536, 16, 3, (4 << 20) + 512), True),
+    (Shape(65536, 16, 2, 4 << 20), False),
+    (Shape(65536, 8, 3, 4 << 20), False),
+    (Shape(2 << 20, 32, 3, (8 << 20) - 1024), True),
+    (Shape(16384, 4, 3, (1 << 20) + 1536, extended=True), True),
+    (Shape(16384, 16, 3, 1 << 20, extended=True), False),
+    (Shape(65536, 64, 3, (3 << 20) + 33 * 512, extended=True), True),
+    (Shape(65536, 1, 3, 3 << 20, extended=True), True),
 ]
 
 
 def make(folder: Path, rng: random.Random, shape: Shape, *, backed: bool, snapshots: bool) -> Path:
     """An image with clusters of every kind, made by QEMU."""
-    cluster, bits, version, size = shape
+    cluster, bits, version, size, extended = shape
     path = folder / "image.qcow2"
     options = f"cluster_size={cluster},compat={'1.1' if version == 3 else '0.10'}"
     if version == 3:
-        options += f",refcount_bits={bits}"
+        options += f",refcount_bits={bits},extended_l2={'on' if extended else 'off'}"
     backing: list[str | Path] = []
     if backed:
         base = folder / "base.qcow2"
@@ -50,7 +63,7 @@ def make(folder: Path, rng: random.Random, shape: Shape, *, backed: bool, snapsh
 
 
 def random_commands(rng: random.Random, shape: Shape, count: int) -> list[str]:
-    cluster, bits, version, size = shape
+    cluster, bits, version, size, extended = shape
     clusters = size // cluster
     commands = []
     for _ in range(count):
@@ -60,7 +73,7 @@ def random_commands(rng: random.Random, shape: Shape, count: int) -> list[str]:
         number = rng.randrange(clusters)
         length = min(rng.randrange(1, 9), clusters - number) * cluster
         start = number * cluster
-        if kind == "write" and rng.random() < 0.5:
+        if (kind == "write" or (extended and kind != "write -c")) and rng.random() < 0.5:
             start, length = start + 512 * rng.randrange(cluster // 512), 512 * rng.randrange(1, 20)
             length = min(length, size - start)
         if kind == "write -c":
@@ -73,8 +86,8 @@ def random_commands(rng: random.Random, shape: Shape, count: int) -> list[str]:
 
 
 def random_writes(engine: Engine, rng: random.Random, count: int) -> None:
-    """One step's worth: no cluster is written twice, as no operation does."""
-    size, cluster = len(engine.model), engine.planner.cluster_size
+    """One step's worth: no subcluster is written twice, as no operation does."""
+    size, cluster, unit = len(engine.model), engine.planner.cluster_size, engine.planner.granularity
     touched: set[int] = set()
     for _ in range(count):
         start = rng.randrange(size) & ~511
@@ -83,12 +96,14 @@ def random_writes(engine: Engine, rng: random.Random, count: int) -> None:
         if kind == "compressed":
             start, length = start - start % cluster, 1
         elif kind == "zero" and rng.random() < 0.7:
-            start -= start % cluster
-            length = min(-(-length // cluster) * cluster, size - start)
-        clusters = set(range(start // cluster, (start + length - 1) // cluster + 1))
-        if clusters & touched:
+            start -= start % unit
+            length = min(-(-length // unit) * unit, size - start)
+        parts = set(range(start // unit, (start + length - 1) // unit + 1))
+        if kind == "compressed":
+            parts = set(range(start // unit, (start + cluster) // unit))
+        if parts & touched:
             continue
-        touched |= clusters
+        touched |= parts
         if kind == "zero":
             engine.zero(start, length)
         elif kind == "compressed" and cluster <= 65536:
@@ -100,12 +115,12 @@ def random_writes(engine: Engine, rng: random.Random, count: int) -> None:
 @pytest.mark.parametrize(("shape", "backed"), SHAPES, ids=str)
 def test_crash_states_result_and_rollback(tmp_path: Path, shape: Shape, backed: bool) -> None:
     rng = random.Random(f"{shape} {backed}")
-    snapshots = shape[1] > 1
+    snapshots = shape.refcount_bits > 1
     path = make(tmp_path, rng, shape, backed=backed, snapshots=snapshots)
     kept = snapshot_guest(path, "one") if snapshots else b""
     original = path.read_bytes()
     engine = Engine(path, rng)
-    clusters = shape[3] // shape[0] + 1
+    clusters = shape.size // shape.cluster + 1
     for number in range(3):
         engine.reserve(2 * clusters)
         random_writes(engine, rng, 4)

@@ -86,12 +86,9 @@ def test_sizes_that_are_too_large(tmp_path: Path, size: int, cluster_size: str) 
     assert expected is not None and our_create(path, size, {"cluster_size": cluster_size}) == expected
 
 
-@pytest.mark.parametrize(
-    "options", [{"data_file": "raw"}, {"extended_l2": "on"}]
-)
-def test_unhandled_options_are_refused(tmp_path: Path, options: dict[str, str]) -> None:
-    with pytest.raises(UnsupportedError, match=f"'{next(iter(options))}' is not supported yet"):
-        create(FS, str(tmp_path / "image.qcow2"), 1 << 20, options)
+def test_unhandled_options_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedError, match="'data_file' is not supported yet"):
+        create(FS, str(tmp_path / "image.qcow2"), 1 << 20, {"data_file": "raw"})
     assert not (tmp_path / "image.qcow2").exists()
 
 

@@ -143,6 +143,28 @@ def vdi_chain(fs: SimulatedFileSystem) -> None:
     guest.write(fs, "/top.qcow2", [*pieces, (3 * MIB, None), (64 * KIB, None)])
 
 
+def subclusters(top_cluster: str = "4096", base_size: int = 256 * KIB, **base_options: str):
+    """Extended L2 entries: clusters of 16 KiB with parts of 512 bytes, allocated and zero in all mixtures."""
+    def build(fs: SimulatedFileSystem) -> None:
+        extended = {"cluster_size": "16384", "extended_l2": "on", "backing_fmt": "qcow2"}
+        top = extended if top_cluster == "16384" else {"cluster_size": top_cluster, "backing_fmt": "qcow2"}
+        guest.create(fs, "/root.qcow2", "qcow2", 256 * KIB, cluster_size="4096")
+        guest.write(fs, "/root.qcow2", [(0, _data(61, 250 * KIB))])
+        guest.create(fs, "/base.qcow2", "qcow2", base_size, backing_file="root.qcow2", **extended, **base_options)
+        guest.write_compressed(fs, "/base.qcow2", [(48 * KIB, _text(62, 16 * KIB))])
+        pieces = [(3 * KIB + 200, _data(63, 2 * KIB)), (30 * KIB, _data(64, 5 * KIB)), (64 * KIB, None)]
+        guest.write(fs, "/base.qcow2", [*pieces, (66 * KIB, _data(65, 700)), (80 * KIB, _data(66, 16 * KIB))])
+        guest.create(fs, "/top.qcow2", "qcow2", 256 * KIB, backing_file="base.qcow2", **top)
+        guest.write(fs, "/top.qcow2", [
+            (0, None), (1 * KIB, _data(71, 4 * KIB)), (9 * KIB, _data(72, 600)), (31 * KIB, _data(73, 9 * KIB)),
+            (50 * KIB, _data(74, 1 * KIB)), (64 * KIB, _data(75, 3 * KIB)), (80 * KIB, None),
+            (85 * KIB, _data(76, 512)), (96 * KIB, _data(77, 100)), (96 * KIB, None), (110 * KIB, _data(78, 20 * KIB)),
+            (150 * KIB + 100, _data(79, 40 * KIB)),
+        ])
+
+    return build
+
+
 BASE_AND_TOP = (("/base.qcow2", "qcow2"), ("/top.qcow2", "qcow2"))
 
 COMMITS = [
@@ -175,6 +197,12 @@ COMMITS = [
     Scenario(
         "commit into vdi", vdi_chain, _commit("/top.qcow2"), "/base.vdi", "/top.qcow2",
         (("/base.vdi", "vdi"), ("/top.qcow2", "qcow2")),
+    ),
+    Scenario("commit, subclusters", subclusters(), _commit("/top.qcow2"), "/base.qcow2", "/top.qcow2", BASE_AND_TOP),
+    Scenario(
+        "commit, subclusters of a growing base, preallocated",
+        subclusters("16384", 101 * KIB + 512, preallocation="metadata"),
+        _commit("/top.qcow2"), "/base.qcow2", "/top.qcow2", BASE_AND_TOP,
     ),
     Scenario("commit, compressed", compressed, _commit("/top.qcow2"), "/base.qcow2", "/top.qcow2", BASE_AND_TOP),
 ]
