@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from qcow2_images import u64
 from safeimg.drivers.formats.qcow2.entries import COMPRESSED, OFFSET_MASK
-from safeimg.drivers.formats.qcow2.header import EXT_BITMAPS
+from safeimg.drivers.formats.qcow2.header import EXT_BITMAPS, EXTENDED_L2
 
 
 class Spot(NamedTuple):
@@ -27,6 +27,7 @@ def u32(data: bytes, offset: int) -> int:
 def spots(data: bytes) -> list[Spot]:
     """Entries of all tables of a valid image as `qcow2_images.build` makes it."""
     cluster_size = 1 << u32(data, 20)
+    width = 2 if u64(data, 72) & EXTENDED_L2 and u32(data, 4) > 2 else 1  # words of an L2 entry
     l1_tables = [(u64(data, 40), u32(data, 36))]
     found: list[Spot] = []
     position = u64(data, 64)
@@ -41,7 +42,8 @@ def spots(data: bytes) -> list[Spot]:
             l2_table = u64(data, offset + 8 * index) & OFFSET_MASK
             if l2_table:
                 interesting = (*range(12), 20, 21, 22, 30, 31, 60, 90, 91, 99)
-                found += [Spot("l2", l2_table + 8 * i, 8) for i in interesting if 8 * i < cluster_size]
+                words = [i * width + word for i in interesting for word in range(width)]
+                found += [Spot("l2", l2_table + 8 * word, 8) for word in words if 8 * word < cluster_size]
     table = u64(data, 48)
     found += [Spot("refcount table", table + 8 * index, 8) for index in range(min(3, cluster_size // 8))]
     for index in range(cluster_size // 8):

@@ -62,6 +62,10 @@ class Recipe:
         return int(options.get("cluster_size", "65536"))
 
     @property
+    def is_extended(self) -> bool:
+        return "extended_l2=on" in self.options
+
+    @property
     def is_v2(self) -> bool:
         return "compat=0.10" in self.options
 
@@ -76,6 +80,7 @@ RECIPES = (
     Recipe("cluster_size=65536,compat=0.10", snapshots=1),
     Recipe("cluster_size=8192,compression_type=zstd,refcount_bits=4", snapshots=2, bitmap=True),
     Recipe("cluster_size=32768,refcount_bits=8,lazy_refcounts=on"),
+    Recipe("cluster_size=16384,extended_l2=on", snapshots=1, bitmap=True),
 )
 
 
@@ -89,6 +94,10 @@ def build(path: Path, recipe: Recipe) -> Path:
     ]
     if not recipe.is_v2:
         guest += [f"write -z {8 * size} {2 * size}", f"write -z {4 * size} {size}"]
+    if recipe.is_extended:
+        part = size // 32
+        guest += [f"write -P 8 {10 * size + 3 * part} {5 * part}", f"write -z {10 * size + 6 * part} {9 * part}",
+                  f"write -z {2 * size + part} {7 * part}", f"write -P 9 {11 * size + 31 * part} {2 * part}"]
     qemu_io(path, *guest)
     for number in range(recipe.snapshots):
         qemu_img("snapshot", "-c", f"snapshot {number}", path)

@@ -28,6 +28,9 @@ BAD: tuple[dict[str, str], ...] = (
     {"backing_file": "x" * 1024, "backing_fmt": "raw"},
     {"backing_file": "x" * 500, "backing_fmt": "raw", "cluster_size": "512"},
     {"backing_file": "base", "backing_fmt": "raw", "preallocation": "full"},
+    {"extended_l2": "on", "cluster_size": "8k"}, {"extended_l2": "on", "compat": "0.10"}, {"extended_l2": "foo"},
+    {"extended_l2": "on", "cluster_size": "4k", "refcount_bits": "3", "compression_type": "lzma"},
+    {"extended_l2": "on", "compat": "0.10", "cluster_size": "4k", "lazy_refcounts": "on"},
 )
 ODD: tuple[dict[str, str], ...] = (
     {"cluster_size": "0x1000"}, {"cluster_size": " 512"}, {"cluster_size": "512.0"}, {"cluster_size": "512b"},
@@ -67,6 +70,14 @@ def test_images_are_byte_for_byte_those_of_qemu(
         expected = path.read_bytes()
         assert our_create(path, size, asked) is None
         assert path.read_bytes() == expected
+
+
+@needs_qemu
+@pytest.mark.parametrize("cluster_size", ["16k", "64k", "2M"])
+def test_images_with_extended_l2_entries_too(tmp_path: Path, cluster_size: str) -> None:
+    test_images_are_byte_for_byte_those_of_qemu(
+        tmp_path, cluster_size, {"extended_l2": "on", "backing_file": "base", "backing_fmt": "raw"}
+    )
 
 
 @needs_qemu
@@ -112,6 +123,31 @@ def test_preallocation(tmp_path: Path, mode: str, cluster_size: str, refcount_bi
     assert {extent.kind for extent in image.extents(0, image.size)} == {Kind.DATA}
     if mode != "metadata":
         assert image.file.stat().allocated >= size
+    image.close()
+
+
+@needs_qemu
+@pytest.mark.parametrize("mode", ["metadata", "falloc", "full"])
+@pytest.mark.parametrize("backed", [False, True])
+def test_preallocated_clusters_have_places_and_nothing_in_them(tmp_path: Path, mode: str, backed: bool) -> None:
+    """With extended L2 entries a preallocated cluster is not allocated: a backing image shows through it."""
+    (tmp_path / "base").write_bytes(b"\1" * (3 << 20))
+    options = {"extended_l2": "on", "cluster_size": "16k", "preallocation": mode}
+    options |= {"backing_file": "base", "backing_fmt": "raw"} if backed else {}
+    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+    assert qemu_create(theirs, 20 << 20, options) is None
+    assert our_create(ours, 20 << 20, options) is None
+    result, messages = qemu_check(ours)
+    expected, _ = qemu_check(theirs)
+    assert result is not None and expected is not None and not messages
+    assert result["allocated-clusters"] == expected["allocated-clusters"] == result["total-clusters"]
+    qemu_img("compare", "-s", "-f", "qcow2", "-F", "qcow2", ours, theirs)
+    image = open_path(ours)
+    extents = list(image.extents(0, image.size))
+    assert {extent.kind for extent in extents} == {Kind.UNALLOCATED}
+    assert all(extent.offset is not None for extent in extents)
+    if mode != "metadata":
+        assert image.file.stat().allocated >= 20 << 20
     image.close()
 
 

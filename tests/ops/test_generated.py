@@ -58,6 +58,8 @@ class Generator:
         if version == "1.1":
             found["refcount_bits"] = str(self.rng.choice((1, 2, 4, 8, 16, 32, 64)))
             found["compression_type"] = self.rng.choice(("zlib", "zstd"))
+            if cluster >= 16384 and self.rng.random() < 0.6:
+                found["extended_l2"] = "on"
         return found
 
     def size(self) -> int:

@@ -248,8 +248,6 @@ class Mapping:
 
     def _subclustered(self, entry: int, bitmap: int, l2_offset: int, l2_index: int) -> int:
         """The place of a standard cluster with an extended entry (0: none), which is checked."""
-        if entry & L2_STANDARD_RESERVED:
-            raise self._reserved("L2 entry", entry, l2_index)
         host = entry & OFFSET_MASK
         if not self._l2.is_sound(entry | bitmap << 64):
             where = _where(l2_offset, l2_index)
@@ -257,6 +255,8 @@ class Mapping:
         if host & (self._header.cluster_size - 1):
             where = _where(l2_offset, l2_index)
             raise self._error(f"Image is corrupt: Cluster allocation offset {host:#x} unaligned {where}")
+        if entry & L2_STANDARD_RESERVED:
+            raise self._reserved("L2 entry", entry, l2_index)
         return host
 
     def _check_end(self, offset: int, length: int, what: str, l2_offset: int, l2_index: int) -> None:
