@@ -41,6 +41,10 @@ class VdiPlanner(PlainPlanner):
         return BLOCK
 
     @property
+    def granularity(self) -> int:
+        return BLOCK
+
+    @property
     def pending(self) -> int:
         return self._view.pending
 
