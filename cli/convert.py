@@ -30,7 +30,7 @@ from safeimg.cli.shared import (
 from safeimg.cli.values import cache_mode, warn
 from safeimg.drivers.formats.naming import Blockdev, from_options
 
-_LATER = (("bitmaps", "--bitmaps"), ("snapshot", "-l"), ("salvage", "--salvage"))
+_LATER = (("bitmaps", "--bitmaps"), ("salvage", "--salvage"))
 
 COMMANDS = (
     Command(
@@ -155,6 +155,7 @@ def run(command: Command, arguments: Arguments) -> int:
         cache=cache,
         source_cache=cache_mode(arguments.last("source-cache", "writeback"), "Invalid source cache option"),
         force_share=arguments.flag("force-share"),
+        snapshot=arguments.last("snapshot"),
         undo=arguments.flag("undo"),
     )
     settings = Settings(

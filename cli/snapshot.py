@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from safeimg.drivers.errors import RefusedError
     from safeimg.drivers.formats.naming import Blockdev
 
-_MIXED = "Cannot mix '-l', '-a', '-c', '-d'"
 _ACTIONS = ("list", "apply", "create", "delete")
 
 COMMANDS = (
@@ -26,7 +25,7 @@ COMMANDS = (
         (IMAGE,),
         (
             HELP,
-            Option("list", "l", None, None, "List them; so does no option at all."),
+            Option("list", "l", None, None, "List them."),
             Option("apply", "a", None, "snapshot", "Go back to a snapshot, by its id or name."),
             Option("create", "c", None, "name", "Take a snapshot."),
             Option("delete", "d", None, "name", "Delete a snapshot."),
@@ -50,20 +49,23 @@ COMMANDS = (
 
 def run(command: Command, arguments: Arguments) -> int:
     chosen = [name for name in _ACTIONS for _ in arguments.all(name)]
-    if len(chosen) > 1 and chosen != ["list"] * len(chosen):
-        raise usage(_MIXED)
+    if len(chosen) > 1:
+        raise usage("Cannot mix '-l', '-a', '-c', '-d'")
     if len(arguments.positional) != 1:
         raise usage("Expecting one image file name")
     words = arguments.positional
     name, _ = image_name(arguments, words[0], None)
-    if chosen and chosen[0] != "list":
-        if arguments.flag("force-share"):
-            raise CommandError(f"Could not open '{words[0]}': force-share=on can only be used with read-only images")
+    if chosen[:1] != ["list"] and arguments.flag("force-share"):
+        raise CommandError(f"Could not open '{words[0]}': force-share=on can only be used with read-only images")
+    from safeimg.ops.info import snapshot_members
+    from safeimg.ops.snapshot import list_snapshots, try_open
+
+    if not chosen:
+        try_open(filesystem(), name, secrets=arguments.secrets, warn=warn_image)
+        return 0
+    if chosen[0] != "list":
         _change(arguments, chosen[0], name)
         return 0
-    from safeimg.ops.info import snapshot_members
-    from safeimg.ops.snapshot import list_snapshots
-
     found = list_snapshots(
         filesystem(), name, force_share=arguments.flag("force-share"), secrets=arguments.secrets
     )

@@ -91,8 +91,9 @@ def progress_form(text: str) -> str:
 def snapshot(text: str) -> str:
     """-l of convert: an id or name, or `snapshot.id=…,snapshot.name=…`."""
     if text.startswith("snapshot."):
-        for pair in text.split(","):
-            name = pair.partition("=")[0]
+        from safeimg.drivers.formats.options import split_options
+
+        for name, _ in split_options(text):
             if name not in ("snapshot.id", "snapshot.name"):
                 raise CommandError(
                     f"Invalid parameter '{name}'", f"Failed in parsing snapshot param '{text}'"

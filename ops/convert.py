@@ -15,6 +15,7 @@ from safeimg.drivers.errors import DriverError, LockError, StorageError, UsageEr
 from safeimg.drivers.formats.api import Driver, Image
 from safeimg.drivers.formats.chain import close_chain, local_path, open_chain
 from safeimg.drivers.formats.naming import Blockdev, lasting
+from safeimg.drivers.formats.snapshots import load
 from safeimg.drivers.secrets import NO_SECRETS, Secrets
 from safeimg.drivers.storage.api import FileSystem
 from safeimg.drivers.transfer.core import Transfer
@@ -45,6 +46,7 @@ class Options:
     cache: str = "writeback"  # -t
     source_cache: str = "writeback"  # -T
     force_share: bool = False  # -U
+    snapshot: str | None = None  # -l
     undo: bool = False  # an existing target: keep what is overwritten until it is settled
     step_bytes: int = STEP_BYTES
     step_seconds: float = STEP_SECONDS
@@ -99,6 +101,10 @@ def open_job(
                 open_chain(fs, name, format=options.source_format, cache=options.source_cache,
                            force_share=options.force_share, secrets=secrets)
             )  # fmt: skip
+        if options.snapshot is not None:
+            if len(chains) > 1:
+                raise UsageError("No support for concatenating multiple snapshot")
+            chains[0] = load(chains[0], options.snapshot)
         size = sum(chain[0].size for chain in chains)
         if _writes_existing(fs, options):
             return _into_existing(fs, options, transfer, chains, size, secrets)
@@ -267,6 +273,7 @@ def _job(
         "cache": options.cache,
         "source_cache": options.source_cache,
         "force_share": options.force_share,
+        "snapshot": options.snapshot,
         "created": created,
         "undo": options.undo and not created,
         "compress": options.compress,

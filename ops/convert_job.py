@@ -16,6 +16,7 @@ from safeimg.drivers.errors import UsageError
 from safeimg.drivers.formats.api import Image
 from safeimg.drivers.formats.chain import close_chain, open_chain
 from safeimg.drivers.formats.naming import are_options, recalled
+from safeimg.drivers.formats.snapshots import load
 from safeimg.drivers.secrets import Secrets
 from safeimg.drivers.storage.api import FileSystem
 from safeimg.drivers.transfer.core import Transfer
@@ -31,7 +32,7 @@ _KINDS: dict[str, type | tuple[type, ...]] = {
     "layers": list, "formats": list, "options": list, "cache": str,
     "source_cache": str, "force_share": bool, "created": bool,
     "undo": bool, "compress": bool, "sparse": int, "zero_below": int, "skip_below": int, "step_bytes": int,
-    "step_seconds": (int, float), "defer": (int, float),
+    "step_seconds": (int, float), "defer": (int, float), "snapshot": (str, type(None)),
 }  # fmt: skip
 
 
@@ -56,6 +57,8 @@ def open_layers(fs: FileSystem, home: str, state: OperationState, secrets: Secre
             )  # fmt: skip
             found += chain
             _check_depth(path, len(chain), depth)
+            if settings["snapshot"] is not None:
+                found[-depth:] = load(chain, settings["snapshot"])
             top += depth
         return found
     except BaseException:

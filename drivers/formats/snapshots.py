@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from safeimg.drivers.errors import UsageError
 from safeimg.drivers.formats.api import Image
 from safeimg.drivers.formats.features import SnapshotEntry
+from safeimg.drivers.formats.options import split_options
 from safeimg.drivers.formats.registry import lookup
 
 
@@ -39,7 +40,7 @@ def load(layers: Sequence[Image], wanted: str) -> list[Image]:
         )
     listed = snapshots.entries(top)
     if wanted.startswith("snapshot."):
-        given = dict(pair.partition("=")[::2] for pair in wanted.split(","))
+        given = dict(split_options(wanted))
         identifier, name = given.get("snapshot.id"), given.get("snapshot.name")
         entry = next(
             (each for each in listed if identifier in (None, each.id) and name in (None, each.name)), None

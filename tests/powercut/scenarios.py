@@ -417,6 +417,11 @@ def _last_snapshot(fs: SimulatedFileSystem) -> None:
 SNAPSHOTS = [
     *_snapshots(),
     Scenario(
+        "convert -l", _two_snapshots(),
+        _convert("/disk.qcow2", "/target.qcow2", "qcow2", snapshot="first", create_options=SMALL), "/target.qcow2",
+        None, NEW_QCOW2, created=True,
+    ),
+    Scenario(
         "snapshot -a, another size", _last_snapshot, _snapshot("apply", "only"), "/disk.qcow2", "/disk.qcow2", DISK
     ),
     Scenario("snapshot -d, the last", _last_snapshot, _snapshot("delete", "only"), "/disk.qcow2", "/disk.qcow2", DISK),

@@ -26,6 +26,7 @@ class Qcow2Image:
         self._file = file
         self._cache_bytes = cache_bytes
         self._cipher: Cipher | None = Locked() if header.crypt_method else None
+        self._shown: Snapshot | None = None  # the internal snapshot whose content this is
         self._adopt(header)
 
     def _adopt(self, header: Header) -> None:
@@ -52,9 +53,10 @@ class Qcow2Image:
         self._cipher = unlocked(self._file, self._header, password)
 
     def inherit(self, other: Qcow2Image) -> Qcow2Image:
-        """Takes over what `other`, the same image opened before, was given with its secret."""
+        """Takes over what `other`, the same image opened before, was given with its secret; and shows the same
+        snapshot."""
         self._cipher = other._cipher
-        return self
+        return self if other._shown is None else self.at(other._shown)
 
     @property
     def format(self) -> str:
@@ -126,6 +128,7 @@ class Qcow2Image:
         if snapshot.l1_table_offset % header.cluster_size or end >= 1 << 63:
             raise FormatError(path, "Snapshot L1 table offset invalid", offset=snapshot.offset)
         image = copy(self)
+        image._shown = snapshot
         image._adopt(replace(header, l1_table_offset=snapshot.l1_table_offset, l1_size=snapshot.l1_size))
         return image
 
