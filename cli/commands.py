@@ -18,6 +18,7 @@ _MODULES = {
     "compare": "compare",
     "map": "map",
     "convert": "convert",
+    "measure": "measure",
     "commit": "commit",
     "snapshot": "snapshot",
     "status": "status",

@@ -246,6 +246,20 @@ def choice(options: Mapping[str, str]) -> Choice:
     )  # fmt: skip
 
 
+def header_bytes(wanted: Choice) -> int:
+    """Where the payload of a disk that is made so begins."""
+    return _ALIGN + SLOTS * _stride(_key_bytes(wanted))
+
+
+def _key_bytes(wanted: Choice) -> int:
+    return ALGORITHMS[wanted.cipher][1] * (2 if wanted.mode == "xts" else 1)
+
+
+def _stride(key_bytes: int) -> int:
+    """Bytes that a slot's key material takes."""
+    return -(-key_bytes * STRIPES // _ALIGN) * _ALIGN
+
+
 def create(wanted: Choice, password: bytes) -> tuple[Luks, bytes]:
     """A new header with a new master key in slot 0, and everything up to the payload as bytes.
 
@@ -256,11 +270,11 @@ def create(wanted: Choice, password: bytes) -> tuple[Luks, bytes]:
     ivgen_hash = wanted.ivgen_hash
     if ivgen == "essiv" and ivgen_hash is None:
         ivgen_hash = "sha256"
-    key_bytes = ALGORITHMS[wanted.cipher][1] * (2 if wanted.mode == "xts" else 1)
-    stride = -(-key_bytes * STRIPES // _ALIGN) * _ALIGN
+    key_bytes = _key_bytes(wanted)
+    stride = _stride(key_bytes)
     slots = tuple(Slot(False, 0, bytes(_SALT), _ALIGN + index * stride, STRIPES) for index in range(SLOTS))
     luks = Luks(
-        wanted.cipher, wanted.mode, ivgen, ivgen_hash, wanted.hash, _ALIGN + SLOTS * stride, key_bytes,
+        wanted.cipher, wanted.mode, ivgen, ivgen_hash, wanted.hash, header_bytes(wanted), key_bytes,
         bytes(_DIGEST), os.urandom(_SALT), 1, str(uuid.uuid4()), slots,
     )  # fmt: skip
     key = os.urandom(key_bytes)

@@ -15,7 +15,7 @@ from safeimg.drivers.secrets import NO_SECRETS, Secrets
 from safeimg.drivers.storage.api import Buffer, File, FileSystem
 
 if TYPE_CHECKING:
-    from safeimg.drivers.formats.features import Amending, Rebasing, Snapshotting
+    from safeimg.drivers.formats.features import Amending, Measuring, Rebasing, Snapshotting
 
 
 class Kind(Enum):
@@ -283,6 +283,8 @@ class Driver(Protocol):
 
     @property
     def amending(self) -> Amending | None: ...
+    @property
+    def measuring(self) -> Measuring | None: ...
 
     def probe(self, head: bytes, path: str) -> int:
         """How sure (0 to 100) the driver is that a file with this beginning (up to 2048 bytes) is its format."""

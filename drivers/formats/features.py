@@ -9,9 +9,10 @@ same end, so that an interrupted command can start over. What loses its last ref
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from safeimg.drivers.formats.api import Changes, CreateOption, Image, Planner
+from safeimg.drivers.secrets import Secrets
 
 
 class Rebasing(Protocol):
@@ -42,6 +43,31 @@ class Amending(Protocol):
     def amendments(self, values: Mapping[str, str]) -> Sequence[Amendment]:
         """What the options ask for, in the order of doing. Does not depend on the image: an interrupted command asks
         again."""
+        ...
+
+
+class Measured(NamedTuple):
+    """What `measure` answers, in bytes."""
+
+    required: int
+    fully_allocated: int
+    bitmaps: int | None = None  # what copying the source's persistent bitmaps takes on top; None: it cannot have any
+
+
+class Measuring(Protocol):
+    """Formats that can tell how large an image's file will be."""
+
+    def measure(
+        self,
+        size: int,
+        options: Mapping[str, str],
+        data: Iterable[tuple[int, int]] | None,
+        source: Image | None,
+        secrets: Secrets,
+    ) -> Measured:
+        """For a virtual disk of `size` bytes, created with these options. `data`: the guest ranges (start, length)
+        that are copied into it, in order; None: nothing is. `source`: the image that they come from. Raises
+        `UsageError` in QEMU's words for options that make no sense."""
         ...
 
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from safeimg.drivers.errors import UnsupportedError
 from safeimg.drivers.formats.api import Changes, Extent, Image, Patch, Placement, RuntimeOption
-from safeimg.drivers.formats.features import Amending, Rebasing, Snapshotting
+from safeimg.drivers.formats.features import Amending, Measuring, Rebasing, Snapshotting
 from safeimg.drivers.storage.api import Buffer, File
 
 
@@ -97,6 +97,7 @@ class PlainDriver:
 
     rebasing: Rebasing | None = None
     amending: Amending | None = None
+    measuring: Measuring | None = None
     runtime_options: Sequence[RuntimeOption] = ()
     snapshots: Snapshotting | None = None
 

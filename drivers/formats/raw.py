@@ -5,7 +5,7 @@ and what it lacks reads as zeroes. """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from safeimg.drivers.errors import UnsupportedError, UsageError
 from safeimg.drivers.formats.api import (
@@ -21,6 +21,7 @@ from safeimg.drivers.formats.api import (
     Placement,
     RuntimeOption,
 )
+from safeimg.drivers.formats.features import Measured, Measuring
 from safeimg.drivers.formats.options import storage_preallocation
 from safeimg.drivers.formats.plain import PlainDriver, PlainImage, PlainPlanner
 from safeimg.drivers.formats.protocols import check_window
@@ -120,10 +121,25 @@ class RawPlanner(PlainPlanner):
         return Changes()
 
 
+class RawMeasuring:
+    """Implements `features.Measuring`."""
+
+    def measure(
+        self,
+        size: int,
+        options: Mapping[str, str],
+        data: Iterable[tuple[int, int]] | None,
+        source: Image | None,
+        secrets: Secrets,
+    ) -> Measured:
+        return Measured(_sectors(size), _sectors(size))
+
+
 class RawDriver(PlainDriver):
     """Implements `api.Driver`."""
 
     name = "raw"
+    measuring: Measuring | None = RawMeasuring()
     create_options: Sequence[CreateOption] = (
         CreateOption("size", "size", "Virtual disk size"),
         CreateOption("nocow", "bool", "Turn off copy-on-write (valid only on btrfs)"),

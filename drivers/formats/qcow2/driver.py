@@ -17,7 +17,7 @@ from safeimg.drivers.formats.api import (
     Planner,
     RuntimeOption,
 )
-from safeimg.drivers.formats.features import Amending, Rebasing, SnapshotEntry, Snapshotting
+from safeimg.drivers.formats.features import Amending, Measuring, Rebasing, SnapshotEntry, Snapshotting
 from safeimg.drivers.formats.qcow2.header import MAGIC, UNFINISHED
 from safeimg.drivers.formats.qcow2.image import Qcow2Image, open_image
 from safeimg.drivers.formats.qcow2.runtime import RUNTIME_OPTIONS, apply_runtime
@@ -101,6 +101,12 @@ class Qcow2Driver:
     name = "qcow2"
     rebasing: Rebasing | None = Qcow2Rebasing()
     snapshots: Snapshotting | None = Qcow2Snapshotting()
+
+    @property
+    def measuring(self) -> Measuring | None:
+        from safeimg.drivers.formats.qcow2.measure import Qcow2Measuring
+
+        return Qcow2Measuring()
 
     @property
     def amending(self) -> Amending | None:
