@@ -21,6 +21,7 @@ _MODULES = {
     "measure": "measure",
     "commit": "commit",
     "snapshot": "snapshot",
+    "resize": "resize",
     "status": "status",
     "resume": "settle",
     "rollback": "settle",

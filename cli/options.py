@@ -38,6 +38,7 @@ class Command(NamedTuple):
     examples: tuple[tuple[str, str], ...]  # what it does, the command line
     details: str = ""
     new: bool = False  # safeimg's own; qemu-img has none of that name
+    takes_last: bool = False  # the last word is an argument, whatever it looks like (`resize disk -10G`)
 
     @property
     def syntax(self) -> str:

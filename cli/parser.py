@@ -118,6 +118,13 @@ def parse(
     Values are checked as they are met, so that of several mistakes the one reported is the one that qemu-img
     reports. With `permute` False it stops at the first argument that is no option. Raises `CommandError`."""
     arguments = Arguments()
+    last: list[str] = []
+    if command.takes_last:
+        if len(words) < 3:
+            if any(word in ("-h", "--help") for word in words[1:]):
+                return arguments, True
+            raise usage("Not enough arguments")
+        words, last = words[:-1], [words[-1]]
     scanner = _Scanner(words, permute)
     while (word := scanner.option()) is not None:
         value: str | None = None
@@ -145,7 +152,7 @@ def parse(
             raise usage(f"missing argument for option '{scanner.current}'")
         else:
             arguments.add(option.name, value if option.check is None else option.check(value))
-    arguments.positional = scanner.words[scanner.next :]
+    arguments.positional = scanner.words[scanner.next :] + last
     return arguments, None
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import trio
 from safeimg.drivers.formats.api import Image, Placement
 from safeimg.drivers.formats.registry import lookup
 from safeimg.drivers.transfer.copy import copy_fresh
@@ -103,24 +104,37 @@ class Filler:
             yield Step("bitmaps", after, 0, changes=[(0, changes)])
 
 
+Fill = Callable[[Sequence[Placement]], None]
+
+
 async def grow(
-    filler: Filler, layers: Sequence[Image], size: int, here: Any, after: Any
+    filler: Filler, layers: Sequence[Image], size: int, here: Any, after: Any, *, fill: Fill | None = None
 ) -> AsyncIterator[Step]:
     """Grows the image, `layers[0]` with its backing images behind it, to `size` bytes: what its backing image would
     show there is zeroed first, in space the guest cannot see yet (hazard 12).
 
-    `here`: the cursor that starts this anew; `after`: the one behind it."""
+    `here`: the cursor that starts this anew; `after`: the one behind it. With `fill`, all that it grows by is
+    allocated ahead; `fill` makes zeroes of these clusters, in a worker thread."""
     planner, old = filler.planner, layers[0].size
     for changes in planner.prepare_resize(size):
         yield Step("grow", here, 0, changes=[(0, changes)])
+    aligned = min(-(-old // filler.cluster) * filler.cluster, size)
+    limit = size if fill is None else aligned
+    backing = layers[1].size if len(layers) > 1 else 0
+    ranges = [(start, min(length, limit - start), True) for start, length in planner.exposed(size, backing)]
+    if fill is not None:
+        ranges.append((aligned, size - aligned, False))
     inside = View(layers, size=old)
-    for start, length in planner.exposed(size, layers[1].size if len(layers) > 1 else 0):
+    for start, length, zero in ranges:
         for position in range(start, start + length, filler.budget):
             piece = min(start + length - position, filler.budget)
             async for step in filler.reserve(here, 0, piece // filler.cluster + 2):
                 yield step
             batch = Batch()
-            filler.plan(batch, position, piece, zero=True)
+            filler.plan(batch, position, piece, zero=zero)
+            if fill is not None and not zero:
+                await trio.to_thread.run_sync(fill, batch.fresh)
+                batch.fresh = []  # what is in them need not be verified: they are zeroes that nobody has used
             yield await filler.step("zero", here, 0, inside, batch)
     *first, last = planner.resize(size)
     for changes in first:

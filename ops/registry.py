@@ -35,6 +35,7 @@ _MODULES = {
     "convert": "safeimg.ops.convert_job",
     "rebase": "safeimg.ops.rebase",
     "snapshot": "safeimg.ops.snapshot",
+    "resize": "safeimg.ops.resize",
 }
 
 

@@ -214,6 +214,16 @@ class Planner(Protocol):
         own (nothing else planned since `take`)."""
         ...
 
+    def shrink(self, size: int) -> Sequence[Changes]:
+        """The virtual disk becomes smaller, by the last of the changes, each a step of its own. Refuses what cannot
+        shrink."""
+        ...
+
+    def forget(self, start: int, most: int) -> int | None:
+        """After `shrink`: unmaps what lies behind the end of the virtual disk, at guest offset `start` and behind, in
+        up to `most` tables. Where it stopped; None if there is nothing left. (`reserve(most)` first.)"""
+        ...
+
     def take(self) -> Changes:
         """The changes collected since the last `take`."""
         ...

@@ -105,8 +105,6 @@ class RawPlanner(PlainPlanner):
     def prepare_resize(self, size: int) -> Sequence[Changes]:
         if self._fixed and size != self._size:
             raise UsageError("Cannot resize fixed-size raw disks")
-        if size < self._size:
-            raise UnsupportedError(f"{self._path}: shrinking is not supported yet")
         if self._device and size > self._capacity:
             raise UsageError(f"{self._path}: cannot grow device files")
         return ()
@@ -116,6 +114,18 @@ class RawPlanner(PlainPlanner):
         self.prepare_resize(size)
         self._size = size
         return (Changes(length=self._offset + size),)
+
+    def shrink(self, size: int) -> Sequence[Changes]:
+        """Nothing but the length of the file, which is cut at the very end."""
+        if self._fixed:
+            raise UsageError("Cannot resize fixed-size raw disks")
+        if self._device:
+            raise UsageError(f"{self._path}: cannot resize device files")
+        self._size = size
+        return ()
+
+    def forget(self, start: int, most: int) -> int | None:
+        return None
 
     def take(self) -> Changes:
         return Changes()

@@ -1,10 +1,10 @@
-"""Growing the virtual disk (DESIGN, hazards 12 and 16).
+"""Growing and shrinking the virtual disk (DESIGN, hazards 12 and 16).
 
-Three parts, each step a valid image: an L1 table that is large enough (`prepare_resize`), zeroes over what
+Growing has three parts, each step a valid image: an L1 table that is large enough (`prepare_resize`), zeroes over what
 would be exposed (the caller, with `exposed` and `zero`), the size (`resize`). Tables of persistent bitmaps
 have to fit the size exactly or QEMU does not open the image, so size and bitmap directory change together, in
 one sector. Where QEMU put the bitmaps extension further behind, it is moved to the front of the extensions
-first. """
+first. Shrinking changes the size first, and then unmaps what lies behind it (`shrink`, `forget`). """
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from safeimg.drivers.errors import UnsupportedError, UsageError
 from safeimg.drivers.formats.api import Changes
 from safeimg.drivers.formats.metadata import Phase
 from safeimg.drivers.formats.qcow2.bitmaps import MAX_TABLE_ENTRIES, Bitmap, table_entries
-from safeimg.drivers.formats.qcow2.entries import COMPRESSED, SECTOR
+from safeimg.drivers.formats.qcow2.entries import COMPRESSED, OFFSET_MASK, SECTOR
 from safeimg.drivers.formats.qcow2.header import (
     EXT_BITMAPS,
     EXT_FEATURE_NAMES,
@@ -43,10 +43,10 @@ def prepare_resize(planner: Qcow2Planner, size: int) -> Sequence[Changes]:
     header = planner.header
     if size % 512:
         raise UsageError("The new size must be a multiple of 512")
-    if size < planner.size:
-        raise UnsupportedError(f"{planner.path}: shrinking is not supported yet")
     if header.version == 2 and header.nb_snapshots:
         raise UnsupportedError("Can't resize a v2 image which has snapshots")
+    if size < planner.size:
+        raise ValueError(f"{planner.path}: {size} bytes are less than {planner.size}")
     changes: list[Changes] = []
     entries = -(-size // header.l2_coverage)
     if 8 * entries > MAX_L1_BYTES:
@@ -100,13 +100,56 @@ def resize(planner: Qcow2Planner, size: int) -> Sequence[Changes]:
             changes.append(planner.take())
             # Only names of features are cut in half until this is written, too.
             planner.view.write(SECTOR, behind, Phase.LINK)
-        offset = _enlarge_bitmaps(planner, bitmaps, size)
+        offset = _resize_bitmaps(planner, bitmaps, size)
         planner.switch((_extensions(planner)[EXT_BITMAPS] + _DIRECTORY_FIELD, offset), size=size)
     else:
         planner.switch(size=size)
     planner.current_size = size
     changes.append(planner.take())
     return changes
+
+
+def shrink(planner: Qcow2Planner, size: int) -> Sequence[Changes]:
+    """The virtual size becomes smaller by the last of the changes, each a step of its own. What lay behind is still
+    mapped: see `forget`."""
+    planner.ready()
+    if size % 512:
+        raise UsageError("The new size must be a multiple of 512")
+    if planner.header.version == 2 and planner.header.nb_snapshots:
+        raise UnsupportedError("Can't resize a v2 image which has snapshots")
+    if _resized(planner, size):
+        _front_sector(planner)
+    planner.size = size
+    return resize(planner, size)
+
+
+def forget(planner: Qcow2Planner, start: int, most: int) -> int | None:
+    """Unmaps what lies in whole clusters behind the end of the virtual disk, of guest offset `start` and behind, in
+    up to `most` L2 tables. Where it stopped; None if there is nothing left."""
+    planner.ready()
+    coverage, size = planner.header.l2_coverage, planner.cluster_size
+    end = planner.l1_size * coverage
+    position = max(start, -(-planner.size // size) * size)
+    for _ in range(most):
+        table = 0
+        while position < end and not table:
+            l1_index = position // coverage
+            table, _copied = planner.tables.l2_table(l1_index)
+            if not table:
+                position = (l1_index + 1) * coverage
+        if position >= end:
+            return None
+        stop = (l1_index + 1) * coverage
+        ((cluster, entries),) = planner.tables.entries(position, stop - position)
+        for number, entry in enumerate(entries, cluster):
+            if entry:
+                planner.tables.unlink(number, entry)
+        if position % coverage == 0:
+            planner.tables.drop(l1_index)
+        elif any(entries):
+            planner.tables.put(cluster, [0] * len(entries))
+        position = stop
+    return position if position < end else None
 
 
 def _reserve_run(planner: Qcow2Planner, clusters: int) -> Iterator[Changes]:
@@ -186,7 +229,7 @@ def _bitmap_clusters(planner: Qcow2Planner, bitmaps: Sequence[Bitmap], size: int
     return directory + sum(_table_clusters(planner, bitmap, size) for bitmap in bitmaps)
 
 
-def _enlarge_bitmaps(planner: Qcow2Planner, bitmaps: Sequence[Bitmap], size: int) -> int:
+def _resize_bitmaps(planner: Qcow2Planner, bitmaps: Sequence[Bitmap], size: int) -> int:
     """New tables, and a new directory for them: its offset. New bits are clear, as QEMU's resize has them."""
     bits, cluster_size = planner.header.cluster_bits, planner.cluster_size
     old_offset = planner.bitmap_directory_offset
@@ -197,7 +240,10 @@ def _enlarge_bitmaps(planner: Qcow2Planner, bitmaps: Sequence[Bitmap], size: int
     known = {bitmap.offset: bitmap for bitmap in planner.bitmaps}
     for bitmap in bitmaps:
         count, length = _entries(planner, bitmap, size), _table_clusters(planner, bitmap, size)
-        content = planner.view.read(bitmap.bitmap_table_offset, 8 * bitmap.bitmap_table_size)[:8 * count]
+        content = planner.view.read(bitmap.bitmap_table_offset, 8 * bitmap.bitmap_table_size)
+        for (entry,) in struct.iter_unpack(">Q", content[8 * count:]):
+            planner.unlink_clusters((entry & OFFSET_MASK) >> bits, 1 if entry & OFFSET_MASK else 0)
+        content = content[:8 * count]
         planner.view.fresh(position << bits, content.ljust(length << bits, b"\0"))
         _TABLE.pack_into(directory, bitmap.offset - old_offset, position << bits, count)
         old_clusters = -(-8 * bitmap.bitmap_table_size // cluster_size)

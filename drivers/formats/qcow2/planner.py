@@ -143,6 +143,12 @@ class Qcow2Planner:
     def resize(self, size: int) -> Sequence[Changes]:
         return grow.resize(self, size)
 
+    def shrink(self, size: int) -> Sequence[Changes]:
+        return grow.shrink(self, size)
+
+    def forget(self, start: int, most: int) -> int | None:
+        return grow.forget(self, start, most)
+
     def take(self) -> Changes:
         patches, length = self.view.take()
         bits = self.header.cluster_bits

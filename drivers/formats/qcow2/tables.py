@@ -90,6 +90,15 @@ class ActiveTables:
         self._own[l1_index] = table
         return table
 
+    def drop(self, l1_index: int) -> None:
+        """The L2 table is used no more; its entries' references are the caller's to unlink."""
+        planner = self._planner
+        table, copied = self.l2_table(l1_index)
+        self.exclusive(table >> self._bits, 1, copied, "L2 table")
+        planner.unlink_clusters(table >> self._bits, 1)
+        planner.view.write(planner.l1_table_offset + 8 * l1_index, bytes(8), Phase.LINK)
+        self._own.pop(l1_index, None)
+
     def exclusive(self, first: int, count: int, copied: bool, what: str) -> bool:
         """Whether host clusters are used by the active state alone; flag and refcounts have to agree."""
         for cluster, value in enumerate(self._planner.refcounts.get_run(first, count), first):

@@ -1,0 +1,220 @@
+"""resize: another virtual size for an image.
+
+Growing: fence | what the backing image would show is zeroed, or everything preallocated | the size | release.
+Shrinking: fence | the size | what lay behind is unmapped | release | the file is cut, behind the point of no return.
+
+A raw image is its file: it grows by its length first, and shrinking it is nothing but the cut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Any
+
+import trio
+from safeimg.drivers.errors import UsageError
+from safeimg.drivers.formats.api import Image, Patch, Placement
+from safeimg.drivers.formats.chain import close_chain, open_chain
+from safeimg.drivers.formats.registry import lookup
+from safeimg.drivers.storage.api import FileSystem
+from safeimg.drivers.transfer.buffers import Buffers
+from safeimg.drivers.transfer.core import Transfer
+from safeimg.drivers.transfer.target import Target
+from safeimg.journal.state import OperationState
+from safeimg.ops.change import unlinked_by
+from safeimg.ops.errors import Conflict
+from safeimg.ops.filling import STEP_BYTES, Filler, grow
+from safeimg.ops.launch import Environment, Job, launch
+from safeimg.ops.session import refuse_pending_on, touched
+from safeimg.ops.steps import Step
+
+PREALLOCATIONS = ("off", "metadata", "falloc", "full")
+TABLES = 64  # L2 tables that a step of shrinking unmaps
+
+
+class ShrinkRefused(UsageError):
+    """Nobody said that what lies behind the new end may be lost."""
+
+
+class Resize:
+    """The steps for `layers[0]`, with its backing images behind it.
+
+    `old`, `new`: virtual sizes in bytes, when the operation started and as wanted."""
+
+    def __init__(
+        self,
+        layers: Sequence[Image],
+        transfer: Transfer,
+        old: int,
+        new: int,
+        preallocation: str,
+        *,
+        unlinked: Sequence[tuple[int, int]] = (),
+        step_bytes: int = STEP_BYTES,
+    ) -> None:
+        self._layers = layers
+        self._image = layers[0]
+        self._old, self._new = old, new
+        self._preallocation = preallocation
+        self._filler = Filler([self._image], transfer, unlinked=unlinked, step_bytes=step_bytes)
+        self._planner = self._filler.planner
+
+    def finish(self) -> Sequence[tuple[int, Patch]]:
+        """Takes the fence down."""
+        return tuple((0, patch) for patch in lookup(self._image.format).unfence(self._image))
+
+    def discards(self) -> Sequence[tuple[int, int, int]]:
+        """Space that nobody uses any more: (image, offset, length)."""
+        return tuple((0, *freed) for freed in self._planner.freed())
+
+    async def steps(self, cursor: Any | None) -> AsyncIterator[Step]:
+        phases = ("fence", "grow", "reserve", "release") if self._new > self._old else (
+            "fence", "shrink", "forget", "release", "trim"
+        )
+        phase = "fence" if cursor is None else cursor["phase"]
+        for name in phases[phases.index(phase):] if phase in phases else ():
+            run = getattr(self, f"_{name}")
+            async for step in run(cursor if name == phase and cursor is not None else {"phase": name}):
+                yield step
+
+    async def _fence(self, cursor: dict[str, Any]) -> AsyncIterator[Step]:
+        changes = lookup(self._image.format).fence(self._image)
+        after = {"phase": "grow" if self._new > self._old else "shrink"}
+        yield Step("fence", after, 0, changes=[(0, changes)] if changes else [])
+
+    async def _grow(self, cursor: dict[str, Any]) -> AsyncIterator[Step]:
+        fill = None if self._preallocation == "off" or self._filler.cluster == 1 else self._allocate
+        async for step in grow(self._filler, self._layers, self._new, cursor, {"phase": "reserve"}, fill=fill):
+            yield step
+
+    async def _reserve(self, cursor: dict[str, Any]) -> AsyncIterator[Step]:
+        """Space for what a raw image has grown by."""
+        if self._preallocation != "off" and self._filler.cluster == 1:
+            await trio.to_thread.run_sync(self._allocate_raw)
+            yield Step("preallocate", {"phase": "release"}, 0)
+
+    def _allocate_raw(self) -> None:
+        self._image.data.write_zeroes(self._old, self._new - self._old, unmap=False)
+        self._image.data.sync()
+
+    async def _release(self, cursor: dict[str, Any]) -> AsyncIterator[Step]:
+        changes = self._planner.release()
+        if changes:
+            yield Step("release", {"phase": "trim"}, 0, changes=[(0, changes)])
+
+    async def _shrink(self, cursor: dict[str, Any]) -> AsyncIterator[Step]:
+        switches = self._planner.shrink(self._new)
+        for number, changes in enumerate(switches, 1):
+            after = {"phase": "forget"} if number == len(switches) else None
+            yield Step("size", after, 0, changes=[(0, changes)])
+
+    async def _forget(self, cursor: dict[str, Any]) -> AsyncIterator[Step]:
+        at: int | None = cursor.get("at", 0)
+        while at is not None:
+            async for step in self._filler.reserve({"phase": "forget", "at": at}, 0, TABLES):
+                yield step
+            at = self._planner.forget(at, TABLES)
+            changes = self._planner.take()
+            if changes:
+                after = {"phase": "release"} if at is None else {"phase": "forget", "at": at}
+                yield Step("forget", after, 0, changes=[(0, changes)])
+
+    async def _trim(self, cursor: dict[str, Any]) -> AsyncIterator[Step]:
+        driver = lookup(self._image.format)
+        end = driver.used_end(driver.reopen(self._image))
+        length = self._planner.place(0, 1)[0].offset + self._new if end is None else end
+        if length < self._image.file.length():
+            yield Step("trim", {"phase": "end"}, 0, truncate=[(0, length)], no_return=True)
+
+    def _allocate(self, placements: Sequence[Placement]) -> None:
+        """Zeroes for clusters that are allocated ahead. Encrypted ones have to be written."""
+        buffers, target = Buffers(), Target(self._image.data, self._image.cipher)
+        for place in placements:
+            length = -(-place.length // self._filler.cluster) * self._filler.cluster
+            if target.cipher is not None:
+                target.zero(place.offset, length, place.start, buffers)
+            else:
+                target.file.write_zeroes(place.offset, length, unmap=self._preallocation == "metadata")
+
+
+async def resize(
+    environment: Environment,
+    filename: str,
+    size: Callable[[int], int],
+    *,
+    fmt: str | None = None,
+    preallocation: str = "off",
+    shrink: bool = False,
+    cache: str = "writeback",
+    warn: Callable[[str], None] | None = None,
+    step_bytes: int = STEP_BYTES,
+) -> None:
+    """Makes the virtual disk `size(present size)` bytes large. Raises what opening raises, `UsageError` in qemu-img's
+    words, `SomethingPending`, `OperationPaused`."""
+    alone = open_chain(environment.fs, filename, format=fmt, backing=False, force_share=True)
+    try:
+        refuse_pending_on(environment.fs, alone[0].file.path)
+    finally:
+        close_chain(alone)
+    layers = open_chain(environment.fs, filename, format=fmt, write=True, cache=cache, warn=warn)
+    try:
+        old = layers[0].size
+        new = size(old)
+        _check(layers[0], old, new, preallocation, shrink=shrink)
+        if new != old:
+            settings = {
+                "old": old, "new": new, "preallocation": preallocation, "cache": cache,
+                "format": layers[0].format, "step": step_bytes,
+            }
+            await launch(_job(layers, settings, environment.transfer), environment)
+    finally:
+        close_chain(layers)
+
+
+def _check(image: Image, old: int, new: int, preallocation: str, *, shrink: bool) -> None:
+    if new <= 0:
+        raise UsageError("New image size must be positive")
+    if new <= old and preallocation != "off":
+        raise UsageError("Preallocation can only be used for growing images")
+    if new < old and not shrink:
+        raise ShrinkRefused("Use the --shrink option to perform a shrink operation.")
+    if image.format == "raw" and preallocation == "metadata":
+        raise UsageError("Unsupported preallocation mode: metadata")
+    if image.format != "raw" and new % 512:
+        raise UsageError("The new size must be a multiple of 512")
+
+
+def open_layers(fs: FileSystem, home: str, state: OperationState) -> list[Image]:
+    """See `registry.Reopener`."""
+    settings = _settings(home, state)
+    return open_chain(
+        fs, home, format=settings["format"], write=True, cache=settings["cache"], repair=True
+    )
+
+
+def make_job(layers: list[Image], state: OperationState, transfer: Transfer) -> Job:
+    """See `registry.Reopener`."""
+    return _job(layers, _settings(layers[0].file.path, state), transfer, unlinked=unlinked_by(state))
+
+
+def _settings(home: str, state: OperationState) -> dict[str, Any]:
+    """What the operation was started with, checked: it comes from a file."""
+    settings = {} if state.started is None else state.started.settings
+    kinds = {"old": int, "new": int, "preallocation": str, "cache": str, "format": str, "step": int}
+    for name, kind in kinds.items():
+        if not isinstance(settings.get(name), kind):
+            raise Conflict(f"{home}: the log does not say with which '{name}' the resize was started")
+    if min(settings["old"], settings["new"]) < 0 or settings["step"] < 1:
+        raise Conflict(f"{home}: the log's sizes do not fit a resize")
+    return settings
+
+
+def _job(
+    layers: list[Image], settings: dict[str, Any], transfer: Transfer, *, unlinked: Sequence[tuple[int, int]] = ()
+) -> Job:
+    operation = Resize(
+        layers, transfer, settings["old"], settings["new"], settings["preallocation"], unlinked=unlinked,
+        step_bytes=settings["step"],
+    )
+    files = touched([("image", layers[0], True)])
+    return Job("resize", operation, files, layers, None, settings)
