@@ -122,7 +122,7 @@ def parse(
     if command.takes_last:
         if len(words) < 3:
             if any(word in ("-h", "--help") for word in words[1:]):
-                return arguments, True
+                return arguments, "help"
             raise usage("Not enough arguments")
         words, last = words[:-1], [words[-1]]
     scanner = _Scanner(words, permute)

@@ -106,7 +106,9 @@ def _size(text: str) -> Callable[[int], int]:
 
     sign, digits = (text[0], text[1:]) if text[:1] in ("+", "-") else ("", text)
     value = parse_size(digits, warn)
-    if value is None or value >= 1 << 64:
+    if value is not None and value >= 1 << 64:
+        raise CommandError(f"Value '{digits}' is out of range for parameter 'size'")
+    if value is None:
         raise CommandError(
             "Parameter 'size' expects a non-negative number below 2^64\n"
             "Optional suffix k, M, G, T, P or E means kilo-, mega-, giga-, tera-, peta-\n"

@@ -224,11 +224,14 @@ class Engine:
 
     def _finish_alone(self, step: Step) -> None:
         """A fence is durable, and how the fenced images look is on record, before anything relies on it; a file is
-        cut only when nothing can lead back to what lay there."""
+        cut only when nothing can lead back to what lay there, and counts as cut only then."""
+        applied, self._unconfirmed = self._unconfirmed, None
         self._sync_images()
         for image, length in step.truncate:
             self._files[image].truncate(length)
             self._files[image].sync()
+        self._unconfirmed = applied
+        self._sync_images()
         if step.name == "fence" and self._session is not None:
             self._session.record(Observed(self._session.observe(self._files)))
 

@@ -20,6 +20,7 @@ from safeimg.drivers.storage.api import FileSystem
 from safeimg.drivers.transfer.buffers import Buffers
 from safeimg.drivers.transfer.core import Transfer
 from safeimg.drivers.transfer.target import Target
+from safeimg.drivers.transfer.view import View
 from safeimg.journal.state import OperationState
 from safeimg.ops.change import unlinked_by
 from safeimg.ops.errors import Conflict
@@ -180,8 +181,11 @@ def _check(image: Image, old: int, new: int, preallocation: str, *, shrink: bool
         raise ShrinkRefused("Use the --shrink option to perform a shrink operation.")
     if image.format == "raw" and preallocation == "metadata":
         raise UsageError("Unsupported preallocation mode: metadata")
-    if image.format != "raw" and new % 512:
-        raise UsageError("The new size must be a multiple of 512")
+    planner = lookup(image.format).planner(image)  # what it refuses is refused before anything is begun
+    if new < old:
+        planner.shrink(new)
+    else:
+        planner.prepare_resize(new)
 
 
 def open_layers(fs: FileSystem, home: str, state: OperationState) -> list[Image]:
@@ -217,4 +221,5 @@ def _job(
         step_bytes=settings["step"],
     )
     files = touched([("image", layers[0], True)])
-    return Job("resize", operation, files, layers, None, settings)
+    view = View(layers, size=min(layers[0].size, settings["old"]))  # behind the old end there are zeroes
+    return Job("resize", operation, files, layers, view, settings)

@@ -72,6 +72,9 @@ class PlainPlanner:
     def exposed(self, size: int, backing_size: int) -> Sequence[tuple[int, int]]:
         return ()
 
+    def forget(self, start: int, most: int) -> int | None:
+        return None
+
     def recall(self, unlinked: Sequence[tuple[int, int]]) -> None:
         pass
 

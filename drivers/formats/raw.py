@@ -124,9 +124,6 @@ class RawPlanner(PlainPlanner):
         self._size = size
         return ()
 
-    def forget(self, start: int, most: int) -> int | None:
-        return None
-
     def take(self) -> Changes:
         return Changes()
 

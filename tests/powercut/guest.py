@@ -21,8 +21,8 @@ def write(fs: FileSystem, path: str, pieces: Iterable[tuple[int, bytes | None]],
     image = chain[0]
     planner = lookup(fmt).planner(image)
     for offset, data in pieces:
-        _apply(image, planner.reserve(16))
         length = planner.cluster_size if data is None else len(data)
+        _apply(image, planner.reserve(16 + length // planner.cluster_size))
         whole = data is None
         places = planner.zero(offset, length) if whole else planner.place(offset, length)
         view = View(chain)

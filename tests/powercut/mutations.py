@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 from unittest.mock import patch
 
+from powercut.catalogue import SCENARIOS
 from powercut.judge import Judge, Scenario, Violation
-from powercut.scenarios import SCENARIOS
 from safeimg.drivers.errors import DriverError
 from safeimg.drivers.formats.api import Changes
 from safeimg.drivers.formats.metadata import Phase

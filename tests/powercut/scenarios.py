@@ -20,7 +20,7 @@ KIB = 1024
 shadow.STEP_BYTES = STEP_BYTES  # of metadata made anew, too
 
 
-def _data(seed: int, length: int) -> bytes:
+def data(seed: int, length: int) -> bytes:
     return random.Random(seed).randbytes(length)
 
 
@@ -39,22 +39,22 @@ def _commit(top: str, **options: object) -> Callable[[Environment], Awaitable[No
 def _overlay_pieces(cluster: int) -> list[tuple[int, bytes | None]]:
     """Aligned and unaligned writes, zeroes over data, over nothing, and data over zeroes."""
     return [
-        (0, _data(11, 3 * cluster)),
-        (5 * cluster + 100, _data(12, cluster)),
+        (0, data(11, 3 * cluster)),
+        (5 * cluster + 100, data(12, cluster)),
         (9 * cluster, None),
         (20 * cluster, None),
-        (30 * cluster + 7, _data(13, 2 * cluster + 300)),
-        (40 * cluster, _data(14, cluster)),
+        (30 * cluster + 7, data(13, 2 * cluster + 300)),
+        (40 * cluster, data(14, cluster)),
     ]
 
 
 def _base_pieces(cluster: int) -> list[tuple[int, bytes | None]]:
     return [
-        (0, _data(1, 2 * cluster)),
-        (4 * cluster, _data(2, 3 * cluster)),
-        (9 * cluster, _data(3, cluster)),
+        (0, data(1, 2 * cluster)),
+        (4 * cluster, data(2, 3 * cluster)),
+        (9 * cluster, data(3, cluster)),
         (40 * cluster, None),
-        (60 * cluster + 5, _data(4, 900)),
+        (60 * cluster + 5, data(4, 900)),
     ]
 
 
@@ -73,7 +73,7 @@ def qcow2_chain(cluster: int = 4 * KIB, *, base_size: int = 256 * KIB, top_size:
 
 
 def raw_chain(fs: SimulatedFileSystem) -> None:
-    fs.write_file("/base.raw", _data(5, 128 * KIB) + bytes(64 * KIB))
+    fs.write_file("/base.raw", data(5, 128 * KIB) + bytes(64 * KIB))
     guest.create(
         fs, "/top.qcow2", "qcow2", 256 * KIB, cluster_size="4096", backing_file="base.raw", backing_fmt="raw"
     )
@@ -83,11 +83,11 @@ def raw_chain(fs: SimulatedFileSystem) -> None:
 def growing_on_larger(fs: SimulatedFileSystem) -> None:
     """Hazard 12: the base is smaller than its own backing image, whose data growing must not expose."""
     guest.create(fs, "/root.qcow2", "qcow2", 256 * KIB, cluster_size="4096")
-    guest.write(fs, "/root.qcow2", [(0, _data(6, 250 * KIB))])
+    guest.write(fs, "/root.qcow2", [(0, data(6, 250 * KIB))])
     guest.create(
         fs, "/base.qcow2", "qcow2", 90 * KIB, cluster_size="4096", backing_file="root.qcow2", backing_fmt="qcow2"
     )
-    guest.write(fs, "/base.qcow2", [(8 * KIB, _data(7, 9 * KIB))])
+    guest.write(fs, "/base.qcow2", [(8 * KIB, data(7, 9 * KIB))])
     guest.create(
         fs, "/top.qcow2", "qcow2", 256 * KIB, cluster_size="4096", backing_file="base.qcow2", backing_fmt="qcow2"
     )
@@ -99,12 +99,12 @@ def three_layers(fs: SimulatedFileSystem) -> None:
     guest.create(
         fs, "/mid.qcow2", "qcow2", 200 * KIB, cluster_size="4096", backing_file="base.qcow2", backing_fmt="qcow2"
     )
-    guest.write(fs, "/mid.qcow2", [(4 * KIB, _data(21, 30 * KIB)), (100 * KIB, None)])
+    guest.write(fs, "/mid.qcow2", [(4 * KIB, data(21, 30 * KIB)), (100 * KIB, None)])
     fs.unlink("/top.qcow2")
     guest.create(
         fs, "/top.qcow2", "qcow2", 256 * KIB, cluster_size="8192", backing_file="mid.qcow2", backing_fmt="qcow2"
     )
-    guest.write(fs, "/top.qcow2", [(0, _data(22, 5 * KIB)), (24 * KIB, None), (220 * KIB, _data(23, 9 * KIB))])
+    guest.write(fs, "/top.qcow2", [(0, data(22, 5 * KIB)), (24 * KIB, None), (220 * KIB, data(23, 9 * KIB))])
 
 
 def compressed(fs: SimulatedFileSystem) -> None:
@@ -113,7 +113,7 @@ def compressed(fs: SimulatedFileSystem) -> None:
     guest.create(
         fs, "/top.qcow2", "qcow2", 256 * KIB, cluster_size="4096", backing_file="base.qcow2", backing_fmt="qcow2"
     )
-    guest.write(fs, "/top.qcow2", [(6 * KIB, _data(31, 20 * KIB)), (40 * KIB, None), (100 * KIB, _data(32, 3 * KIB))])
+    guest.write(fs, "/top.qcow2", [(6 * KIB, data(31, 20 * KIB)), (40 * KIB, None), (100 * KIB, data(32, 3 * KIB))])
     pieces = [(200 * KIB + number * 4096, _text(50 + number, 4096)) for number in range(4)]
     guest.write_compressed(fs, "/top.qcow2", pieces)
 
@@ -124,22 +124,22 @@ MIB = 1 << 20
 def _large_pieces(fs: SimulatedFileSystem) -> None:
     """A disk of several VDI blocks, some without data."""
     guest.create(fs, "/source.qcow2", "qcow2", 4 * MIB + 1536)
-    pieces = [(100, _data(61, 70 * KIB)), (MIB + 7 * KIB, _data(62, 9000)), (3 * MIB - 512, _data(63, 1024))]
-    guest.write(fs, "/source.qcow2", [*pieces, (4 * MIB + 512, _data(64, 512)), (0, None)])
+    pieces = [(100, data(61, 70 * KIB)), (MIB + 7 * KIB, data(62, 9000)), (3 * MIB - 512, data(63, 1024))]
+    guest.write(fs, "/source.qcow2", [*pieces, (4 * MIB + 512, data(64, 512)), (0, None)])
 
 
 def _existing_vdi(fs: SimulatedFileSystem) -> None:
     """Blocks that are written anew, zeroed, or left alone."""
     _large_pieces(fs)
     guest.create(fs, "/target.vdi", "vdi", 5 * MIB)
-    guest.write(fs, "/target.vdi", [(3 * MIB, _data(65, MIB)), (MIB, _data(66, MIB))], fmt="vdi")
+    guest.write(fs, "/target.vdi", [(3 * MIB, data(65, MIB)), (MIB, data(66, MIB))], fmt="vdi")
 
 
 def vdi_chain(fs: SimulatedFileSystem) -> None:
     guest.create(fs, "/base.vdi", "vdi", 4 * MIB)
-    guest.write(fs, "/base.vdi", [(3 * MIB, _data(67, 50 * KIB)), (MIB, _data(68, 90 * KIB))], fmt="vdi")
+    guest.write(fs, "/base.vdi", [(3 * MIB, data(67, 50 * KIB)), (MIB, data(68, 90 * KIB))], fmt="vdi")
     guest.create(fs, "/top.qcow2", "qcow2", 4 * MIB, backing_file="base.vdi", backing_fmt="vdi")
-    pieces = [(100 * KIB, _data(69, 70 * KIB)), (MIB + 64 * KIB, _data(70, 100 * KIB)), (2 * MIB, _data(71, 512))]
+    pieces = [(100 * KIB, data(69, 70 * KIB)), (MIB + 64 * KIB, data(70, 100 * KIB)), (2 * MIB, data(71, 512))]
     guest.write(fs, "/top.qcow2", [*pieces, (3 * MIB, None), (64 * KIB, None)])
 
 
@@ -149,17 +149,17 @@ def subclusters(top_cluster: str = "4096", base_size: int = 256 * KIB, **base_op
         extended = {"cluster_size": "16384", "extended_l2": "on", "backing_fmt": "qcow2"}
         top = extended if top_cluster == "16384" else {"cluster_size": top_cluster, "backing_fmt": "qcow2"}
         guest.create(fs, "/root.qcow2", "qcow2", 256 * KIB, cluster_size="4096")
-        guest.write(fs, "/root.qcow2", [(0, _data(61, 250 * KIB))])
+        guest.write(fs, "/root.qcow2", [(0, data(61, 250 * KIB))])
         guest.create(fs, "/base.qcow2", "qcow2", base_size, backing_file="root.qcow2", **extended, **base_options)
         guest.write_compressed(fs, "/base.qcow2", [(48 * KIB, _text(62, 16 * KIB))])
-        pieces = [(3 * KIB + 200, _data(63, 2 * KIB)), (30 * KIB, _data(64, 5 * KIB)), (64 * KIB, None)]
-        guest.write(fs, "/base.qcow2", [*pieces, (66 * KIB, _data(65, 700)), (80 * KIB, _data(66, 16 * KIB))])
+        pieces = [(3 * KIB + 200, data(63, 2 * KIB)), (30 * KIB, data(64, 5 * KIB)), (64 * KIB, None)]
+        guest.write(fs, "/base.qcow2", [*pieces, (66 * KIB, data(65, 700)), (80 * KIB, data(66, 16 * KIB))])
         guest.create(fs, "/top.qcow2", "qcow2", 256 * KIB, backing_file="base.qcow2", **top)
         guest.write(fs, "/top.qcow2", [
-            (0, None), (1 * KIB, _data(71, 4 * KIB)), (9 * KIB, _data(72, 600)), (31 * KIB, _data(73, 9 * KIB)),
-            (50 * KIB, _data(74, 1 * KIB)), (64 * KIB, _data(75, 3 * KIB)), (80 * KIB, None),
-            (85 * KIB, _data(76, 512)), (96 * KIB, _data(77, 100)), (96 * KIB, None), (110 * KIB, _data(78, 20 * KIB)),
-            (150 * KIB + 100, _data(79, 40 * KIB)),
+            (0, None), (1 * KIB, data(71, 4 * KIB)), (9 * KIB, data(72, 600)), (31 * KIB, data(73, 9 * KIB)),
+            (50 * KIB, data(74, 1 * KIB)), (64 * KIB, data(75, 3 * KIB)), (80 * KIB, None),
+            (85 * KIB, data(76, 512)), (96 * KIB, data(77, 100)), (96 * KIB, None), (110 * KIB, data(78, 20 * KIB)),
+            (150 * KIB + 100, data(79, 40 * KIB)),
         ])
 
     return build
@@ -221,12 +221,12 @@ def _convert(source: str, target: str, fmt: str, **options: object) -> Callable[
 def _existing_target(fs: SimulatedFileSystem) -> None:
     qcow2_chain()(fs)
     guest.create(fs, "/target.qcow2", "qcow2", 256 * KIB, cluster_size="4096")
-    guest.write(fs, "/target.qcow2", [(0, _data(41, 20 * KIB)), (50 * KIB, None), (100 * KIB, _data(42, 9 * KIB))])
+    guest.write(fs, "/target.qcow2", [(0, data(41, 20 * KIB)), (50 * KIB, None), (100 * KIB, data(42, 9 * KIB))])
 
 
 def _existing_raw(fs: SimulatedFileSystem) -> None:
     qcow2_chain()(fs)
-    fs.write_file("/target.raw", _data(43, 256 * KIB))
+    fs.write_file("/target.raw", data(43, 256 * KIB))
 
 
 def _backed_target(fs: SimulatedFileSystem) -> None:
@@ -287,7 +287,7 @@ def _two_bases(fs: SimulatedFileSystem) -> None:
     """The header's names cross the end of its first sector: the table of feature names, and a long file name."""
     qcow2_chain()(fs)
     for name in ("/other.raw", f"/{'o' * 200}.raw"):
-        fs.write_file(name, _data(51, 256 * KIB))
+        fs.write_file(name, data(51, 256 * KIB))
     fs.unlink("/top.qcow2")
     guest.create(
         fs, "/top.qcow2", "qcow2", 512 * KIB, cluster_size="8192", backing_file="base.qcow2", backing_fmt="qcow2"
@@ -354,7 +354,7 @@ def _two_snapshots(compressed: bool = False, **options: str) -> Callable[[Simula
     zeroed again; with `compressed`, clusters that share a host cluster."""
 
     def build(fs: SimulatedFileSystem) -> None:
-        fs.write_file("/root.raw", _data(60, 200 * KIB))
+        fs.write_file("/root.raw", data(60, 200 * KIB))
         cluster = int(options.setdefault("cluster_size", "4096"))
         guest.create(
             fs, "/disk.qcow2", "qcow2", 160 * cluster, backing_file="root.raw", backing_fmt="raw", **options
@@ -366,10 +366,10 @@ def _two_snapshots(compressed: bool = False, **options: str) -> Callable[[Simula
         guest.snapshot(fs, "/disk.qcow2", "first")
         guest.write(fs, "/disk.qcow2", _overlay_pieces(cluster))
         if compressed:
-            guest.write(fs, "/disk.qcow2", [(81 * cluster + 9, _data(61, 90)), (83 * cluster, None)])
+            guest.write(fs, "/disk.qcow2", [(81 * cluster + 9, data(61, 90)), (83 * cluster, None)])
             guest.write_compressed(fs, "/disk.qcow2", [(120 * cluster, _text(62, cluster))])
         guest.snapshot(fs, "/disk.qcow2", "second")
-        guest.write(fs, "/disk.qcow2", [(2 * cluster, _data(63, 700)), (60 * cluster, None), (150 * cluster, b"last")])
+        guest.write(fs, "/disk.qcow2", [(2 * cluster, data(63, 700)), (60 * cluster, None), (150 * cluster, b"last")])
 
     return build
 
@@ -426,5 +426,3 @@ SNAPSHOTS = [
     ),
     Scenario("snapshot -d, the last", _last_snapshot, _snapshot("delete", "only"), "/disk.qcow2", "/disk.qcow2", DISK),
 ]
-
-SCENARIOS = [*COMMITS, *CONVERSIONS, *CHANGES, *AMENDMENTS, *SNAPSHOTS]

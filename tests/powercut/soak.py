@@ -13,8 +13,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from powercut.catalogue import SCENARIOS
 from powercut.judge import Counter, Judge, Scenario, Violation
-from powercut.scenarios import SCENARIOS
 
 QEMU_EVERY = 40  # states between two that qemu-img judges too
 AGAIN_EVERY = 25  # states between two whose recovery is crashed again

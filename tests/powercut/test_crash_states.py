@@ -5,9 +5,10 @@ from __future__ import annotations
 import random
 
 import pytest
+from powercut.catalogue import SCENARIOS
 from powercut.judge import Judge, Violation
 from powercut.mutations import MUTATIONS, broken
-from powercut.scenarios import SCENARIOS, Scenario
+from powercut.scenarios import Scenario
 
 SEED = 1
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import trio
 from powercut import guest
-from powercut.judge import Judge, Look, Scenario, environment, sidecars
-from powercut.scenarios import SCENARIOS, STEP_BYTES
+from powercut.catalogue import SCENARIOS
+from powercut.judge import STEP_BYTES, Judge, Look, Scenario, environment, sidecars
 from safeimg.drivers.errors import DriverError, SyncFailed
 from safeimg.drivers.formats.chain import close_chain, open_chain
 from safeimg.drivers.formats.registry import lookup

@@ -72,6 +72,9 @@ class VdiPlanner(PlainPlanner):
     def resize(self, size: int) -> Sequence[Changes]:
         raise UnsupportedError(NO_RESIZE)
 
+    def shrink(self, size: int) -> Sequence[Changes]:
+        raise UnsupportedError(NO_RESIZE)
+
     def take(self) -> Changes:
         patches, length = self._view.take()
         return Changes(patches.allocate, patches.link, length)

@@ -1,0 +1,8 @@
+"""All scenarios."""
+
+from __future__ import annotations
+
+from powercut.resizes import RESIZES
+from powercut.scenarios import AMENDMENTS, CHANGES, COMMITS, CONVERSIONS, SNAPSHOTS
+
+SCENARIOS = [*COMMITS, *CONVERSIONS, *CHANGES, *AMENDMENTS, *SNAPSHOTS, *RESIZES]

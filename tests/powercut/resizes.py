@@ -1,0 +1,54 @@
+"""Resizes whose crash states are judged."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+
+from powercut import guest
+from powercut.judge import STEP_BYTES, Scenario
+from powercut.scenarios import KIB, data, growing_on_larger, qcow2_chain
+from safeimg.drivers.storage.simulated import SimulatedFileSystem
+from safeimg.ops.launch import Environment
+from safeimg.ops.resize import resize
+
+
+def _resize(path: str, size: int, **options: object) -> Callable[[Environment], Awaitable[None]]:
+    async def run(env: Environment) -> None:
+        await resize(env, path, lambda _: size, step_bytes=STEP_BYTES, **options)  # type: ignore[arg-type]
+
+    return run
+
+
+def _raw(fs: SimulatedFileSystem) -> None:
+    fs.write_file("/disk.raw", data(61, 64 * KIB))
+
+
+def _full(fs: SimulatedFileSystem) -> None:
+    """Every cluster in use: there are several L2 tables to forget."""
+    guest.create(fs, "/base.qcow2", "qcow2", 256 * KIB, cluster_size="512")
+    guest.write(fs, "/base.qcow2", [(0, data(62, 256 * KIB))])
+
+
+BASE = (("/base.qcow2", "qcow2"),)
+RAW = (("/disk.raw", "raw"),)
+
+RESIZES = [
+    Scenario("resize", qcow2_chain(), _resize("/base.qcow2", 9000 * KIB), "/base.qcow2", None, BASE),
+    Scenario(
+        "resize over a larger base", growing_on_larger, _resize("/base.qcow2", 300 * KIB), "/base.qcow2", None, BASE
+    ),
+    *(
+        Scenario(
+            f"resize --preallocation={mode}", growing_on_larger,
+            _resize("/base.qcow2", 180 * KIB, preallocation=mode), "/base.qcow2", None, BASE,
+        )
+        for mode in ("metadata", "full")
+    ),
+    Scenario("resize --shrink", _full, _resize("/base.qcow2", 70 * KIB, shrink=True), "/base.qcow2", None, BASE),
+    Scenario("resize, raw", _raw, _resize("/disk.raw", 200 * KIB), "/disk.raw", None, RAW),
+    Scenario(
+        "resize --preallocation=falloc, raw", _raw, _resize("/disk.raw", 200 * KIB, preallocation="falloc"),
+        "/disk.raw", None, RAW,
+    ),
+    Scenario("resize --shrink, raw", _raw, _resize("/disk.raw", 20 * KIB, shrink=True), "/disk.raw", None, RAW),
+]
