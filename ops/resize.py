@@ -15,7 +15,9 @@ import trio
 from safeimg.drivers.errors import UsageError
 from safeimg.drivers.formats.api import Image, Patch, Placement
 from safeimg.drivers.formats.chain import close_chain, open_chain
+from safeimg.drivers.formats.naming import Blockdev, are_options, lasting, recalled
 from safeimg.drivers.formats.registry import lookup
+from safeimg.drivers.secrets import Secrets
 from safeimg.drivers.storage.api import FileSystem
 from safeimg.drivers.transfer.buffers import Buffers
 from safeimg.drivers.transfer.core import Transfer
@@ -140,7 +142,7 @@ class Resize:
 
 async def resize(
     environment: Environment,
-    filename: str,
+    filename: str | Blockdev,
     size: Callable[[int], int],
     *,
     fmt: str | None = None,
@@ -152,12 +154,13 @@ async def resize(
 ) -> None:
     """Makes the virtual disk `size(present size)` bytes large. Raises what opening raises, `UsageError` in qemu-img's
     words, `SomethingPending`, `OperationPaused`."""
-    alone = open_chain(environment.fs, filename, format=fmt, backing=False, force_share=True)
+    fs, secrets = environment.fs, environment.secrets
+    alone = open_chain(fs, filename, format=fmt, backing=False, force_share=True, secrets=secrets)
     try:
-        refuse_pending_on(environment.fs, alone[0].file.path)
+        refuse_pending_on(fs, alone[0].file.path)
     finally:
         close_chain(alone)
-    layers = open_chain(environment.fs, filename, format=fmt, write=True, cache=cache, warn=warn)
+    layers = open_chain(fs, filename, format=fmt, write=True, cache=cache, warn=warn, secrets=secrets)
     try:
         old = layers[0].size
         new = size(old)
@@ -165,7 +168,7 @@ async def resize(
         if new != old:
             settings = {
                 "old": old, "new": new, "preallocation": preallocation, "cache": cache,
-                "format": layers[0].format, "step": step_bytes,
+                "format": layers[0].format, "options": lasting(filename, fs.resolve), "step": step_bytes,
             }
             await launch(_job(layers, settings, environment.transfer), environment)
     finally:
@@ -188,12 +191,13 @@ def _check(image: Image, old: int, new: int, preallocation: str, *, shrink: bool
         planner.prepare_resize(new)
 
 
-def open_layers(fs: FileSystem, home: str, state: OperationState) -> list[Image]:
+def open_layers(fs: FileSystem, home: str, state: OperationState, secrets: Secrets) -> list[Image]:
     """See `registry.Reopener`."""
     settings = _settings(home, state)
     return open_chain(
-        fs, home, format=settings["format"], write=True, cache=settings["cache"], repair=True
-    )
+        fs, recalled(settings["options"], home), format=settings["format"], write=True, cache=settings["cache"],
+        repair=True, secrets=secrets,
+    )  # fmt: skip
 
 
 def make_job(layers: list[Image], state: OperationState, transfer: Transfer) -> Job:
@@ -208,7 +212,7 @@ def _settings(home: str, state: OperationState) -> dict[str, Any]:
     for name, kind in kinds.items():
         if not isinstance(settings.get(name), kind):
             raise Conflict(f"{home}: the log does not say with which '{name}' the resize was started")
-    if min(settings["old"], settings["new"]) < 0 or settings["step"] < 1:
+    if min(settings["old"], settings["new"]) < 0 or settings["step"] < 1 or not are_options(settings.get("options")):
         raise Conflict(f"{home}: the log's sizes do not fit a resize")
     return settings
 
