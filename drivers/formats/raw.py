@@ -29,6 +29,7 @@ from safeimg.drivers.secrets import NO_SECRETS, Secrets
 from safeimg.drivers.storage.api import File, FileSystem
 
 SECTOR = 512
+BLOCK = 4096  # no disk has larger sectors
 
 
 def _sectors(length: int) -> int:
@@ -187,7 +188,8 @@ class RawDriver(PlainDriver):
 
     def create(self, fs: FileSystem, path: str, size: int, options: Mapping[str, str], *,
                cache: str = "writeback", unfinished: str | None = None, secrets: Secrets = NO_SECRETS) -> None:
-        """A hole of `size` bytes; with preallocation `falloc` its space is reserved, with `full` written."""
+        """A hole of `size` bytes; with preallocation `falloc` its space is reserved, with `full` written. The first
+        block is there in any case, as with QEMU: what alignment O_DIRECT needs shows only where there is data."""
         preallocation = storage_preallocation(path, options)
         length = _sectors(size)
         file = fs.create(path, cache=cache)
@@ -197,6 +199,8 @@ class RawDriver(PlainDriver):
                 file.preallocate(0, length, keep_size=False)
             elif preallocation == "full":
                 file.write_zeroes(0, length, unmap=False)
+            else:
+                file.pwrite(0, bytes(min(length, BLOCK)))
         finally:
             file.close()
 
