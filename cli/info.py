@@ -63,7 +63,7 @@ def _describe(image: Mapping[str, Any]) -> Iterator[str]:
     yield f"image: {image['filename']}"
     yield f"file format: {image['format']}"
     yield f"virtual size: {human_size(size)} ({size} bytes)"
-    yield f"disk size: {human_size(image['actual-size'])}"
+    yield f"disk size: {human_size(image['actual-size']) if 'actual-size' in image else 'unavailable'}"
     if "encrypted" in image:
         yield "encrypted: yes"
     if "cluster-size" in image:
@@ -71,8 +71,9 @@ def _describe(image: Mapping[str, Any]) -> Iterator[str]:
     if image["dirty-flag"]:
         yield "cleanly shut down: no"
     if "backing-filename" in image:
-        backing, full = image["backing-filename"], image["full-backing-filename"]
-        yield f"backing file: {backing}" + (f" (actual path: {full})" if full != backing else "")
+        backing, full = image["backing-filename"], image.get("full-backing-filename")
+        actual = "cannot determine actual path" if full is None else f"actual path: {full}"
+        yield f"backing file: {backing}" + (f" ({actual})" if full != backing else "")
         if "backing-filename-format" in image:
             yield f"backing file format: {image['backing-filename-format']}"
     if "snapshots" in image:

@@ -5,10 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from safeimg.drivers.errors import UsageError
 from safeimg.drivers.formats.api import Image
 from safeimg.drivers.formats.chain import InfiniteLoop, backing_filename, close_chain, open_chain
 from safeimg.drivers.formats.features import SnapshotEntry
-from safeimg.drivers.formats.naming import FILE_DRIVERS, Blockdev, Value, from_filename, shown
+from safeimg.drivers.formats.naming import (
+    FILE_DRIVERS,
+    PROTOCOLS,
+    STRONG,
+    Blockdev,
+    Value,
+    from_filename,
+    shown,
+)
 from safeimg.drivers.formats.registry import lookup
 from safeimg.drivers.formats.snapshots import entries
 from safeimg.drivers.secrets import NO_SECRETS, Secrets
@@ -54,38 +63,52 @@ def info(
             status = image.file.stat()
             if (status.device, status.inode) in seen:
                 raise InfiniteLoop(f"Backing file '{name}' creates an infinite loop.")
-            seen.add((status.device, status.inode))
+            if status.inode:
+                seen.add((status.device, status.inode))
             options = (from_filename(name) if isinstance(name, str) else name).options
             found.append(_describe(image, options))
             backing = image.backing_file if chain else None
-            name = None if backing is None else backing_filename(image.file.path, backing)
+            name = None if backing is None else _below(image, backing)
             fmt = image.backing_format
         finally:
             close_chain(images)
     return found
 
 
+def _below(image: Image, backing: str) -> str:
+    try:
+        return backing_filename(image.file.path, backing)
+    except UsageError:
+        raise UsageError(
+            f"Could not determine absolute backing filename, but backing filename '{backing}' present"
+        ) from None
+
+
 def _describe(image: Image, options: Mapping[str, Value]) -> dict[str, Any]:
     """`options`: what it was opened with."""
     driver = lookup(image.format)
-    format = str(options["driver"]) if options.get("driver") in FILE_DRIVERS else image.format
-    strong = [option.name for option in driver.runtime_options if option.strong]
+    format = str(options["driver"]) if options.get("driver") in (*FILE_DRIVERS, *PROTOCOLS) else image.format
+    strong = STRONG.get(format) or [option.name for option in driver.runtime_options if option.strong]
     status = image.file.stat()
     header = getattr(image, "header", None)
     members: dict[str, Any] = {
         "virtual-size": image.size,
         "filename": shown(options, format, strong),
         "format": format,
-        "actual-size": status.allocated,
         "dirty-flag": bool(getattr(header, "is_dirty", False)),
     }
     if image.cipher is not None:
         members["encrypted"] = True
+    if status.allocated >= 0:
+        members["actual-size"] = status.allocated
     if image.cluster_size > 1:
         members["cluster-size"] = image.cluster_size
     if image.backing_file is not None:
         members["backing-filename"] = image.backing_file
-        members["full-backing-filename"] = backing_filename(image.file.path, image.backing_file)
+        try:
+            members["full-backing-filename"] = backing_filename(image.file.path, image.backing_file)
+        except UsageError:
+            pass  # it lies in no folder that the name could start at
         if image.backing_format is not None:
             members["backing-filename-format"] = image.backing_format
     snapshots = [snapshot_members(entry) for entry in entries(image)]

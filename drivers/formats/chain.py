@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import posixpath
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from safeimg.drivers.errors import DriverError, FormatError, StorageError, UnsupportedError, UsageError
@@ -14,11 +14,12 @@ from safeimg.drivers.formats.naming import (
     Blockdev,
     Options,
     Value,
+    below,
     from_filename,
     protocol,
 )
 from safeimg.drivers.formats.protocols import Access, open_file, refuse_unknown, take_access
-from safeimg.drivers.formats.registry import lookup, probe
+from safeimg.drivers.formats.registry import lookup, names, probe
 from safeimg.drivers.secrets import NO_SECRETS, Secrets
 from safeimg.drivers.storage.api import FileStat, FileSystem
 
@@ -65,7 +66,7 @@ def open_chain(
             try:
                 if layer is None:
                     named = from_filename(filename) if isinstance(filename, str) else filename
-                    layer = _Layer(named.text, Options(named.options), format)
+                    layer = _Layer(named.text, Options(_below_format(named.options)), format)
                 image = opener.open(layer, writes(depth, layer.name))
                 images.append(image)
                 found = _next_layer(layer, image, backing)
@@ -89,9 +90,12 @@ def close_chain(images: list[Image]) -> None:
 
 
 def backing_filename(overlay: str, backing: str) -> str:
-    """What an overlay's backing file name means: relative names start at the overlay's directory."""
+    """What an overlay's backing file name means: relative names start at the overlay's directory. `UsageError` if it
+    has none: copies of it lie in several."""
     if backing.startswith("/") or protocol(backing) is not None:
         return backing
+    if not overlay:
+        raise UsageError("Cannot generate a base directory for quorum nodes")
     base = overlay[len("file:"):] if protocol(overlay) == "file" else overlay
     return posixpath.join(posixpath.dirname(base), backing)
 
@@ -115,6 +119,17 @@ class _Layer:
     name: str  # what messages and callers call it
     options: Options
     format: str | None  # overrides the options'
+
+
+def _below_format(options: Mapping[str, Value]) -> Mapping[str, Value]:
+    """Options that put blkdebug on top of an image of some format, with blkdebug below the format instead: what it
+    watches is the same, and what is asked of the image reaches its format."""
+    if options.get("driver") != "blkdebug" or options.get("image.driver") not in names():
+        return options
+    own = {f"file.{key}": value for key, value in options.items() if not key.startswith("image.")}
+    image = below(options, "image")
+    file = {f"file.image.{key}": value for key, value in below(image, "file").items()}
+    return {key: value for key, value in image.items() if not key.startswith("file.")} | own | file
 
 
 def _next_layer(layer: _Layer, image: Image, wanted: bool) -> _Layer | None:

@@ -20,7 +20,7 @@ Value = str | int | float | bool | None
 
 FILE_DRIVERS = ("file", "host_device", "host_cdrom")  # of local files and block devices
 
-# Protocols that QEMU knows and safeimg does not handle yet
+# Protocols that QEMU knows; `protocols.py` opens some of them
 PROTOCOLS = frozenset((
     "blkdebug", "blklogwrites", "blkreplay", "blkverify", "cloop", "compress", "copy-before-write", "copy-on-read",
     "dmg", "fat", "ftp", "ftps", "gluster", "gluster+rdma", "gluster+tcp", "gluster+unix", "http", "https", "io_uring",
@@ -28,7 +28,10 @@ PROTOCOLS = frozenset((
     "quorum", "rbd", "replication", "ssh", "throttle", "vvfat",
 ))  # fmt: skip
 # The order of members in file names that QEMU writes (that of its hash table)
-_ORDER = ("offset", "encrypt.key-secret", "driver", "size", "file")
+_ORDER = (
+    "offset", "encrypt.key-secret", "read-zeroes", "children", "config", "image", "driver", "size", "vote-threshold",
+    "file",
+)  # fmt: skip
 _SIZE_ERROR = (
     "Parameter '{}' expects a non-negative number below 2^64\n"
     "Optional suffix k, M, G, T, P or E means kilo-, mega-, giga-, tera-, peta-\n"
@@ -54,7 +57,7 @@ class Blockdev:
         return replace(self, options={**self.options, self._path_key(): path})
 
     def _path_key(self) -> str:
-        found = [key for key in self.options if re.fullmatch(r"(file\.)*filename", key)]
+        found = [key for key in self.options if re.fullmatch(r"((file|image)\.)*filename", key)]
         return max(found, key=len, default="file.filename")
 
 def local_name(name: str | Blockdev) -> str:
@@ -147,12 +150,8 @@ def shown(options: Mapping[str, Value], driver: str, strong: Sequence[str]) -> s
 
     `strong`: which of the driver's options change what the guest sees."""
     found = _members(options, driver, strong)
-    if driver in FILE_DRIVERS:
-        return plain(str(found["filename"]))
-    file = found["file"]
-    if found.keys() == {"driver", "file"} and file["driver"] in FILE_DRIVERS:
-        return plain(file["filename"])
-    return "json:" + json_text(found)
+    name = _plain_name(found)
+    return "json:" + json_text(found) if name is None else name
 
 
 def plain(path: str) -> str:
@@ -160,14 +159,63 @@ def plain(path: str) -> str:
     return path if protocol(path) is None else f"./{path}"
 
 
+def _plain_name(found: Mapping[str, Any]) -> str | None:
+    """The file name that says all that the members say; None if there is none."""
+    match found:
+        case {"driver": str(driver), "filename": str(path)} if driver in FILE_DRIVERS:
+            return plain(path)
+        case {"driver": "null-co" | "null-aio" as driver} if len(found) == 1:
+            return f"{driver}://"
+        case {"driver": "blkdebug", "image": dict(image)} if found.keys() <= {"driver", "config", "image"}:
+            name = _plain_name(image)
+            return None if name is None else f"blkdebug:{found.get('config', '')}:{name}"
+        case {"driver": str(), "file": dict(file)} if len(found) == 2:
+            return _plain_name(file)
+    return None
+
+
+# Options of protocols that change what a guest sees, and the names of what lies below them
+STRONG = {
+    "raw": ("offset", "size"),
+    "null-co": ("read-zeroes", "size"),
+    "null-aio": ("read-zeroes", "size"),
+    "blkdebug": ("config",),
+    "quorum": ("vote-threshold", "blkverify", "rewrite-corrupted", "read-pattern"),
+}  # fmt: skip
+
+
 def _members(options: Mapping[str, Value], driver: str, strong: Sequence[str]) -> dict[str, Any]:
+    """What `options` say of a driver and all below it, without what only says how it is opened."""
+    found: dict[str, Any] = {}
     if driver in FILE_DRIVERS:
         return {"driver": driver, "filename": str(options.get("filename"))}
-    found: dict[str, Any] = {name: value for name, value in options.items() if name in strong}
-    child = below(options, "file")
+    if driver == "blkdebug":
+        name = str(options.get("filename", ""))
+        if name:
+            _, config, name = name.split(":", 2)
+            options = {"config": config} if config else {}
+            options |= {f"image.{key}": value for key, value in below(from_filename(name).options, "file").items()}
+        found |= {key: value for key, value in options.items() if key.startswith(("inject-error.", "set-state."))}
+    found |= {name: value for name, value in options.items() if name in strong}
     found["driver"] = driver
-    found["file"] = _members(child, str(child.get("driver", "file")), ("offset", "size"))
-    return {name: found[name] for name in sorted(found, key=_ORDER.index)}
+    if driver == "quorum":
+        children = below(options, "children")
+        count = len({key.partition(".")[0] for key in children})
+        found["children"] = [_child(children, str(number)) for number in range(count)]
+    elif driver not in ("null-co", "null-aio"):
+        place = "image" if driver == "blkdebug" else "file"
+        found[place] = _child(options, place)
+    return {name: found[name] for name in sorted(found, key=_position)}
+
+
+def _child(options: Mapping[str, Value], place: str) -> dict[str, Any]:
+    child = below(options, place)
+    driver = str(child.get("driver", "file"))
+    return _members(child, driver, STRONG.get(driver, ()))
+
+
+def _position(name: str) -> int:
+    return _ORDER.index(name) if name in _ORDER else _ORDER.index("driver")
 
 
 class Options:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from safeimg.drivers.errors import UnsupportedError, UsageError
-from safeimg.drivers.formats.naming import FILE_DRIVERS, PROTOCOLS, Options, Value
+from safeimg.drivers.formats.naming import FILE_DRIVERS, PROTOCOLS, Options, Value, below, from_filename
 from safeimg.drivers.storage.api import File, FileStat, FileSystem
 
 _FORMATS = frozenset((
@@ -68,7 +68,7 @@ def open_file(
     values: Mapping[str, Value],
     access: Access,
     *,
-    seen: Callable[[FileStat], None] = lambda found: None,
+    seen: Callable[[FileStat], object] = lambda found: None,
 ) -> File:
     """Opens the file that `values` describe. `seen` is told of a local file that exists, and may refuse it.
 
@@ -79,6 +79,12 @@ def open_file(
         return _local(fs, driver, options, access, seen)
     if driver == "raw":
         return _window(fs, options, access, seen)
+    if driver in ("null-co", "null-aio"):
+        return _null(driver, options, access)
+    if driver == "blkdebug":
+        return _blkdebug(fs, options, access, seen)
+    if driver == "quorum":
+        return _quorum(fs, options, access, seen)
     if driver in _FORMATS:
         raise UnsupportedError(f"An image inside a {driver} image is not supported yet")
     if driver in PROTOCOLS:
@@ -87,7 +93,7 @@ def open_file(
 
 
 def _local(
-    fs: FileSystem, driver: str, options: Options, access: Access, seen: Callable[[FileStat], None]
+    fs: FileSystem, driver: str, options: Options, access: Access, seen: Callable[[FileStat], object]
 ) -> File:
     access = take_access(options, access)
     path = options.text("filename")
@@ -115,7 +121,7 @@ def _local(
     )
 
 
-def _window(fs: FileSystem, options: Options, access: Access, seen: Callable[[FileStat], None]) -> File:
+def _window(fs: FileSystem, options: Options, access: Access, seen: Callable[[FileStat], object]) -> File:
     """A part of another file, as raw's options name it."""
     from safeimg.drivers.storage.window import Window
 
@@ -132,6 +138,84 @@ def _window(fs: FileSystem, options: Options, access: Access, seen: Callable[[Fi
         return Window(file, offset, check_window(file.length(), offset, size))
     except BaseException:
         file.close()
+        raise
+
+
+def _null(driver: str, options: Options, access: Access) -> File:
+    from safeimg.drivers.storage.null import DEFAULT_SIZE, NullFile
+
+    access = take_access(options, access)
+    name = options.text("filename")
+    if name not in (None, "", f"{driver}://"):
+        raise UsageError(f"The only allowed filename for this driver is '{driver}://'")
+    size = options.size("size")
+    reads_zeroes = options.boolean("read-zeroes") or False
+    options.number("latency-ns")
+    refuse_unknown(options, driver, protocol=True)
+    return NullFile(
+        f"{driver}://", DEFAULT_SIZE if size is None else size, reads_zeroes=reads_zeroes, write=access.write
+    )
+
+
+def _blkdebug(fs: FileSystem, options: Options, access: Access, seen: Callable[[FileStat], object]) -> File:
+    from safeimg.drivers.storage.blkdebug import Blkdebug, read_rules, rules_of
+
+    access = take_access(options, access)
+    config, image = options.text("config"), options.child("image")
+    node = options.text("image")
+    if (name := options.text("filename")) is not None:
+        _, _, name = name.partition(":")
+        config, colon, name = name.partition(":")
+        if not colon:
+            raise UsageError("blkdebug requires both config file and image path")
+        image = below(from_filename(name).options, "file")
+    rules = read_rules(config) if config else []
+    rules += rules_of("inject-error", options.child("inject-error"))
+    rules += rules_of("set-state", options.child("set-state"))
+    for limit in ("align", "max-transfer", "opt-write-zero", "max-write-zero", "opt-discard", "max-discard"):
+        options.size(limit)  # safeimg's requests are as large as before
+    if node is not None:
+        raise UsageError(f"Cannot find device='{node}' nor node-name='{node}'")
+    if not image:
+        raise UsageError('A block device must be specified for "image"')
+    refuse_unknown(options, "blkdebug", protocol=True)
+    return Blkdebug(open_file(fs, image, access, seen=seen), rules)
+
+
+def _quorum(fs: FileSystem, options: Options, access: Access, seen: Callable[[FileStat], object]) -> File:
+    from safeimg.drivers.storage.quorum import Quorum
+
+    access = take_access(options, access)
+    children = options.child("children")
+    threshold = options.number("vote-threshold") or 0
+    options.boolean("blkverify")
+    options.boolean("rewrite-corrupted")
+    pattern = options.text("read-pattern")
+    numbers = sorted({key.partition(".")[0] for key in children}, key=lambda number: (len(number), number))
+    if not numbers:
+        raise UsageError("Number of provided children must be 1 or more")
+    if threshold < 1:
+        raise UsageError("Parameter 'vote-threshold' expects a value >= 1")
+    if threshold > len(numbers):
+        raise UsageError("threshold may not exceed children count")
+    if pattern not in (None, "quorum", "fifo"):
+        raise UsageError("Please set read-pattern as fifo or quorum")
+    refuse_unknown(options, "quorum")
+    if access.write:
+        raise UnsupportedError("Writing to a quorum is not supported yet")
+    files: list[File] = []
+    found: dict[tuple[int, int], FileStat] = {}  # copies may be one and the same file
+    try:
+        for number in numbers:
+            files.append(open_file(
+                fs, below(children, number), access, seen=lambda of: found.setdefault((of.device, of.inode), of),
+            ))  # fmt: skip
+        for each in found.values():
+            seen(each)
+        return Quorum(files, threshold, first_only=pattern == "fifo")
+    except BaseException:
+        for file in files:
+            file.close()
         raise
 
 

@@ -29,7 +29,7 @@ class FileStat:
     mode: int
     uid: int
     gid: int
-    allocated: int  # bytes really occupied (st_blocks × 512)
+    allocated: int  # bytes really occupied (st_blocks × 512); -1 where there is no telling
     is_device: bool
 
 
