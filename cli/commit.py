@@ -89,7 +89,10 @@ def run(command: Command, arguments: Arguments) -> int:
         await begin_or_resume(name, environment, "commit", begin)
 
     with display(arguments) as shown:
-        run_stoppable(arguments, shown, work, image=name, settings=settings)
+        run_stoppable(
+            arguments, shown, work, image=name, settings=settings,
+            io_error=lambda error: f"Block job failed: {error.strerror}",
+        )  # fmt: skip
         shown.finish()
     if not arguments.flag("quiet"):
         print("Image committed.")

@@ -28,6 +28,7 @@ from safeimg.cli.shared import (
     SOURCE_CACHE,
 )
 from safeimg.cli.values import cache_mode, warn
+from safeimg.drivers.errors import StorageError
 from safeimg.drivers.formats.naming import Blockdev, from_options
 
 _LATER = (("bitmaps", "--bitmaps"), ("salvage", "--salvage"))
@@ -172,9 +173,17 @@ def run(command: Command, arguments: Arguments) -> int:
             )
 
     with display(arguments) as shown:
-        run_stoppable(arguments, shown, work, image=target, settings=settings)
+        run_stoppable(arguments, shown, work, image=target, settings=settings, io_error=_io_error)
         shown.finish()
     return 0
+
+
+def _io_error(error: StorageError) -> str:
+    from safeimg.ops.convert_write import CopyFailed
+
+    if not isinstance(error, CopyFailed):
+        return str(error)
+    return f"error while {error.what} at byte {error.at}: {error.strerror}"
 
 
 def _check(arguments: Arguments) -> None:

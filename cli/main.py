@@ -98,9 +98,9 @@ def version_line() -> str:
 
 
 def _fail(error: CommandError) -> int:
+    """Prints the messages: before what waits to be printed on stdout, as in qemu-img, where that is not a terminal."""
     name = program_name()
     try:
-        sys.stdout.flush()
         for message in error.messages:
             print(f"{name}: {message}", file=sys.stderr)
         if error.hint:

@@ -19,10 +19,12 @@ from safeimg.drivers.formats.naming import Blockdev, local_name
 from safeimg.drivers.secrets import NO_SECRETS
 
 if TYPE_CHECKING:
+    from safeimg.drivers.errors import StorageError
     from safeimg.drivers.transfer.core import Settings
     from safeimg.ops.launch import Environment
 
 Result = TypeVar("Result")
+Failure = TypeVar("Failure", bound=Exception)
 
 PAUSED = 3  # exit code of safeimg's own commands: something is pending
 
@@ -72,13 +74,16 @@ def run_stoppable(
     image: str | Blockdev,
     settings: Settings | None = None,
     own: bool = False,
+    io_error: Callable[[StorageError], str] = str,
 ) -> Result:
     """Runs `work` with progress shown. If a signal pauses it, or it fails with something pending, says how to go on
     with `image`.
 
-    `own`: one of safeimg's own commands, whose exit codes tell that something is pending."""
+    `own`: one of safeimg's own commands, whose exit codes tell that something is pending. `io_error`: what qemu-img
+    says when a read or write fails."""
     import trio
-    from safeimg.drivers.errors import DriverError
+    from safeimg.cli.main import program_name
+    from safeimg.drivers.errors import DriverError, StorageError
     from safeimg.ops.errors import OperationPaused
 
     path = local_name(image)
@@ -90,12 +95,16 @@ def run_stoppable(
         except (OperationPaused, KeyboardInterrupt) as error:
             raise paused(path, error, stop, own) from error
         except DriverError as error:
+            if isinstance(error, StorageError) and program_name() == "qemu-img":
+                raise CommandError(io_error(error)) from error
             if not _is_pending(path):
                 raise
             raise CommandError(f"{error}; {ways_out(path)}") from error
         except BaseExceptionGroup as group:
             if only(group, (OperationPaused, KeyboardInterrupt)):
                 raise paused(path, group.exceptions[0], stop, own) from group
+            if program_name() == "qemu-img" and only(group, (StorageError,)):
+                raise CommandError(io_error(_first(group, StorageError))) from group
             raise
 
 
@@ -137,6 +146,15 @@ def environment(
 def only(group: BaseExceptionGroup[BaseException], kinds: tuple[type[BaseException], ...]) -> bool:
     """Whether a group holds nothing but these."""
     return group.split(kinds)[1] is None
+
+
+def _first(group: BaseExceptionGroup[BaseException], kind: type[Failure]) -> Failure:
+    """The first exception of a group that has no others than these, however deep it is."""
+    error: BaseException = group
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    assert isinstance(error, kind)
+    return error
 
 
 def paused(image: str, error: BaseException, stop: Stop, own: bool) -> CommandError:

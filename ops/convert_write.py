@@ -36,6 +36,15 @@ class Batch:
     moves: list[Move] = field(default_factory=list)
 
 
+class CopyFailed(StorageError):
+    """`what` ("reading" or "writing") failed at or behind guest offset `at`."""
+
+    def __init__(self, error: StorageError, what: str, at: int) -> None:
+        super().__init__(error.path, error.action, OSError(error.errno, error.strerror))
+        self.what = what
+        self.at = at
+
+
 class Space(Protocol):
     """Allocates a new file's space before it is written. Two threads that leave it to their writes slow each
     other down by a factor of up to ten (ext4, with its delayed allocation)."""
@@ -109,18 +118,28 @@ class Writer:
 
     def run(self, chunk: Chunk, buffers: BufferPool, batch: Batch, turns: Turns) -> None:
         """Writes one chunk, as far as that is possible before the step; the rest becomes moves of the
-        batch."""
+        batch. Raises `CopyFailed`."""
         window = buffers.get(chunk.length if chunk.copy else 0)
         data: list[Span] = []
         zero = list(chunk.zero)
         for span in chunk.copy:
-            self.source.read_pieces(chunk.pieces, span.start, _of(window, chunk, span))
+            try:
+                self.source.read_pieces(chunk.pieces, span.start, _of(window, chunk, span))
+            except StorageError as error:
+                raise CopyFailed(error, "reading", span.start) from error
             found, blank = self._sift(chunk, span, _of(window, chunk, span))
             data += found
             zero += blank
-        if self.compress is not None:
-            self._write_compressed(chunk, window, data, zero, buffers, batch, turns)
-            return
+        try:
+            if self.compress is not None:
+                self._write_compressed(chunk, window, data, zero, buffers, batch, turns)
+            else:
+                self._write(chunk, window, data, zero, buffers, batch, turns)
+        except StorageError as error:
+            raise CopyFailed(error, "writing", chunk.start) from error
+
+    def _write(self, chunk: Chunk, window: memoryview, data: list[Span], zero: list[Span],
+               buffers: BufferPool, batch: Batch, turns: Turns) -> None:
         with turns.turn(chunk.ticket):
             places = [(span, self.planner.place(span.start, span.end - span.start)) for span in data]
             blanks = [(span, self.planner.zero(span.start, span.end - span.start)) for span in zero]

@@ -16,6 +16,7 @@ from safeimg.drivers.formats.naming import (
     Value,
     below,
     from_filename,
+    plain,
     protocol,
 )
 from safeimg.drivers.formats.protocols import Access, open_file, refuse_unknown, take_access
@@ -97,7 +98,7 @@ def backing_filename(overlay: str, backing: str) -> str:
     if not overlay:
         raise UsageError("Cannot generate a base directory for quorum nodes")
     base = overlay[len("file:"):] if protocol(overlay) == "file" else overlay
-    return posixpath.join(posixpath.dirname(base), backing)
+    return posixpath.join(posixpath.dirname(plain(base)), backing)
 
 
 def local_path(filename: str) -> str:

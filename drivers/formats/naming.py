@@ -154,6 +154,11 @@ def shown(options: Mapping[str, Value], driver: str, strong: Sequence[str]) -> s
     return "json:" + json_text(found) if name is None else name
 
 
+def is_protocol(driver: str) -> bool:
+    """Whether this is no image format, but where images lie."""
+    return driver in FILE_DRIVERS or driver in PROTOCOLS
+
+
 def plain(path: str) -> str:
     """A path as a file name that is not taken for a protocol's."""
     return path if protocol(path) is None else f"./{path}"
@@ -169,8 +174,8 @@ def _plain_name(found: Mapping[str, Any]) -> str | None:
         case {"driver": "blkdebug", "image": dict(image)} if found.keys() <= {"driver", "config", "image"}:
             name = _plain_name(image)
             return None if name is None else f"blkdebug:{found.get('config', '')}:{name}"
-        case {"driver": str(), "file": dict(file)} if len(found) == 2:
-            return _plain_name(file)
+        case {"driver": str(), "file": {"driver": str(driver), **_file}} if len(found) == 2 and is_protocol(driver):
+            return _plain_name(found["file"])
     return None
 
 

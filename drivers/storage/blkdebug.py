@@ -40,7 +40,7 @@ _KNOWN = {
     _SET: ("event", "state", "new_state"),
 }
 _GROUP = re.compile(r'\[([a-z-]+)(?: "[^"]*")?\]')
-_SETTING = re.compile(r'([a-z_]+) = "([^"]*)"')
+_SETTING = re.compile(r'(\S+)\s+=\s*"([^"]*)"')
 
 
 @dataclass(frozen=True, slots=True)
