@@ -68,7 +68,7 @@ def _describe(image: Mapping[str, Any]) -> Iterator[str]:
         yield "encrypted: yes"
     if "cluster-size" in image:
         yield f"cluster_size: {image['cluster-size']}"
-    if image["dirty-flag"]:
+    if image.get("dirty-flag"):
         yield "cleanly shut down: no"
     if "backing-filename" in image:
         backing, full = image["backing-filename"], image.get("full-backing-filename")

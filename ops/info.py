@@ -95,8 +95,9 @@ def _describe(image: Image, options: Mapping[str, Value]) -> dict[str, Any]:
         "virtual-size": image.size,
         "filename": shown(options, format, strong),
         "format": format,
-        "dirty-flag": bool(getattr(header, "is_dirty", False)),
     }
+    if not format.startswith("null-"):  # which have nothing that could be dirty
+        members["dirty-flag"] = bool(getattr(header, "is_dirty", False))
     if image.cipher is not None:
         members["encrypted"] = True
     if status.allocated >= 0:

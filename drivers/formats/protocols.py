@@ -178,8 +178,13 @@ def _blkdebug(fs: FileSystem, options: Options, access: Access, seen: Callable[[
         raise UsageError(f"Cannot find device='{node}' nor node-name='{node}'")
     if not image:
         raise UsageError('A block device must be specified for "image"')
-    refuse_unknown(options, "blkdebug", protocol=True)
-    return Blkdebug(open_file(fs, image, access, seen=seen), rules)
+    file = open_file(fs, image, access, seen=seen)
+    try:
+        refuse_unknown(options, "blkdebug", protocol=True)
+    except UsageError:
+        file.close()
+        raise
+    return Blkdebug(file, rules)
 
 
 def _quorum(fs: FileSystem, options: Options, access: Access, seen: Callable[[FileStat], object]) -> File:

@@ -1,17 +1,19 @@
-"""Images in what is no file of this machine: null-co, blkdebug, quorum. Everything printed is compared with qemu-img."""
+"""Images in what is no file of this machine: null-co, blkdebug, quorum. What is printed is compared with qemu-img."""
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
-from conftest import needs_qemu
 from safeimg.drivers.errors import StorageError, SyncFailed, UsageError
 from safeimg.drivers.storage.blkdebug import Blkdebug, Rule, read_rules, rules_of
 from safeimg.drivers.storage.file import LocalFileSystem
 from safeimg.drivers.storage.null import NullFile
 from safeimg.drivers.storage.quorum import Quorum
 from twin import assert_same, qemu_img, qemu_io
+
+needs_qemu = pytest.mark.skipif(shutil.which("qemu-io") is None, reason="qemu-utils are not installed")
 
 FILE = '{"driver": "file", "filename": "%s"}'
 COPIES = f'"children": [{FILE % "top.qcow2"}, {FILE % "copy.qcow2"}]'
