@@ -17,6 +17,7 @@ from safeimg.ops.create_options import for_driver, formatting, parse_options
 from safeimg.ops.errors import SomethingPending
 from safeimg.ops.session import refuse_pending_on
 
+_NO_SIZE = (1 << 64) - 1  # qemu-img takes it for none
 _OWN_BACKING = "Error: Trying to create an image with the same filename as the backing file"
 
 
@@ -87,12 +88,10 @@ def _create(
         backing_size = _look_at_backing(fs, request, path, values["backing_file"], values.get("backing_fmt"))
         if backing_size is not None:
             values.setdefault("size", str(backing_size))
-    if "size" not in values:
+    if "size" not in values or int(values["size"]) == _NO_SIZE:
         raise UsageError("Image creation needs a size parameter")
     say(formatting(request.filename, driver.name, driver.create_options, values))
     size = int(values["size"])
-    if size >> 63:
-        raise UsageError("Could not resize image: Image size cannot be negative")
     if "backing_fmt" in values and "backing_file" not in values:
         _check_backing_format(values["backing_fmt"])
         raise UsageError("Backing format cannot be used without backing file")

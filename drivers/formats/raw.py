@@ -5,9 +5,11 @@ and what it lacks reads as zeroes. """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from errno import EINVAL
 
-from safeimg.drivers.errors import UnsupportedError, UsageError
+from safeimg.drivers.errors import StorageError, UnsupportedError, UsageError
 from safeimg.drivers.formats.api import (
     PLAIN,
     Changes,
@@ -192,6 +194,8 @@ class RawDriver(PlainDriver):
         block is there in any case, as with QEMU: what alignment O_DIRECT needs shows only where there is data."""
         preallocation = storage_preallocation(path, options)
         length = _sectors(size)
+        if length >> 63:
+            raise StorageError(path, "truncate", OSError(EINVAL, os.strerror(EINVAL)))
         file = fs.create(path, cache=cache)
         try:
             file.truncate(length)

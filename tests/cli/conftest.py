@@ -24,6 +24,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.skip("qemu-img and qemu-io are not installed")
     folder = tmp_path_factory.mktemp("images")
     _plain(folder)
+    _vdi(folder)
     _chains(folder)
     _damaged(folder)
     for path in folder.rglob("*"):  # what a file occupies is only certain once it is written
@@ -78,6 +79,27 @@ def _plain(folder: Path) -> None:
     (folder / "nothing.raw").write_bytes(b"")
     (folder / 'weird "name" é.qcow2').write_bytes((folder / "small.qcow2").read_bytes())
     (folder / "folder").mkdir()
+
+
+def _vdi(folder: Path) -> None:
+    """Dynamic and static images, an overlay of one, and copies with one thing wrong each."""
+    _img(folder, "create", "-q", "-f", "vdi", "small.vdi", "5000k")
+    qemu_io(folder, "-f", "vdi", "-c", "write -P 5 3M 20k", "-c", "write -P 3 100k 100", "small.vdi")
+    _img(folder, "create", "-q", "-f", "vdi", "-o", "static=on", "static.vdi", "3M")
+    qemu_io(folder, "-f", "vdi", "-c", "write -P 7 1100k 70k", "static.vdi")
+    _create(folder, "on-vdi.qcow2", "6M", "-b", "small.vdi", "-F", "vdi")
+    qemu_io(folder, "-c", "write -P 8 3M 64k", "-c", "write -P 8 5M 1k", "on-vdi.qcow2")
+    good = (folder / "small.vdi").read_bytes()
+    for name, *changes in (
+        ("count.vdi", (0x184, 3)),
+        ("twice.vdi", (0x200, 1)),
+        ("too-far.vdi", (0x208, 7), (0x20C, 0xFFFFFFFE)),
+        ("version.vdi", (0x44, 0x20000)),
+    ):
+        data = bytearray(good)
+        for offset, value in changes:
+            struct.pack_into("<I", data, offset, value)
+        (folder / name).write_bytes(data)
 
 
 def _chains(folder: Path) -> None:

@@ -54,6 +54,13 @@ IMAGES = [
     "cluster-bits.qcow2",
     "missing.qcow2",
     "folder",
+    "small.vdi",
+    "static.vdi",
+    "on-vdi.qcow2",
+    "count.vdi",
+    "twice.vdi",
+    "too-far.vdi",
+    "version.vdi",
 ]
 
 COMMANDS = [
@@ -242,6 +249,34 @@ convert --t
 convert --b
 convert small.qcow2 small.qcow2
 convert -O qcow2 missing1 missing2 b
+compare small.vdi on-vdi.qcow2
+compare -s small.vdi twice.vdi
+compare -f vdi small.raw small.vdi
+commit small.vdi
+commit on-vdi.qcow2
+convert -c -O vdi small.qcow2 b
+convert -B small.vdi -F vdi -O vdi small.qcow2 b
+convert -O vdi -o backing_file=b small.qcow2 b
+convert -O vdi -o preallocation=metadata small.qcow2 b
+convert -O qcow2 -o preallocation=foo small.qcow2 b
+convert -O vdi -o help a b
+convert -n -c -O vdi small.qcow2 static.vdi
+convert -n -O vdi ten.raw static.vdi
+create -f vdi -o help
+create -f vdi -o help b
+create -f vdi b
+create -f vdi b 1P
+create -f vdi b 9223372036854775807
+create -f vdi -o size=9E b
+create -f vdi -o size=18446744073709551615 b
+create -f vdi -o static=x b 1M
+create -f vdi -o nocow=on,static=on,extent_size_hint=1M,preallocation=metadata b 1M
+create -f vdi -o preallocation=foo b 1M
+create -f vdi -b small.vdi -F vdi b
+create -f qcow2 -o size=9E b
+create -f qcow2 b 9223372036854775807
+create -f qcow2 b 9223372036854775296
+create -f raw -o size=9E b
 create
 create b
 create --foo

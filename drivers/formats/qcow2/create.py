@@ -62,6 +62,7 @@ from safeimg.drivers.storage.api import File, FileSystem
 
 SECTOR = 512
 CHUNK = 1 << 20
+MAX_SIZE = (1 << 63) - (1 << 30)  # bytes of any disk, to QEMU
 DEFAULT_CLUSTER_SIZE = 65536
 
 _VERSIONS = {"1.1": 3, "v3": 3, "0.10": 2, "v2": 2}
@@ -108,7 +109,12 @@ def create(fs: FileSystem, path: str, size: int, options: Mapping[str, str], *, 
     that is to fill the image; until `finish_patch` is applied, no other program takes it.
     """
     check_names(path, options, CREATE_OPTIONS)
-    header = _header(path, -(-size // SECTOR) * SECTOR, options)
+    size = -(-size // SECTOR) * SECTOR
+    if size >> 63:
+        raise UsageError(f"{path}: Could not resize image: Image size cannot be negative")
+    if size > MAX_SIZE:
+        raise UsageError(f"{path}: Could not resize image: offset({size}) exceeds maximum({MAX_SIZE})")
+    header = _header(path, size, options)
     preallocation = choice_option(path, options, "preallocation", ("off", "metadata", "falloc", "full"))
     if preallocation != "off" and header.backing_file is not None and not header.extended_l2:
         raise UsageError(
