@@ -13,6 +13,7 @@ from safeimg.cli.values import trace
 _MODULES = {
     "create": "create",
     "amend": "amend",
+    "bitmap": "bitmap",
     "info": "info",
     "check": "check",
     "compare": "compare",

@@ -9,6 +9,7 @@ A command's module says what its actions are; from there on all commands are ali
 
 from __future__ import annotations
 
+import os
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -24,11 +25,12 @@ from safeimg.drivers.transfer.digest import Written, digests
 from safeimg.journal.state import OperationState
 from safeimg.ops.errors import Conflict
 from safeimg.ops.launch import Environment, Job, launch
-from safeimg.ops.session import refuse_pending_on, touched
+from safeimg.ops.session import DATA_FILE, refuse_pending_on, touched
 from safeimg.ops.steps import Step
 
 Action = Callable[[Image, Planner], Iterable[Changes]]
 Settings = Mapping[str, Any]
+SOURCE = "source"  # the role of an image that is only read
 
 
 class Change:
@@ -98,9 +100,9 @@ class Changing:
     """A command that changes one image by actions; implements `registry.Reopener`.
 
     `actions` makes them from the settings, which are JSON-like and come from a log when an operation is resumed: it
-    raises `Conflict` for settings that make no sense."""
+    raises `Conflict` for settings that make no sense. It gets the images that are only read besides, if there are."""
 
-    def __init__(self, command: str, actions: Callable[[Settings], Sequence[Action]]) -> None:
+    def __init__(self, command: str, actions: Callable[..., Sequence[Action]]) -> None:
         self._command = command
         self._actions = actions
 
@@ -113,11 +115,15 @@ class Changing:
         fmt: str | None = None,
         cache: str = "writeback",
         warn: Callable[[str], None] | None = None,
-        check: Callable[[Image], None] = lambda image: None,
+        sources: Sequence[tuple[str | Blockdev, str | None]] = (),
+        check: Callable[..., bool | None] = lambda *images: None,
         backing: bool = False,
     ) -> None:
-        """Changes the image, which `check` may refuse before anything is begun, as does a backing image that is not
-        there, with `backing`. Raises what opening raises, `SomethingPending`, `OperationPaused`."""
+        """Changes the image. `sources`: names and formats of images that are read, each without its backing images.
+
+        `check` may refuse the image, given with the sources, before anything is begun, or find that there is nothing
+        to do (False); `backing` refuses an image whose backing image is not there. Raises what opening raises,
+        `SomethingPending`, `OperationPaused`."""
         fs, secrets = environment.fs, environment.secrets
         layers = open_chain(fs, filename, format=fmt, backing=backing, force_share=True, secrets=secrets)
         try:
@@ -128,20 +134,35 @@ class Changing:
             fs, filename, format=fmt, write=True, cache=cache, backing=False, warn=warn, secrets=secrets
         )
         try:
-            check(layers[0])
-            opened = {"cache": cache, "format": layers[0].format, "options": lasting(filename, fs.resolve)}
-            job = self._job(layers, {**settings, **opened})
-            await launch(job, environment)
+            for name, source_format in sources:
+                layers += open_chain(fs, name, format=source_format, backing=False, secrets=secrets)
+            if check(*layers) is not False:
+                names = zip([name for name, _ in sources], layers[1:], strict=True)
+                opened = {
+                    "cache": cache, "format": layers[0].format, "options": lasting(filename, fs.resolve),
+                    "sources": [[image.format, lasting(name, fs.resolve)] for name, image in names],
+                }  # fmt: skip
+                await launch(self._job(layers, {**settings, **opened}), environment)
         finally:
             close_chain(layers)
 
     def open_layers(self, fs: FileSystem, home: str, state: OperationState, secrets: Secrets) -> list[Image]:
         """See `registry.Reopener`."""
         settings = _settings(home, state)
-        return open_chain(
+        layers = open_chain(
             fs, recalled(settings["options"], home), format=settings["format"], write=True, cache=settings["cache"],
             backing=False, repair=True, secrets=secrets,
         )  # fmt: skip
+        try:
+            folder = os.path.dirname(fs.resolve(home))
+            paths = [image.path for image in state.declared.images if image.role == SOURCE]
+            for path, (fmt, options) in zip(paths, settings["sources"], strict=True):
+                name = recalled(options, os.path.join(folder, path))
+                layers += open_chain(fs, name, format=fmt, backing=False, secrets=secrets)
+        except BaseException:
+            close_chain(layers)
+            raise
+        return layers
 
     def make_job(self, layers: list[Image], state: OperationState, transfer: Transfer) -> Job:
         """See `registry.Reopener`."""
@@ -150,8 +171,8 @@ class Changing:
 
     def _job(self, layers: list[Image], settings: Settings, unlinked: Sequence[tuple[int, int]] = ()) -> Job:
         image = layers[0]
-        operation = Change(self._command, image, self._actions(settings), unlinked=unlinked)
-        files = touched([("image", image, True)])
+        operation = Change(self._command, image, self._actions(settings, *layers[1:]), unlinked=unlinked)
+        files = touched([("image", image, True), *((SOURCE, source, False) for source in layers[1:])])
         return Job(self._command, operation, files, layers, None, settings)
 
 
@@ -166,6 +187,20 @@ def _settings(home: str, state: OperationState) -> Settings:
     for name in ("cache", "format"):
         if not isinstance(settings.get(name), str):
             raise Conflict(f"{home}: the log does not say with which '{name}' the operation was started")
-    if len(state.declared.images) != 1 or not are_options(settings.get("options")):
+    sources = settings.get("sources")
+    images = [image.role for image in state.declared.images if image.role != DATA_FILE]
+    if (
+        not are_options(settings.get("options"))
+        or not isinstance(sources, list)
+        or not all(_is_source(source) for source in sources)
+        or images != ["image"] + [SOURCE] * len(sources)
+    ):
         raise Conflict(f"{home}: the log's images do not fit a {state.declared.command}")
     return settings
+
+
+def _is_source(value: object) -> bool:
+    match value:
+        case [str(), options]:
+            return are_options(options)
+    return False

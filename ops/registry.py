@@ -31,6 +31,7 @@ class Reopener(Protocol):
 # Imported when asked for.
 _MODULES = {
     "amend": "safeimg.ops.amend",
+    "bitmap": "safeimg.ops.bitmap",
     "commit": "safeimg.ops.commit_job",
     "convert": "safeimg.ops.convert_job",
     "rebase": "safeimg.ops.rebase",

@@ -15,7 +15,7 @@ from safeimg.drivers.secrets import NO_SECRETS, Secrets
 from safeimg.drivers.storage.api import Buffer, File, FileSystem
 
 if TYPE_CHECKING:
-    from safeimg.drivers.formats.features import Amending, Measuring, Rebasing, Snapshotting
+    from safeimg.drivers.formats.features import Amending, Bitmapping, Measuring, Rebasing, Snapshotting
 
 
 class Kind(Enum):
@@ -290,6 +290,7 @@ class Driver(Protocol):
     runtime_options: Sequence[RuntimeOption]
     rebasing: Rebasing | None  # what only some formats can do: see `features.py`
     snapshots: Snapshotting | None
+    bitmaps: Bitmapping | None
 
     @property
     def amending(self) -> Amending | None: ...

@@ -124,3 +124,58 @@ class Snapshotting(Protocol):
         ...
 
     def delete(self, image: Image, planner: Planner, entry: SnapshotEntry) -> Iterable[Changes]: ...
+
+
+class BitmapState(NamedTuple):
+    """A persistent bitmap, without its bits."""
+
+    name: str
+    granularity: int  # guest bytes that one bit stands for
+    enabled: bool  # writes are recorded in it
+    inconsistent: bool  # it was not saved properly: its bits mean nothing
+
+
+class BitmapBits(Protocol):
+    """The bits of a persistent bitmap: bit n is bit n % 8 (the lowest is 0) of byte n // 8."""
+
+    @property
+    def granularity(self) -> int:
+        """Guest bytes that one bit stands for."""
+        ...
+
+    @property
+    def size(self) -> int:
+        """Guest bytes that the bitmap covers."""
+        ...
+
+    def read(self, start: int, length: int) -> bytes:
+        """`length` of its bytes from byte `start` on; zeroes behind its end. `FormatError` where it is damaged."""
+        ...
+
+
+class WantedBitmap(NamedTuple):
+    """A persistent bitmap as it is to be."""
+
+    state: BitmapState
+    kept: bool  # it begins with the bits that the image has under this name; else all are clear
+    merged: Sequence[BitmapBits] = ()  # bits to be set besides, of whatever granularity
+
+
+class Bitmapping(Protocol):
+    """Formats with persistent bitmaps."""
+
+    def listed(self, image: Image) -> Sequence[BitmapState]:
+        """The image's bitmaps, in the image's order. `FormatError` if their directory is damaged."""
+        ...
+
+    def bits(self, image: Image, name: str) -> BitmapBits:
+        """Of a bitmap that is `listed`. `FormatError` if its table is damaged."""
+        ...
+
+    def refusal(self, image: Image, name: str, granularity: int) -> str | None:
+        """Why such a bitmap cannot be stored in this image, in QEMU's words; None if it can."""
+        ...
+
+    def store(self, image: Image, planner: Planner, wanted: Sequence[WantedBitmap]) -> Iterable[Changes]:
+        """Makes the image's bitmaps those that are wanted, in this order. Nothing, where they are already."""
+        ...

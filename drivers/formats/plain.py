@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from safeimg.drivers.errors import UnsupportedError
 from safeimg.drivers.formats.api import Changes, Extent, Image, Patch, Placement, RuntimeOption
-from safeimg.drivers.formats.features import Amending, Measuring, Rebasing, Snapshotting
+from safeimg.drivers.formats.features import Amending, Bitmapping, Measuring, Rebasing, Snapshotting
 from safeimg.drivers.storage.api import Buffer, File
 
 
@@ -99,6 +99,7 @@ class PlainDriver:
     """The part of `api.Driver` that a plain format answers with nothing."""
 
     rebasing: Rebasing | None = None
+    bitmaps: Bitmapping | None = None
     amending: Amending | None = None
     measuring: Measuring | None = None
     runtime_options: Sequence[RuntimeOption] = ()

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from safeimg.drivers.formats.api import Changes, Image
 from safeimg.drivers.formats.chain import close_chain, open_chain
+from safeimg.drivers.formats.features import BitmapState, WantedBitmap
 from safeimg.drivers.formats.registry import lookup
 from safeimg.drivers.storage.api import FileSystem
 from safeimg.drivers.transfer.view import View
@@ -70,6 +71,30 @@ def snapshot(fs: FileSystem, path: str, name: str) -> None:
             image.file.pwrite(offset, content)
         _apply(image, changes)
     image.file.sync_all()
+    close_chain(chain)
+
+
+def bitmaps(fs: FileSystem, path: str, wanted: Iterable[tuple[str, int, bool]]) -> None:
+    """Adds bitmaps given as (name, granularity, enabled)."""
+    chain = open_chain(fs, path, write=True, backing=False)
+    states = [WantedBitmap(BitmapState(name, size, enabled, False), False) for name, size, enabled in wanted]
+    planner = lookup("qcow2").planner(chain[0])
+    feature = lookup("qcow2").bitmaps
+    assert feature is not None
+    for changes in feature.store(chain[0], planner, states):
+        _apply(chain[0], changes)
+    _apply(chain[0], planner.release())
+    chain[0].file.sync_all()
+    close_chain(chain)
+
+
+def mark(fs: FileSystem, path: str, ranges: list[tuple[int, int]]) -> None:
+    """Sets bits of the enabled bitmaps, without writing data."""
+    chain = open_chain(fs, path, write=True, backing=False)
+    planner = lookup("qcow2").planner(chain[0])
+    _apply(chain[0], planner.reserve(planner.marking_clusters(ranges)))
+    _apply(chain[0], planner.mark_dirty(ranges))
+    chain[0].file.sync_all()
     close_chain(chain)
 
 

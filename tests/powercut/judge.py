@@ -18,6 +18,7 @@ from blake3 import blake3
 from safeimg.drivers.errors import DriverError
 from safeimg.drivers.formats.api import Image
 from safeimg.drivers.formats.chain import close_chain, open_chain
+from safeimg.drivers.formats.features import BitmapState
 from safeimg.drivers.formats.registry import lookup
 from safeimg.drivers.formats.snapshots import entries, load
 from safeimg.drivers.storage.powercut import CrashState, crash_states, power_cut
@@ -29,6 +30,7 @@ from safeimg.journal.errors import JournalError
 from safeimg.journal.history import MemoryHistory
 from safeimg.journal.log import read_events
 from safeimg.journal.state import fold
+from safeimg.ops.bitmap_plan import listed
 from safeimg.ops.errors import Impossible, OperationError, SomethingPending
 from safeimg.ops.info import snapshot_members
 from safeimg.ops.launch import Environment
@@ -79,6 +81,7 @@ class Look:
     size: int
     backing: tuple[str | None, str | None]
     leaks: int
+    bitmaps: tuple[tuple[BitmapState, bytes], ...]
     details: object
     snapshots: object  # what is listed of each, and its content
 
@@ -112,7 +115,8 @@ class Look:
                 (snapshot_members(entry), entry.disk_size, cls._content(load(chain, f"snapshot.id={entry.id}")))
                 for entry in entries(chain[0])
             ]
-            return cls(data, chain[0].size, backing, leaks, driver.specific_info(chain[0]), snapshots)
+            bitmaps = tuple((state, _bits(chain[0], state)) for state in listed(chain[0]))
+            return cls(data, chain[0].size, backing, leaks, bitmaps, driver.specific_info(chain[0]), snapshots)
         finally:
             close_chain(chain)
 
@@ -132,6 +136,14 @@ def _lost_blocks(fmt: str, messages: str) -> int:
     an error in the words of its check."""
     found = re.fullmatch(r"ERROR: allocated blocks mismatch, is (\d+), should be (\d+)\n?", messages)
     return 0 if fmt != "vdi" or found is None else max(0, int(found[2]) - int(found[1]))
+
+
+def _bits(image: Image, state: BitmapState) -> bytes:
+    """All bits of a bitmap; of an inconsistent one they mean nothing."""
+    feature = lookup(image.format).bitmaps
+    if feature is None or state.inconsistent:
+        return b""
+    return feature.bits(image, state.name).read(0, -(-image.size // (8 * state.granularity)))
 
 
 @dataclass

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import random
 from collections.abc import Awaitable, Callable
+from unittest import mock
 
 from powercut import guest
 from powercut.judge import STEP_BYTES, Scenario
-from safeimg.drivers.formats.qcow2 import shadow
+from safeimg.drivers.formats.qcow2 import bitmap_store, shadow
 from safeimg.drivers.storage.simulated import SimulatedFileSystem
 from safeimg.ops import snapshot
 from safeimg.ops.amend import amend
+from safeimg.ops.bitmap import change_bitmaps
+from safeimg.ops.bitmap_plan import BitmapAction
 from safeimg.ops.commit_job import commit
 from safeimg.ops.convert import Options, convert
 from safeimg.ops.launch import Environment
@@ -304,10 +307,49 @@ def _rebase_unsafe(backing: str | None) -> Callable[[Environment], Awaitable[Non
 
 TOP = (("/top.qcow2", "qcow2"),)
 
+
+def _bitmaps(*actions: BitmapAction, source: str | None = None) -> Callable[[Environment], Awaitable[None]]:
+    async def run(env: Environment) -> None:
+        with mock.patch.object(bitmap_store, "STEP_BYTES", 1):  # so small, merged bits take several steps
+            await change_bitmaps(env, "/top.qcow2", actions, source=source)
+
+    return run
+
+
+def with_bitmaps(fs: SimulatedFileSystem) -> None:
+    """Two bitmaps with bits, one without; an image of another cluster size has bitmaps of other granularities."""
+    _two_bases(fs)
+    guest.bitmaps(fs, "/top.qcow2", [("fine", 512, True), ("coarse", 16 * KIB, True), ("off", 4 * KIB, False)])
+    guest.mark(fs, "/top.qcow2", [(0, 3 * KIB), (100 * KIB, 70 * KIB)])
+    guest.create(fs, "/other.qcow2", "qcow2", 512 * KIB, cluster_size="512")
+    guest.bitmaps(fs, "/other.qcow2", [("fine", 512, True), ("coarse", 64 * KIB, True)])
+    guest.mark(fs, "/other.qcow2", [(5 * KIB, 500), (300 * KIB, 150 * KIB)])
+
+
 CHANGES = [
     Scenario("rebase -u", _two_bases, _rebase_unsafe("other.raw"), "/top.qcow2", "/top.qcow2", TOP),
     Scenario("rebase -u, long name", _two_bases, _rebase_unsafe("o" * 200 + ".raw"), "/top.qcow2", "/top.qcow2", TOP),
     Scenario("rebase -u onto nothing", _two_bases, _rebase_unsafe(None), "/top.qcow2", "/top.qcow2", TOP),
+    *(
+        Scenario(f"bitmap {name}", build, _bitmaps(*actions, source=source), "/top.qcow2", "/top.qcow2", TOP)
+        for name, build, actions, source in (
+            ("--add, the first", _two_bases, [BitmapAction("add", "new")], None),
+            ("--add --disable", with_bitmaps, [BitmapAction("add", "new"), BitmapAction("disable", "new")], None),
+            ("--remove", with_bitmaps, [BitmapAction("remove", "coarse")], None),
+            ("--remove, of all", with_bitmaps, [BitmapAction("remove", n) for n in ("fine", "coarse", "off")], None),
+            ("--clear", with_bitmaps, [BitmapAction("clear", "fine")], None),
+            ("--enable", with_bitmaps, [BitmapAction("enable", "off")], None),
+            ("--merge", with_bitmaps, [BitmapAction("merge", "off", source="fine")], None),
+            (
+                "--add --merge -b", with_bitmaps,
+                [
+                    BitmapAction("add", "new", 2 * KIB), BitmapAction("merge", "new", source="coarse"),
+                    BitmapAction("merge", "new", source="fine"), BitmapAction("merge", "fine", source="fine"),
+                ],
+                "/other.qcow2",
+            ),
+        )
+    ),
 ]
 
 def _with_zeroes(**options: str) -> Callable[[SimulatedFileSystem], None]:

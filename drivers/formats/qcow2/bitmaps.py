@@ -27,6 +27,7 @@ MAX_GRANULARITY_BITS = 31
 MAX_DIRECTORY_ENTRY = 24 + MAX_NAME + 1  # as QEMU counts: padded to a multiple of 8
 MAX_DIRECTORY_BYTES = 1024 * MAX_BITMAPS
 MAX_TABLE_ENTRIES = 0x8000000
+MAX_BITMAP_BYTES = 512 << 20  # of bits, in whole clusters
 
 _ENTRY = struct.Struct(">QIIBBHI")
 
@@ -57,6 +58,16 @@ class Bitmap:
     def enabled(self) -> bool:
         """Every write to the virtual disk has to be recorded in it."""
         return bool(self.flags & AUTO)
+
+
+def directory_entry(bitmap: Bitmap) -> bytes:
+    """An entry of the bitmap directory as stored."""
+    name = os.fsencode(bitmap.name)
+    entry = _ENTRY.pack(
+        bitmap.bitmap_table_offset, bitmap.bitmap_table_size, bitmap.flags, DIRTY_TRACKING,
+        bitmap.granularity_bits, len(name), 0,
+    ) + name
+    return entry + bytes(-len(entry) % 8)
 
 
 def table_entries(size: int, granularity_bits: int, cluster_bits: int) -> int:
@@ -131,6 +142,7 @@ def _parse_entry(path: str, header: Header, data: bytes, position: int, start: i
         or not table_offset
         or table_offset % header.cluster_size
         or table_offset + 8 * table_size >= 1 << 63
+        or table_size << header.cluster_bits > MAX_BITMAP_BYTES
     ):
         raise FormatError(path, f"Bitmap '{name}' doesn't satisfy the constraints", offset=start + position)
     return Bitmap(table_offset, table_size, flags, granularity_bits, name, start + position, length)

@@ -17,7 +17,17 @@ from safeimg.drivers.formats.api import (
     Planner,
     RuntimeOption,
 )
-from safeimg.drivers.formats.features import Amending, Measuring, Rebasing, SnapshotEntry, Snapshotting
+from safeimg.drivers.formats.features import (
+    Amending,
+    BitmapBits,
+    Bitmapping,
+    BitmapState,
+    Measuring,
+    Rebasing,
+    SnapshotEntry,
+    Snapshotting,
+    WantedBitmap,
+)
 from safeimg.drivers.formats.qcow2.header import MAGIC, UNFINISHED
 from safeimg.drivers.formats.qcow2.image import Qcow2Image, open_image
 from safeimg.drivers.formats.qcow2.runtime import RUNTIME_OPTIONS, apply_runtime
@@ -95,12 +105,40 @@ class Qcow2Snapshotting:
         return delete(own_planner(planner), _own_entry(entry))
 
 
+class Qcow2Bitmapping:
+    """Implements `formats.features.Bitmapping`."""
+
+    def listed(self, image: Image) -> Sequence[BitmapState]:
+        return [
+            BitmapState(bitmap.name, bitmap.granularity, bitmap.enabled, bitmap.in_use)
+            for bitmap in own_image(image).bitmaps
+        ]
+
+    def bits(self, image: Image, name: str) -> BitmapBits:
+        from safeimg.drivers.formats.qcow2.bitmapping import bits_of
+
+        return bits_of(own_image(image), name)
+
+    def refusal(self, image: Image, name: str, granularity: int) -> str | None:
+        from safeimg.drivers.formats.qcow2.bitmapping import refusal
+
+        return refusal(own_image(image), name, granularity)
+
+    def store(
+        self, image: Image, planner: Planner, wanted: Sequence[WantedBitmap]
+    ) -> Iterable[Changes]:
+        from safeimg.drivers.formats.qcow2.bitmap_store import store
+
+        return store(own_planner(planner), wanted)
+
+
 class Qcow2Driver:
     """Implements `formats.api.Driver`."""
 
     name = "qcow2"
     rebasing: Rebasing | None = Qcow2Rebasing()
     snapshots: Snapshotting | None = Qcow2Snapshotting()
+    bitmaps: Bitmapping | None = Qcow2Bitmapping()
 
     @property
     def measuring(self) -> Measuring | None:

@@ -47,23 +47,40 @@ def rewrite_header(planner: Qcow2Planner, wanted: Header) -> Iterator[Changes]:
 
     The table of feature names is written anew or, where it has no room, left out. Raises `UnsupportedError` if the
     extensions that matter do not fit into the first sector."""
+    yield from stage_header(planner, wanted)
+    switch_header(planner, wanted)
+    yield planner.take()
+
+
+def stage_header(planner: Qcow2Planner, wanted: Header) -> Iterator[Changes]:
+    """The changes before the last one of `rewrite_header`: what is left is to switch the first sector. Nothing else
+    is planned meanwhile. Raises `UnsupportedError`."""
     path, view = planner.path, planner.view
     cluster = view.read(0, planner.cluster_size)
-    current = parse_header_cluster(cluster, path, unfinished=True)
     target = _lay_out(path, cluster, wanted)
-    if target[SECTOR:] != cluster[SECTOR:]:
-        bare = replace(current, extensions=_without_names(current))
-        if backing_name_offset(bare) > SECTOR:
-            raise UnsupportedError(f"{path}: the header's extensions do not fit into its first sector")
-        view.write(0, serialise(bare)[:SECTOR], Phase.LINK)
-        changes = planner.take()
-        if changes:
-            yield changes
-        view.write(SECTOR, target[SECTOR:], Phase.LINK)
-        yield planner.take()
-    view.write(0, target[:SECTOR], Phase.LINK)
-    planner.header = parse_header_cluster(target, path, unfinished=True)
+    if target[SECTOR:] == cluster[SECTOR:]:
+        return
+    current = parse_header_cluster(cluster, path, unfinished=True)
+    bare = replace(current, extensions=_without_names(current))
+    if backing_name_offset(bare) > SECTOR:
+        raise UnsupportedError(f"{path}: the header's extensions do not fit into its first sector")
+    view.write(0, serialise(bare)[:SECTOR], Phase.LINK)
+    changes = planner.take()
+    if changes:
+        yield changes
+    view.write(SECTOR, target[SECTOR:], Phase.LINK)
     yield planner.take()
+
+
+def switch_header(planner: Qcow2Planner, wanted: Header) -> None:
+    """Plans the switch of the first sector, after `stage_header` for a header that differs from `wanted` in nothing
+    that is longer or shorter."""
+    cluster = planner.view.read(0, planner.cluster_size)
+    target = _lay_out(planner.path, cluster, wanted)
+    if target[SECTOR:] != cluster[SECTOR:]:
+        raise RuntimeError(f"{planner.path}: the header was not staged")
+    planner.view.write(0, target[:SECTOR], Phase.LINK)
+    planner.header = parse_header_cluster(target, planner.path, unfinished=True)
 
 
 def _without_names(header: Header) -> tuple[Extension, ...]:
@@ -89,7 +106,7 @@ def _lay_out(path: str, cluster: bytes, wanted: Header) -> bytes:
             if target[old.start:old.stop] == kept or not any(_overlap(old, used) for used in in_use):
                 target[old.start:old.stop] = kept
                 return bytes(target)
-    raise UnsupportedError(f"{path}: no room in the header for both the old and the new backing file name")
+    raise UnsupportedError(f"{path}: no room in the header's cluster for all that it would have to hold")
 
 
 def _name(cluster: bytes) -> range:
