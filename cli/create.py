@@ -67,6 +67,7 @@ def run(command: Command, arguments: Arguments) -> int:
         arguments.last("backing"),
         arguments.last("backing-format"),
         arguments.flag("unsafe"),
+        secrets=arguments.secrets,
     )
     create(
         filesystem(),

@@ -7,22 +7,22 @@ This module judges what was asked for and opens the images, in qemu-img's order 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import trio
 from safeimg.drivers.errors import DriverError, LockError, StorageError, UsageError
 from safeimg.drivers.formats.api import Driver, Image
 from safeimg.drivers.formats.chain import close_chain, local_path, open_chain
-from safeimg.drivers.formats.naming import Blockdev, lasting
+from safeimg.drivers.formats.naming import Blockdev, from_filename, lasting
 from safeimg.drivers.formats.snapshots import load
 from safeimg.drivers.secrets import NO_SECRETS, Secrets
 from safeimg.drivers.storage.api import FileSystem
 from safeimg.drivers.transfer.core import Transfer
 from safeimg.ops.convert_job import compressor, job_of
 from safeimg.ops.convert_steps import PAGE, STEP_BYTES, STEP_SECONDS
-from safeimg.ops.create import format_driver, make_durable, settle_pending
-from safeimg.ops.create_options import for_driver, parse_options
+from safeimg.ops.create import files_of, format_driver, make_durable, settle_pending
+from safeimg.ops.create_options import for_driver, is_on, parse_options
 from safeimg.ops.launch import Environment, Job, launch
 from safeimg.ops.session import refuse_pending_on
 
@@ -136,7 +136,7 @@ def _writes_existing(fs: FileSystem, options: Options) -> bool:
 
 
 def _open_target(fs: FileSystem, options: Options, secrets: Secrets, *, unfinished: bool) -> list[Image]:
-    format = options.format if isinstance(options.target, str) else options.target_format
+    format = options.format if isinstance(options.target, str) or unfinished else options.target_format
     return open_chain(
         fs, options.target, format=format, write=True, cache=options.cache, repair=unfinished, secrets=secrets
     )
@@ -177,6 +177,7 @@ def _into_new(
     else:
         settle_pending(fs, path, supersede)
     existed = fs.stat(path) is not None
+    new = [name for name in files_of(path, asked) if fs.stat(name) is None]
     began = False
     try:
         try:
@@ -184,10 +185,14 @@ def _into_new(
                 # Creating empties the file, and must not do so to one that somebody uses.
                 fs.open(path, write=True, locking=True).close()
             began = True
-            driver.create(fs, path, size, asked, cache=options.cache, unfinished="convert")
+            driver.create(
+                fs, path, size, asked, cache=options.cache, unfinished="convert", secrets=secrets
+            )
         except DriverError as error:
             raise _while_converting(options, error) from error
-        make_durable(fs, path, options.cache)
+        for name in files_of(path, asked):
+            make_durable(fs, name, options.cache)
+        options = _unlocking(options, asked)
         target = _open_target(fs, options, secrets, unfinished=True)
         try:
             return _job(fs, options, transfer, chains, target, created=True)
@@ -195,9 +200,19 @@ def _into_new(
             close_chain(target)
             raise
     except BaseException:
-        if began and not existed and fs.stat(path) is not None:
-            fs.unlink(path)
+        for name in new if began else ():
+            if fs.stat(name) is not None:
+                fs.unlink(name)
         raise
+
+
+def _unlocking(options: Options, asked: Mapping[str, str]) -> Options:
+    """The same, with the secret of a target that was made with one."""
+    if "encrypt.key-secret" not in asked or not isinstance(options.target, str):
+        return options
+    named = from_filename(options.target)
+    opening = {**named.options, "encrypt.key-secret": asked["encrypt.key-secret"]}
+    return replace(options, target=replace(named, options=opening))
 
 
 def _creation(options: Options, *, several: bool) -> tuple[Driver, dict[str, str]]:
@@ -226,6 +241,8 @@ def _creation(options: Options, *, several: bool) -> tuple[Driver, dict[str, str
             raise UsageError("Compression not supported for this file format")
         if values.get("preallocation", "off") != "off":
             raise UsageError("Compression and preallocation not supported at the same time")
+        if is_on(values.get("encryption")) or "encrypt.format" in values:
+            raise UsageError("Compression and encryption not supported at the same time")
     return driver, for_driver(driver.create_options, values)
 
 
@@ -233,8 +250,8 @@ def _refuse_source(fs: FileSystem, options: Options, path: str, chains: Iterable
     """A source, or a backing image of one, must not be emptied to become the target."""
     target = fs.stat(path)
     for layer in (layer for chain in chains for layer in chain):
-        own = layer.file.stat()
-        if target is not None and (own.device, own.inode) == (target.device, target.inode):
+        own = [layer.file.stat(), layer.data.stat()]
+        if target is not None and (target.device, target.inode) in [(found.device, found.inode) for found in own]:
             held = f'Failed to get "write" lock\nIs another process using the image [{path}]?'
             raise _while_converting(options, LockError(held))
 

@@ -228,11 +228,14 @@ class Writer:
             part[:] = content[low - span.start : high - span.start]
         return whole
 
-    def _put(self, offset: int, content: memoryview, guest: int, batch: Batch) -> None:
-        """Writes `content`, which is lost."""
+    def _put(self, offset: int, content: memoryview, guest: int | None, batch: Batch) -> None:
+        """Writes `content`, which is lost. `guest`: its guest offset; None for what is never encrypted."""
         if self.space is not None:
             self.space.cover(offset, len(content))
-        self.target.write(content, offset, guest)
+        if guest is None:
+            self.target.file.pwrite(offset, content)
+        else:
+            self.target.write(content, offset, guest)
         self.transfer.hint(self.target.file, offset, len(content))
         found = digests(content) if self.transfer.digests else b""
         batch.written.append(Written(self.image, offset, len(content), found))
@@ -260,7 +263,7 @@ class Writer:
         for span, of in plain:
             self._write_data(chunk, window, span, of, buffers, batch)
         for offset, joined in _joined(dense):
-            self._put(offset, memoryview(joined), 0, batch)  # never encrypted
+            self._put(offset, memoryview(joined), None, batch)
         for span, of in blanks:
             self._write_zeroes(span, of, buffers, batch)
 

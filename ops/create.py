@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import errno
 import posixpath
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from safeimg.drivers.errors import DriverError, FormatError, StorageError, UsageError
 from safeimg.drivers.formats.api import Driver
 from safeimg.drivers.formats.chain import OpenError, backing_filename, close_chain, local_path, open_chain
 from safeimg.drivers.formats.registry import lookup, names
+from safeimg.drivers.secrets import NO_SECRETS, Secrets
 from safeimg.drivers.storage.api import FileSystem
 from safeimg.journal.find import LogFound, find
 from safeimg.ops.create_options import for_driver, formatting, parse_options
 from safeimg.ops.errors import SomethingPending
-from safeimg.ops.session import refuse_pending_on
+from safeimg.ops.session import DATA_FILE, refuse_pending_on
 
 _NO_SIZE = (1 << 64) - 1  # qemu-img takes it for none
 _OWN_BACKING = "Error: Trying to create an image with the same filename as the backing file"
@@ -33,6 +34,7 @@ class Request:
     backing_format: str | None = None  # -F
     unsafe: bool = False  # -u: do not look at the backing image
     cache: str = "writeback"
+    secrets: Secrets = NO_SECRETS  # those that options name
 
 
 def create(
@@ -98,8 +100,10 @@ def _create(
     if "backing_fmt" in values:
         _check_backing_format(values["backing_fmt"])
     settle_pending(fs, path, supersede)
-    driver.create(fs, path, size, for_driver(driver.create_options, values), cache=request.cache)
-    make_durable(fs, path, request.cache)
+    asked = for_driver(driver.create_options, values)
+    driver.create(fs, path, size, asked, cache=request.cache, secrets=request.secrets)
+    for made in files_of(path, asked):
+        make_durable(fs, made, request.cache)
 
 
 def settle_pending(fs: FileSystem, path: str, supersede: Callable[[str], None]) -> None:
@@ -108,7 +112,8 @@ def settle_pending(fs: FileSystem, path: str, supersede: Callable[[str], None]) 
         refuse_pending_on(fs, path)
     except SomethingPending:
         found = find(fs, path)
-        if not isinstance(found, LogFound) or any(image.writes for image in found.declared.images[1:]):
+        others = found.declared.images[1:] if isinstance(found, LogFound) else ()
+        if not isinstance(found, LogFound) or any(image.writes and image.role != DATA_FILE for image in others):
             raise
         if fs.stat(path) is not None:
             fs.open(path, write=True, locking=True).close()  # somebody uses it: nothing is given up for that
@@ -151,6 +156,11 @@ def _look_at_backing(
         return layers[0].size
     finally:
         close_chain(layers)
+
+
+def files_of(path: str, options: Mapping[str, str]) -> list[str]:
+    """The files that creating an image at `path` makes: the image, and its external data file."""
+    return [path, *(local_path(options[name]) for name in ("data_file",) if name in options)]
 
 
 def make_durable(fs: FileSystem, path: str, cache: str) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import trio
-from safeimg.drivers.formats.api import Image, Placement
+from safeimg.drivers.formats.api import Changes, Image, Placement
 from safeimg.drivers.formats.registry import lookup
 from safeimg.drivers.transfer.copy import copy_fresh
 from safeimg.drivers.transfer.core import Transfer
@@ -52,7 +52,7 @@ class Filler:
         step_bytes: int = STEP_BYTES,
     ) -> None:
         self._image = images[0]
-        self._data_file = data_index(images, 0)
+        self.data_file = data_index(images, 0)
         self.planner = lookup(self._image.format).planner(self._image)
         self.planner.recall(unlinked)
         self.cluster = self.planner.cluster_size
@@ -79,7 +79,7 @@ class Filler:
                 covered = max(covered, place.start + place.length)
             else:
                 source = None if zero else place.start
-                batch.in_place(Move(self._data_file, place.offset, place.length, source, place.start))
+                batch.in_place(Move(self.data_file, place.offset, place.length, source, place.start))
         return covered
 
     def cut(self, start: int, length: int, budget: int) -> int:
@@ -90,7 +90,7 @@ class Filler:
     async def step(self, name: str, cursor: Any, done: int, view: View, batch: Batch) -> Step:
         """Copies the batch's fresh part from `view`, and makes the step of all of it."""
         fresh = await copy_fresh(
-            self._transfer, view, self._data_file, Target(self._image.data, self._image.cipher), batch.fresh,
+            self._transfer, view, self.data_file, Target(self._image.data, self._image.cipher), batch.fresh,
             granularity=self.planner.granularity,
         )
         return Step(name, cursor, done, fresh, batch.moves, [(0, self.planner.take())])
@@ -139,4 +139,7 @@ async def grow(
     *first, last = planner.resize(size)
     for changes in first:
         yield Step("size", None, 0, changes=[(0, changes)])
-    yield Step("size", after, 0, changes=[(0, last)])
+    changes_of_all = [(0, last)]
+    if filler.data_file:  # an external one is as long as the disk
+        changes_of_all.append((filler.data_file, Changes(length=size)))
+    yield Step("size", after, 0, changes=changes_of_all)

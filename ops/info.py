@@ -57,7 +57,7 @@ def info(
     seen: set[tuple[int, int]] = set()
     name: str | Blockdev | None = filename
     while name is not None:
-        images = open_chain(fs, name, format=fmt, backing=False, force_share=force_share, secrets=secrets)
+        images = open_chain(fs, name, format=fmt, backing=False, force_share=force_share, inspect=True)
         try:
             image = images[0]
             status = image.file.stat()

@@ -81,6 +81,8 @@ class _Resolver:
 
     def _own(self, depth: int, extent: Extent) -> Iterator[Entry]:
         start, length, kind, offset = extent.start, extent.length, extent.kind, extent.offset
+        if self._layers[depth].cipher is not None:
+            offset = None  # what is there is not what the guest sees
         if kind is Kind.ZERO:
             yield Entry(start, length, depth, True, True, False, offset)
         elif kind is Kind.COMPRESSED or offset is None:

@@ -41,6 +41,7 @@ async def resume(path: str, environment: Environment, *, fenced: bool = False, a
                 f"{path}: the {state.declared.command} is being rolled back, which cannot be turned around: "
                 f"finish that with 'safeimg rollback {path}'"
             )
+        _require_secrets(pending)
         await trio.to_thread.run_sync(_begin, pending, "resume", adopt, _unsettled)
         steps = [step.prepared for step in state.steps]
         await trio.to_thread.run_sync(take_back, pending.session, pending.files, _unsettled)
@@ -52,6 +53,16 @@ async def resume(path: str, environment: Environment, *, fenced: bool = False, a
         environment.transfer.progress.set_done(state.done)
         await go_on(job, environment, pending.session)
         return f"{state.declared.command} finished"
+
+
+def _require_secrets(pending: Pending) -> None:
+    """To go on, encrypted guest data has to be read and written; checking and taking back need no secret."""
+    for layer in pending.job.layers:
+        if layer.cipher is not None and not layer.cipher.ready:
+            raise Impossible(
+                f"{layer.file.path}: the image is encrypted: to go on takes its secret (--object secret,… as in the "
+                f"command that was begun); to roll back takes none"
+            )
 
 
 async def rollback(path: str, environment: Environment, *, fenced: bool = False, adopt: bool = False) -> str:

@@ -6,10 +6,10 @@ Drivers are plain synchronous code over `storage.api.File`. Offsets and lengths 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from safeimg.drivers.secrets import NO_SECRETS, Secrets
 from safeimg.drivers.storage.api import Buffer, File, FileSystem
@@ -267,7 +267,7 @@ class RuntimeOption(NamedTuple):
     """What a format can be told when an image is opened: one member of `json:{…}` and `--image-opts`."""
 
     name: str
-    kind: str = "bool"  # "bool", "size", "num", "str"
+    kind: str = "bool"  # "bool", "size", "num", "str"; "file": a file beside the image, described by members
     strong: bool = False  # changes what the guest sees: belongs to the image's name
 
 
@@ -277,6 +277,10 @@ class Opening:
 
     options: Mapping[str, str | int | bool] = field(default_factory=dict)  # those of `runtime_options` that are given
     secrets: Secrets = NO_SECRETS
+    # Options of kind "file" that are given, and what opens the file that such options describe, for the same use as
+    # the image. None: nobody will look at guest data, so neither files nor secrets are needed.
+    files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    open_file: Callable[[Mapping[str, Any]], File] | None = None
 
 
 PLAIN = Opening()

@@ -5,8 +5,17 @@ from __future__ import annotations
 import posixpath
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
-from safeimg.drivers.errors import DriverError, FormatError, StorageError, UnsupportedError, UsageError
+from safeimg.drivers.errors import (
+    DriverError,
+    FormatError,
+    SecretMissing,
+    StorageError,
+    UnsupportedError,
+    UsageError,
+)
 from safeimg.drivers.formats.api import Image, Opening, RuntimeOption
 from safeimg.drivers.formats.naming import (
     FILE_DRIVERS,
@@ -22,7 +31,8 @@ from safeimg.drivers.formats.naming import (
 from safeimg.drivers.formats.protocols import Access, open_file, refuse_unknown, take_access
 from safeimg.drivers.formats.registry import lookup, names, probe
 from safeimg.drivers.secrets import NO_SECRETS, Secrets
-from safeimg.drivers.storage.api import FileStat, FileSystem
+from safeimg.drivers.storage import locks
+from safeimg.drivers.storage.api import File, FileStat, FileSystem
 
 
 class OpenError(DriverError):
@@ -45,6 +55,7 @@ def open_chain(
     repair: bool = False,
     warn: Callable[[str], None] | None = None,
     secrets: Secrets = NO_SECRETS,
+    inspect: bool = False,
 ) -> list[Image]:
     """The image and its backing images, top first.
 
@@ -52,12 +63,13 @@ def open_chain(
     image's; it is probed if neither that nor the description names one. `write` is True to write to the top image,
     or a function of depth and filename. `backing` False opens the top alone. `repair` opens corrupt, fenced and
     dirty images for writing. `warn` gets QEMU's warning when an image to write to was guessed to be raw. `secrets`:
-    of encrypted images.
+    of encrypted images; without theirs, guest data cannot be read or written, which is refused here already unless
+    `repair` is set. `inspect`: only metadata is looked at, which needs neither secrets nor external data files.
 
     Raises `OpenError` with QEMU's message; everything opened so far is closed then.
     """
     writes = write if callable(write) else lambda depth, _name: depth == 0 and bool(write)
-    opener = _Opener(fs, cache, force_share, repair, warn, secrets)
+    opener = _Opener(fs, cache, force_share, repair, warn, secrets, inspect)
     text = filename if isinstance(filename, str) else filename.text
     images: list[Image] = []
     try:
@@ -172,13 +184,23 @@ def _file_options(options: Options, driver: str | None) -> dict[str, Value]:
     return child
 
 
-def _given(options: Options, known: Sequence[RuntimeOption], secrets: Secrets) -> Opening:
+def _given(
+    options: Options, known: Sequence[RuntimeOption], secrets: Secrets,
+    open_beside: Callable[[Mapping[str, Any]], File] | None,
+) -> Opening:  # fmt: skip
     """Takes those that the driver knows."""
     read: dict[str, Callable[[str], str | int | bool | None]] = {
         "bool": options.boolean, "size": options.size, "num": options.number, "str": options.text,
     }  # fmt: skip
-    found = {option.name: read[option.kind](option.name) for option in known}
-    return Opening({name: value for name, value in found.items() if value is not None}, secrets)
+    found = {option.name: read[option.kind](option.name) for option in known if option.kind != "file"}
+    files = {}
+    for name in (option.name for option in known if option.kind == "file"):
+        if (node := options.text(name)) is not None:
+            raise UsageError(f"Cannot find device='{node}' nor node-name='{node}'")
+        if child := options.child(name):
+            files[name] = child
+    given = {name: value for name, value in found.items() if value is not None}
+    return Opening(given, secrets, files, open_beside)
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,6 +213,7 @@ class _Opener:
     repair: bool
     warn: Callable[[str], None] | None
     secrets: Secrets
+    inspect: bool
     seen: set[tuple[int, int]] = field(default_factory=set)
 
     def open(self, layer: _Layer, write: bool) -> Image:
@@ -213,11 +236,22 @@ class _Opener:
                         "write operations on block 0 will be restricted.\n"
                         "         Specify the 'raw' format explicitly to remove the restrictions."
                     )
-            given = _given(options, driver.runtime_options, self.secrets)
-            return driver.open(file, write=write, repair=self.repair, given=given)
+            beside = None if self.inspect else partial(self._open_beside, access)
+            given = _given(options, driver.runtime_options, self.secrets, beside)
+            image = driver.open(file, write=write, repair=self.repair, given=given)
         except BaseException:
             file.close()
             raise
+        if image.cipher is not None and not image.cipher.ready and not (self.inspect or self.repair):
+            image.close()
+            raise SecretMissing("Parameter 'encrypt.key-secret' is required for cipher")
+        return image
+
+    def _open_beside(self, access: Access, values: Mapping[str, Any]) -> File:
+        file = open_file(self.fs, values, access)
+        if not access.force_share:
+            locks.lock(file, locks.DATA_WRITER if access.write else locks.DATA_READER)
+        return file
 
     def _note(self, name: str, found: FileStat) -> None:
         if (found.device, found.inode) in self.seen:

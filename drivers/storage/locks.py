@@ -60,6 +60,12 @@ RAW_WRITER: Final = Claim((CONSISTENT_READ, WRITE), ())
 RAW_RESIZER: Final = Claim((CONSISTENT_READ, WRITE, RESIZE), ())
 """`resize` of a raw image."""
 
+DATA_READER: Final = Claim((CONSISTENT_READ,), (RESIZE,))
+"""Reading an external data file."""
+
+DATA_WRITER: Final = Claim((CONSISTENT_READ, WRITE, RESIZE), (RESIZE,))
+"""Writing an external data file."""
+
 NOTHING: Final = Claim()
 
 

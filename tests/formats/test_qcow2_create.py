@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from qcow2_images import FS, needs_qemu, open_path, qemu_check, qemu_img, run
-from safeimg.drivers.errors import DriverError, FormatError, UnsupportedError, UsageError
+from safeimg.drivers.errors import DriverError, FormatError, UsageError
 from safeimg.drivers.formats.api import Kind
 from safeimg.drivers.formats.chain import OpenError, open_chain
 from safeimg.drivers.formats.options import parse_size
@@ -95,12 +95,6 @@ def test_sizes_that_are_too_large(tmp_path: Path, size: int, cluster_size: str) 
     path = tmp_path / "image.qcow2"
     expected = qemu_create(path, size, {"cluster_size": cluster_size})
     assert expected is not None and our_create(path, size, {"cluster_size": cluster_size}) == expected
-
-
-def test_unhandled_options_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UnsupportedError, match="'data_file' is not supported yet"):
-        create(FS, str(tmp_path / "image.qcow2"), 1 << 20, {"data_file": "raw"})
-    assert not (tmp_path / "image.qcow2").exists()
 
 
 @needs_qemu

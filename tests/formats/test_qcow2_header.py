@@ -140,22 +140,6 @@ def test_truncated_header_is_judged_as_by_qemu(plain: bytes, tmp_path: Path, len
 
 
 @pytest.mark.parametrize(
-    ("values", "words"),
-    [({"incompatible": 4}, "external data file"), ({"incompatible": 16},
-    "extended L2"),
-     ({"incompatible": 4, "autoclear": 2}, "external data file")],
-)
-def test_unhandled_features_are_refused(
-    plain: bytes, tmp_path: Path, values: dict[str, int], words: str
-) -> None:
-    path = tmp_path / "image.qcow2"
-    path.write_bytes(edit(plain, values))
-    file = FS.open(str(path))
-    with pytest.raises(UnsupportedError, match=words):
-        parse_header(file)
-
-
-@pytest.mark.parametrize(
     ("bits", "error"), [(1, UnsupportedError), (2, FormatError)], ids=["dirty", "corrupt"]
 )
 def test_marked_images_are_read_but_written_for_repair_only(

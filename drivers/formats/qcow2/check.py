@@ -125,6 +125,10 @@ class _Comparison:
             inside = clusters < len(self._small)
             refcount_is_one = np.zeros(len(clusters), bool)
             refcount_is_one[inside] = self._small[clusters[inside]] == 1
+            if header.has_data_file:
+                for entry in entries[entries < np.uint64(COPIED)].tolist():
+                    findings.corrupt(f"ERROR OFLAG_COPIED data cluster: l2_entry={entry:x} refcount=1")
+                continue
             copied = entries >= np.uint64(COPIED)
             # Those outside the file have refcounts too, unlikely as they are.
             for index in ((refcount_is_one != copied) | ~inside).nonzero()[0].tolist():

@@ -20,7 +20,7 @@ from array import array
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
-from safeimg.drivers.errors import FormatError, UnsupportedError, UsageError
+from safeimg.drivers.errors import FormatError, UsageError
 from safeimg.drivers.formats.api import Patch
 from safeimg.drivers.formats.options import (
     bool_option,
@@ -29,22 +29,23 @@ from safeimg.drivers.formats.options import (
     number_option,
     size_option,
 )
+from safeimg.drivers.formats.qcow2.data_file import data_file_extension, make_data_file
 from safeimg.drivers.formats.qcow2.driver import CREATE_OPTIONS
-from safeimg.drivers.formats.qcow2.encryption import secret_missing
+from safeimg.drivers.formats.qcow2.encryption import new_encryption
 from safeimg.drivers.formats.qcow2.entries import COPIED, encode_table
 from safeimg.drivers.formats.qcow2.header import (
-    AES,
     COMPRESSION_TYPE,
     EXT_BACKING_FORMAT,
     EXT_FEATURE_NAMES,
     EXTENDED_L2,
+    EXTERNAL_DATA_FILE,
     FEATURE_TABLE_MIN_CLUSTER,
     LAZY_REFCOUNTS,
-    LUKS,
     MAX_BACKING_FORMAT,
     MAX_BACKING_NAME,
     MAX_L1_BYTES,
     MAX_REFCOUNT_TABLE_BYTES,
+    RAW_EXTERNAL_DATA,
     UNFINISHED,
     UNFINISHED_BIT,
     EncryptionHeader,
@@ -67,7 +68,6 @@ DEFAULT_CLUSTER_SIZE = 65536
 
 _VERSIONS = {"1.1": 3, "v3": 3, "0.10": 2, "v2": 2}
 _NEWER = "compatibility level 1.1 and above (use version=v3 or greater)"
-_UNSUPPORTED = ("data_file",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +80,7 @@ class _Layout:
     l2_tables: int  # 0 without preallocation
     data_clusters: int
     encryption_clusters: int  # of the LUKS header
+    outside: bool  # data clusters lie in another file
 
     @property
     def l1_start(self) -> int:
@@ -92,7 +93,7 @@ class _Layout:
 
     @property
     def encryption_start(self) -> int:
-        return self.mapped_start + self.l2_tables + self.data_clusters
+        return self.mapped_start + self.l2_tables + (0 if self.outside else self.data_clusters)
 
     @property
     def total(self) -> int:
@@ -120,8 +121,11 @@ def create(fs: FileSystem, path: str, size: int, options: Mapping[str, str], *, 
         raise UsageError(
             f"{path}: Backing file and preallocation can only be used at the same time if extended_l2 is on"
         )
-    method, luks_header = _encryption(path, options, secrets)
-    layout = _lay_out(path, header, preallocation != "off", len(luks_header))
+    if header.data_file_is_raw and header.backing_file is not None:
+        raise UsageError(f"{path}: Backing file and data-file-raw cannot be used at the same time")
+    method, luks_header = new_encryption(path, options, secrets)
+    # A raw data file is all allocated from the beginning.
+    layout = _lay_out(path, header, preallocation != "off" or header.data_file_is_raw, len(luks_header))
     if luks_header:
         place = EncryptionHeader(layout.encryption_start << header.cluster_bits, len(luks_header))
         header = replace(header, extensions=_inserted(header.extensions, place.extension()))
@@ -133,17 +137,26 @@ def create(fs: FileSystem, path: str, size: int, options: Mapping[str, str], *, 
         l1_table_offset=layout.l1_start << header.cluster_bits if header.l1_size else 0,
     )
     first_cluster = _first_cluster(path, header, unfinished)
-    file = fs.create(path, cache=cache, locking=True)
+    data = make_data_file(fs, options, header.size, preallocation, cache)
+    try:
+        file = fs.create(path, cache=cache, locking=True)
+    except BaseException:
+        if data is not None:
+            data.close()
+        raise
     try:
         _write_refcounts(file, header, layout)
         _write_tables(file, header, layout)
-        _preallocate(file, header, layout, preallocation)
+        if data is None:
+            _preallocate(file, header, layout, preallocation)
         if luks_header:
             length = layout.encryption_clusters << header.cluster_bits
             file.pwrite(layout.encryption_start << header.cluster_bits, luks_header.ljust(length, b"\0"))
         file.pwrite(0, first_cluster)
     finally:
         file.close()
+        if data is not None:
+            data.close()
 
 
 def finish_patch(file: File) -> Patch:
@@ -187,9 +200,10 @@ def _header(path: str, size: int, options: Mapping[str, str]) -> Header:
                          "above (use version=v3 or greater)")
     if version < 3 and zstd:
         raise UsageError(f"{path}: Non-zlib compression type is only supported with {_NEWER}")
-    _refuse_unsupported(path, options)
+    outside = data_file_extension(path, options, version)
     cluster_bits = cluster_size.bit_length() - 1
     backing_file, extensions = _backing(path, options)
+    extensions += outside
     feature_names = _feature_names(cluster_size)
     if version == 3 and feature_names is not None:
         extensions += (feature_names,)
@@ -197,7 +211,9 @@ def _header(path: str, size: int, options: Mapping[str, str]) -> Header:
         version=version, backing_file_offset=0, backing_file_size=0, cluster_bits=cluster_bits, size=size,
         crypt_method=0, l1_size=0, l1_table_offset=0, refcount_table_offset=0, refcount_table_clusters=0,
         nb_snapshots=0, snapshots_offset=0,
-        incompatible_features=(COMPRESSION_TYPE if zstd else 0) | (EXTENDED_L2 if extended_l2 else 0),
+        incompatible_features=(COMPRESSION_TYPE if zstd else 0) | (EXTENDED_L2 if extended_l2 else 0)
+        | (EXTERNAL_DATA_FILE if outside else 0),
+        autoclear_features=RAW_EXTERNAL_DATA if bool_option(path, options, "data_file_raw") else 0,
         compatible_features=LAZY_REFCOUNTS if lazy_refcounts else 0,
         refcount_order=refcount_bits.bit_length() - 1, compression_type=int(zstd), extensions=extensions,
         backing_file=backing_file,
@@ -205,40 +221,6 @@ def _header(path: str, size: int, options: Mapping[str, str]) -> Header:
     if 8 * header.l1_needed > MAX_L1_BYTES:
         raise _too_large(path)
     return replace(header, l1_size=header.l1_needed)
-
-
-def _refuse_unsupported(path: str, options: Mapping[str, str]) -> None:
-    if bool_option(path, options, "data_file_raw") and "data_file" not in options:
-        raise UsageError(f"{path}: data-file-raw requires data-file")
-    for name, value in options.items():
-        if name.startswith(_UNSUPPORTED) and value not in ("off", "no", "false", "n"):
-            raise UnsupportedError(f"{path}: Option '{name}' is not supported yet")
-
-
-def _encryption(path: str, options: Mapping[str, str], secrets: Secrets) -> tuple[int, bytes]:
-    """The encryption method, and the LUKS header with its key material."""
-    prefix = "encrypt."
-    given = {name[len(prefix):]: value for name, value in options.items() if name.startswith(prefix)}
-    is_old = bool_option(path, options, "encryption")
-    if "format" in given and is_old:
-        raise UsageError(f"{path}: 'encrypt.format' and its alias 'encryption' can't be used at the same time")
-    kind = given.pop("format", "aes" if is_old else None)
-    if kind is None:
-        if given:
-            raise UsageError(f"{path}: Parameter 'encrypt.format' is missing")
-        return 0, b""
-    if kind not in ("aes", "luks"):
-        raise UsageError(f"{path}: Parameter 'format' does not accept value '{kind}'")
-    unexpected = sorted(given.keys() - {"key-secret"}) if kind == "aes" else []
-    if unexpected:
-        raise UsageError(f"{path}: Parameter 'encrypt.{unexpected[0]}' is unexpected")
-    from safeimg.drivers.crypto import luks
-
-    wanted = luks.choice(given)
-    if "key-secret" not in given:
-        raise secret_missing()
-    password = secrets.password(given["key-secret"])
-    return (AES, b"") if kind == "aes" else (LUKS, luks.create(wanted, password)[1])
 
 
 def _inserted(extensions: tuple[Extension, ...], new: Extension) -> tuple[Extension, ...]:
@@ -270,6 +252,7 @@ def _lay_out(path: str, header: Header, preallocate: bool, luks_bytes: int) -> _
     layout = _Layout(
         table_clusters=1, blocks=1, l1_clusters=-(-8 * header.l1_size >> bits), data_clusters=data,
         l2_tables=header.l1_size if preallocate else 0, encryption_clusters=-(-luks_bytes >> bits),
+        outside=header.has_data_file,
     )
     while True:  # more blocks take more clusters, which may need more blocks
         blocks = -(-layout.total // header.refcount_block_entries)
@@ -365,7 +348,7 @@ def _write_tables(file: File, header: Header, layout: _Layout) -> None:
     """The L1 table, and with preallocation the L2 tables, each in front of the clusters that it maps."""
     bits = header.cluster_bits
     entries = header.l2_entries
-    stride = entries + 1
+    stride = 1 if layout.outside else entries + 1
     l2_tables = range(layout.mapped_start, layout.mapped_start + layout.l2_tables * stride, stride)
     l1_table = array("Q", [COPIED | cluster << bits for cluster in l2_tables])
     if l1_table:
@@ -375,7 +358,7 @@ def _write_tables(file: File, header: Header, layout: _Layout) -> None:
         file.write_zeroes(header.l1_table_offset, layout.l1_clusters << bits, unmap=False)
     for number, cluster in enumerate(l2_tables):
         mapped = min(entries, layout.data_clusters - number * entries)
-        first = COPIED | (cluster + 1) << bits
+        first = COPIED | (number * entries if layout.outside else cluster + 1) << bits
         # With extended entries, nothing of the clusters that have their places is allocated yet.
         table = header.l2.encode(range(first, first + (mapped << bits), 1 << bits))
         file.pwrite(cluster << bits, table.ljust(1 << bits, b"\0"))

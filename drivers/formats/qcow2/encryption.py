@@ -4,11 +4,14 @@ The IV of a sector is made of its number: in LUKS images of its place in the fil
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, NoReturn
 
-from safeimg.drivers.errors import FormatError, SecretMissing
+from safeimg.drivers.errors import FormatError, SecretMissing, UsageError
 from safeimg.drivers.formats.api import Cipher
-from safeimg.drivers.formats.qcow2.header import AES, Header
+from safeimg.drivers.formats.options import bool_option
+from safeimg.drivers.formats.qcow2.header import AES, LUKS, Header
+from safeimg.drivers.secrets import Secrets
 from safeimg.drivers.storage.api import File
 
 if TYPE_CHECKING:
@@ -97,3 +100,30 @@ def unlocked(file: File, header: Header, password: bytes) -> Cipher:
         return file.pread(place.offset + offset, length)
 
     return HostSectors(sector_cipher(luks, unlock(luks, read, password, file.path)))
+
+
+def new_encryption(path: str, options: Mapping[str, str], secrets: Secrets) -> tuple[int, bytes]:
+    """The encryption method that create's options ask for, and the LUKS header with its key material. `UsageError` in
+    QEMU's words, `SecretMissing`."""
+    prefix = "encrypt."
+    given = {name[len(prefix):]: value for name, value in options.items() if name.startswith(prefix)}
+    is_old = bool_option(path, options, "encryption")
+    if "format" in given and is_old:
+        raise UsageError(f"{path}: 'encrypt.format' and its alias 'encryption' can't be used at the same time")
+    kind = given.pop("format", "aes" if is_old else None)
+    if kind is None:
+        if given:
+            raise UsageError(f"{path}: Parameter 'encrypt.format' is missing")
+        return 0, b""
+    if kind not in ("aes", "luks"):
+        raise UsageError(f"{path}: Parameter 'format' does not accept value '{kind}'")
+    unexpected = sorted(given.keys() - {"key-secret"}) if kind == "aes" else []
+    if unexpected:
+        raise UsageError(f"{path}: Parameter 'encrypt.{unexpected[0]}' is unexpected")
+    from safeimg.drivers.crypto import luks
+
+    wanted = luks.choice(given)
+    if "key-secret" not in given:
+        raise secret_missing()
+    password = secrets.password(given["key-secret"])
+    return (AES, b"") if kind == "aes" else (LUKS, luks.create(wanted, password)[1])

@@ -162,7 +162,7 @@ class Header:
     @property
     def l2(self) -> L2Layout:
         """How the image's L2 tables are to be read."""
-        return l2_layout(self.cluster_bits, self.extended_l2)
+        return l2_layout(self.cluster_bits, self.extended_l2, self.has_data_file)
 
     @property
     def l2_entries(self) -> int:
@@ -232,6 +232,22 @@ class Header:
         if extension is not None:
             kept.append(extension)
         return replace(self, extensions=tuple(kept))
+
+    @property
+    def has_data_file(self) -> bool:
+        """Guest data lies in another file, each cluster at its guest offset."""
+        return bool(self.incompatible_features & EXTERNAL_DATA_FILE)
+
+    @property
+    def data_file_is_raw(self) -> bool:
+        """What lies in that file is what the guest sees, everywhere."""
+        return bool(self.autoclear_features & RAW_EXTERNAL_DATA)
+
+    @property
+    def data_file(self) -> str | None:
+        """The external data file's name as written in the image."""
+        data = self.extension(EXT_DATA_FILE)
+        return None if data is None else _text(data)
 
     @property
     def backing_format(self) -> str | None:
@@ -352,10 +368,7 @@ def parse_header_cluster(head: bytes, path: str, *, unfinished: bool = False) ->
             raise FormatError(path, "Backing file name too long")
         name = head[backing_offset:backing_offset + backing_size]
         backing_file = os.fsdecode(name.split(b"\0", 1)[0]) or None
-    header = replace(header, extensions=extensions, backing_file=backing_file)
-    if incompatible & EXTERNAL_DATA_FILE:
-        raise UnsupportedError("qcow2 images with an external data file are not supported yet")
-    return header
+    return replace(header, extensions=extensions, backing_file=backing_file)
 
 
 def serialise(header: Header) -> bytes:

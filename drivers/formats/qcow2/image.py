@@ -26,6 +26,7 @@ class Qcow2Image:
         self._file = file
         self._cache_bytes = cache_bytes
         self._cipher: Cipher | None = Locked() if header.crypt_method else None
+        self._data: File | None = None if header.has_data_file else file
         self._shown: Snapshot | None = None  # the internal snapshot whose content this is
         self._adopt(header)
 
@@ -42,7 +43,13 @@ class Qcow2Image:
 
     @property
     def data(self) -> File:
-        return self._file
+        if self._data is None:
+            raise UnsupportedError(f"{self._file.path}: its data file is not open")
+        return self._data
+
+    def attach(self, data: File) -> None:
+        """Gives the image its external data file, to be closed with it."""
+        self._data = data
 
     @property
     def cipher(self) -> Cipher | None:
@@ -53,9 +60,11 @@ class Qcow2Image:
         self._cipher = unlocked(self._file, self._header, password)
 
     def inherit(self, other: Qcow2Image) -> Qcow2Image:
-        """Takes over what `other`, the same image opened before, was given with its secret; and shows the same
-        snapshot."""
+        """Takes over what `other`, the same image opened before, was given: its data file, its secret; and shows the
+        same snapshot."""
         self._cipher = other._cipher
+        if self._header.has_data_file:
+            self._data = other._data
         return self if other._shown is None else self.at(other._shown)
 
     @property
@@ -144,6 +153,8 @@ class Qcow2Image:
         self.__dict__.pop("bitmaps", None)
 
     def close(self) -> None:
+        if self._data is not None and self._data is not self._file:
+            self._data.close()
         self._file.close()
 
 

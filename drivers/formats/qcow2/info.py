@@ -36,6 +36,10 @@ def specific_info(image: Qcow2Image) -> Mapping[str, object]:
     info["refcount-bits"] = header.refcount_bits
     if header.crypt_method:
         info["encrypt"] = _encrypt(image)
+    if header.data_file is not None:
+        info["data-file"] = header.data_file
+    if header.has_data_file:
+        info["data-file-raw"] = header.data_file_is_raw
     info["corrupt"] = header.is_corrupt
     info["extended-l2"] = header.extended_l2
     return info
@@ -55,8 +59,8 @@ def _encrypt(image: Qcow2Image) -> Mapping[str, object]:
         "ivgen-alg": luks.ivgen,
         "hash-alg": luks.hash,
         "cipher-alg": luks.cipher,
-        **({"ivgen-hash-alg": luks.ivgen_hash} if luks.ivgen == "essiv" else {}),
         "uuid": luks.uuid,
+        **({"ivgen-hash-alg": luks.ivgen_hash} if luks.ivgen == "essiv" else {}),
         "format": "luks",
         "cipher-mode": luks.mode,
         "slots": slots,

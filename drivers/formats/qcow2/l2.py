@@ -32,6 +32,13 @@ class L2Layout:
 
     cluster_bits: int
     extended: bool
+    outside: bool = False  # clusters lie in an external data file
+
+    @property
+    def place(self) -> int:
+        """The bits of a standard cluster's descriptor that say that it has a place: in a data file, that may be at
+        offset 0."""
+        return OFFSET_MASK | COPIED if self.outside else OFFSET_MASK
 
     @property
     def entry_size(self) -> int:
@@ -92,7 +99,7 @@ class L2Layout:
             return entry >> 64 & EVERY, entry >> 96
         if entry & ZERO:
             return 0, 1
-        return int(entry & OFFSET_MASK != 0), 0
+        return int(entry & self.place != 0), 0
 
     def with_masks(self, entry: int, allocated: int, zeroes: int) -> int:
         """The entry with other subclusters allocated and zero. Without a place, nothing can be allocated; with one,
@@ -108,12 +115,12 @@ class L2Layout:
         if entry & COMPRESSED:
             return not entry >> 64
         allocated, zeroes = self.masks(entry)
-        return not allocated & zeroes and (not allocated or bool(entry & OFFSET_MASK))
+        return not allocated & zeroes and (not allocated or bool(entry & self.place))
 
 
 @lru_cache(maxsize=64)
-def l2_layout(cluster_bits: int, extended: bool) -> L2Layout:
-    return L2Layout(cluster_bits, extended)
+def l2_layout(cluster_bits: int, extended: bool, outside: bool = False) -> L2Layout:
+    return L2Layout(cluster_bits, extended, outside)
 
 
 @lru_cache(maxsize=4096)

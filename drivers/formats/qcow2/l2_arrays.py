@@ -31,7 +31,7 @@ def referred(l2: L2Layout, words: Words) -> Referred | None:
     used = found != 0
     if l2.extended:
         used |= words[1::2] != 0
-        if not _are_sound(found[used], words[1::2][used]):
+        if not _are_sound(l2, found[used], words[1::2][used]):
             return None
     found = found[used]
     is_compressed = (found & np.uint64(COMPRESSED)) != 0
@@ -44,11 +44,11 @@ def referred(l2: L2Layout, words: Words) -> Referred | None:
     return Referred(hosts[hosts != 0], found[is_compressed])
 
 
-def _are_sound(found: Words, bitmaps: Words) -> bool:
+def _are_sound(l2: L2Layout, found: Words, bitmaps: Words) -> bool:
     """`L2Layout.is_sound` of all entries."""
     allocated, zeroes = bitmaps & np.uint64(EVERY), bitmaps >> np.uint64(SUBCLUSTERS)
     is_compressed = (found & np.uint64(COMPRESSED)) != 0
-    needs_place = (allocated != 0) & ((found & np.uint64(OFFSET_MASK)) == 0)
+    needs_place = (allocated != 0) & ((found & np.uint64(l2.place)) == 0)
     bad = ((allocated & zeroes) != 0) | np.where(is_compressed, bitmaps != 0, needs_place)
     return not bad.any()
 

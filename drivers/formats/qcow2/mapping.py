@@ -11,6 +11,7 @@ from safeimg.drivers.errors import FormatError
 from safeimg.drivers.formats.api import Extent, Kind
 from safeimg.drivers.formats.qcow2.entries import (
     COMPRESSED,
+    COPIED,
     L1_RESERVED,
     L2_STANDARD_RESERVED,
     MAX_HOST_OFFSET,
@@ -50,6 +51,8 @@ class Mapping:
         self._capacity = max(4, cache_bytes // (8 * SLICE_WORDS))
         self._cache: OrderedDict[tuple[int, int], array[int] | None] = OrderedDict()
         self._lock = Lock()
+        # With an external data file, a host offset of 0 means something where this flag is set.
+        self._placed = COPIED if header.has_data_file else 0
         self._end = 0  # the file's end, rounded up to a cluster, when last looked at
 
     @property
@@ -149,6 +152,8 @@ class Mapping:
         while i < last:
             entry = table[i]
             if entry & COMPRESSED:
+                if self._placed:
+                    raise self._compressed_outside(l2_offset, slice_index + i)
                 i += 1
                 run_end = min(stop, base + (i << bits))
                 # decode_compressed, spelt out: one of these is made for every cluster of a compressed image
@@ -168,9 +173,12 @@ class Mapping:
                     where = _where(l2_offset, slice_index + i)
                     raise self._error(f"Image is corrupt: Zero cluster entry found in pre-v3 image {where}")
             else:
-                kind = _DATA if host else _UNALLOCATED
+                kind = _DATA if host or entry & self._placed else _UNALLOCATED
             step = 0
-            if host:
+            placed = host or entry & self._placed
+            if placed:
+                if self._placed and host != base + (i << bits):
+                    raise self._misplaced(host, base + (i << bits), slice_index + i)
                 if host & (cluster_size - 1):
                     where = _where(l2_offset, slice_index + i)
                     problem = f"Image is corrupt: Cluster allocation offset {host:#x} unaligned {where}"
@@ -183,10 +191,10 @@ class Mapping:
                 expected += step
                 i += 1
             run_end = min(stop, base + (i << bits))
-            if kind is _DATA and host + ((i - first) << bits) > self._end:
+            if kind is _DATA and not self._placed and host + ((i - first) << bits) > self._end:
                 self._check_end(host, (i - first) << bits, "data cluster", l2_offset, slice_index + first)
             length = run_end - position
-            offset = host + position - base - (first << bits) if host else None
+            offset = host + position - base - (first << bits) if placed else None
             if kind is last_kind and offset == continues:
                 # Only the COPIED flag differs.
                 before = extents.pop()
@@ -211,6 +219,8 @@ class Mapping:
             entry, bitmap = table[2 * i], table[2 * i + 1]
             start = base + (i << bits)
             if entry & COMPRESSED:
+                if self._placed:
+                    raise self._compressed_outside(l2_offset, slice_index + i)
                 offset, stored = decode_compressed(entry, bits)
                 if offset >= self._end:
                     self._check_end(offset, 1, "compressed cluster", l2_offset, slice_index + i)
@@ -220,16 +230,19 @@ class Mapping:
                 position = run_end
                 continue
             host = self._subclustered(entry, bitmap, l2_offset, slice_index + i)
+            placed = host or entry & self._placed
+            if self._placed and placed and host != start:
+                raise self._misplaced(host, start, slice_index + i)
             first = i
             i += 1
             if bitmap in alike:
-                step = cluster_size if host else 0
+                step = cluster_size if placed else 0
                 expected = entry + step
                 while i < last and table[2 * i] == expected and table[2 * i + 1] == bitmap:
                     expected += step
                     i += 1
             allocated, zeroes = bitmap & EVERY, bitmap >> SUBCLUSTERS
-            if allocated and host + ((i - first) << bits) > self._end:
+            if allocated and not self._placed and host + ((i - first) << bits) > self._end:
                 self._check_end(host, (i - first) << bits, "data cluster", l2_offset, slice_index + first)
             for sub, count, is_data, is_zero in subcluster_runs(allocated, zeroes, SUBCLUSTERS):
                 run_start = max(position, start + sub * unit)
@@ -237,7 +250,7 @@ class Mapping:
                 if run_start >= run_end:
                     continue
                 kind = _DATA if is_data else _ZERO if is_zero else _UNALLOCATED
-                piece = Extent(run_start, run_end - run_start, kind, host + run_start - start if host else None)
+                piece = Extent(run_start, run_end - run_start, kind, host + run_start - start if placed else None)
                 joined = _joined(extents[-1], piece) if extents else None
                 if joined is None:
                     extents.append(piece)
@@ -258,6 +271,18 @@ class Mapping:
         if entry & L2_STANDARD_RESERVED:
             raise self._reserved("L2 entry", entry, l2_index)
         return host
+
+    def _compressed_outside(self, l2_offset: int, l2_index: int) -> FormatError:
+        where = _where(l2_offset, l2_index)
+        return self._error(
+            f"Image is corrupt: Compressed cluster entry found in image with external data file {where}"
+        )
+
+    def _misplaced(self, host: int, guest: int, l2_index: int) -> FormatError:
+        return self._error(
+            f"Image is corrupt: External data file host cluster offset {host:#x} does not match guest cluster "
+            f"offset: {guest:#x}, L2 index: {hexadecimal(l2_index)})"
+        )
 
     def _check_end(self, offset: int, length: int, what: str, l2_offset: int, l2_index: int) -> None:
         """Raises `FormatError` if the range's last cluster does not begin inside the file as it is now."""

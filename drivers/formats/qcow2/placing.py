@@ -50,7 +50,7 @@ class Placer:
 
     def take_tails(self) -> tuple[Patch, ...]:
         """Zeroes for what lies behind the end of the virtual disk in places given since the last time: should the
-        disk grow, no remains of other data are exposed."""
+        disk grow, no remains of other data are exposed. (Encrypted ones are up to who writes the data.)"""
         tails, self._tails = self._tails, []
         return tuple(tails)
 
@@ -62,7 +62,7 @@ class Placer:
     def recall(self, offset: int, length: int) -> None:
         """An earlier step took this part of one cluster out of use: its bytes are needed to take the step back."""
         first = offset % self._size // self._unit
-        mask = _mask(first, first + -(-length // self._unit))
+        mask = mask_of(first, first + -(-length // self._unit))
         host = offset >> self._bits
         self._vacated[host] = self._vacated.get(host, 0) | mask
 
@@ -83,7 +83,7 @@ class Placer:
                 if allocated == every:
                     left, right = max(start, cluster * self._size), min(end, (cluster + count) * self._size)
                     offset = host * self._size + left - cluster * self._size
-                    _add(placements, Placement(left, right - left, offset, False))
+                    add_placement(placements, Placement(left, right - left, offset, False))
                 elif not allocated:
                     old = entries[index:index + count]
                     self._use(cluster, host, old, self._wanted(cluster, old, start, end), placements)
@@ -102,14 +102,14 @@ class Placer:
         if not entry & COPIED or entry & COMPRESSED:
             return False
         vacated = self._vacated.get((entry & OFFSET_MASK) >> self._bits, 0) if self._vacated else 0
-        return not vacated or not vacated & _mask(*self._touched(cluster, start, end))
+        return not vacated or not vacated & mask_of(*self._touched(cluster, start, end))
 
     def _place_mixed(self, cluster: int, entry: int, host: int, start: int, end: int,
                      placements: list[Placement]) -> None:
         """Places in a cluster of our own some of whose subclusters are allocated."""
         allocated, zeroes = self._l2.masks(entry)
         first, behind = self._touched(cluster, start, end)
-        mask = _mask(first, behind)
+        mask = mask_of(first, behind)
         if mask & ~allocated:
             self._planner.tables.put(cluster, [self._l2.with_masks(entry, allocated | mask, zeroes & ~mask)])
             self._planner.view.extend((host + 1) * self._size)
@@ -121,7 +121,7 @@ class Placer:
             if is_live:
                 left = max(start, cluster * self._size + low * self._unit)
                 right = min(end, cluster * self._size + high * self._unit)
-                _add(placements, Placement(left, right - left, left + shift, False))
+                add_placement(placements, Placement(left, right - left, left + shift, False))
             else:
                 self._add_fresh(cluster, host, low, high, placements)
 
@@ -150,7 +150,7 @@ class Placer:
             held = self._l2.every if entry & COMPRESSED else self._l2.masks(entry)[0]
             if held:
                 first, behind = min(first, _lowest(held)), max(behind, held.bit_length())
-            masks.append(_mask(first, behind))
+            masks.append(mask_of(first, behind))
         return masks
 
     def _use(self, cluster: int, host: int, old: Sequence[int], wanted: Sequence[int],
@@ -173,9 +173,9 @@ class Placer:
         start, offset = cluster * self._size + first * self._unit, host * self._size + first * self._unit
         whole = (behind - first) * self._unit
         length = min(whole, self._planner.size - start)
-        _add(placements, Placement(start, length, offset, True))
+        add_placement(placements, Placement(start, length, offset, True))
         tail = offset + length
-        if length < whole and tail < self._planner.original_length:
+        if length < whole and tail < self._planner.original_length and not self._planner.header.crypt_method:
             self._tails.append(Patch(tail, None, bytes(whole - length)))
 
     # Zeroes
@@ -184,7 +184,7 @@ class Placer:
         """Makes left…right, in one guest cluster, zero."""
         tables, l2 = self._planner.tables, self._l2
         first, behind = self._touched(cluster, left, right)
-        missing = _mask(first, behind) & ~tables.reads_zero(cluster, entry)
+        missing = mask_of(first, behind) & ~tables.reads_zero(cluster, entry)
         if not missing:
             return
         inside = self._covered(cluster, left, right)
@@ -246,10 +246,10 @@ class Placer:
         """The subclusters that left…right, in one cluster, covers as a whole, as far as the virtual disk goes."""
         base = cluster * self._size
         behind = self._l2.subclusters if right == self._planner.size else (right - base) // self._unit
-        return _mask(-(-(left - base) // self._unit), behind)
+        return mask_of(-(-(left - base) // self._unit), behind)
 
 
-def _mask(first: int, behind: int) -> int:
+def mask_of(first: int, behind: int) -> int:
     return (1 << behind) - (1 << first) if behind > first else 0
 
 
@@ -257,7 +257,7 @@ def _lowest(mask: int) -> int:
     return (mask & -mask).bit_length() - 1
 
 
-def _add(placements: list[Placement], new: Placement) -> None:
+def add_placement(placements: list[Placement], new: Placement) -> None:
     """Appends a placement, joined to the last one if it continues it in the guest and in the file."""
     if placements:
         last = placements[-1]

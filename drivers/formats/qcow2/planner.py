@@ -27,6 +27,7 @@ from safeimg.drivers.formats.qcow2.entries import (
     encode_compressed,
 )
 from safeimg.drivers.formats.qcow2.header import Header
+from safeimg.drivers.formats.qcow2.outside import OutsidePlacer
 from safeimg.drivers.formats.qcow2.packing import Packer
 from safeimg.drivers.formats.qcow2.placing import Placer
 from safeimg.drivers.formats.qcow2.refcounts import RefcountLayout, Refcounts, add_run
@@ -80,7 +81,7 @@ class Qcow2Planner:
         self._verified = False
         self.tables = ActiveTables(self)
         self._packer = Packer(self)
-        self._placer = Placer(self)
+        self._placer = OutsidePlacer(self) if header.has_data_file else Placer(self)
 
     def _begin(self, table_offset: int, table_clusters: int) -> None:
         self.refcounts = Refcounts(self.view, self.layout, table_offset, table_clusters)

@@ -245,7 +245,8 @@ def _count_l2(planner: Qcow2Planner, references: Counting, table: int, times: in
     found = referred(l2, words)
     if found is None:
         raise FormatError(planner.path, "L2 table has invalid entries", offset=table)
-    references.add_many(found.hosts >> numpy.uint64(bits), bits, times)
+    if not planner.header.has_data_file:
+        references.add_many(found.hosts >> numpy.uint64(bits), bits, times)
     for clusters in compressed_clusters(l2, found.compressed):
         references.add_many(clusters, bits, times)
 

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from safeimg.drivers.errors import UsageError
 from safeimg.drivers.formats.api import Opening, RuntimeOption
+from safeimg.drivers.formats.chain import backing_filename
+from safeimg.drivers.formats.naming import below, from_filename
 from safeimg.drivers.formats.qcow2.image import Qcow2Image
+
+DATA_FILE = "data-file"
 
 RUNTIME_OPTIONS = (
     *map(RuntimeOption, ("lazy-refcounts", "pass-discard-request", "pass-discard-snapshot", "pass-discard-other")),
@@ -16,6 +20,7 @@ RUNTIME_OPTIONS = (
     *(RuntimeOption(f"overlap-check.{part}")
       for part in ("main-header", "active-l1", "active-l2", "refcount-table", "refcount-block", "snapshot-table",
                    "inactive-l1", "inactive-l2", "bitmap-directory")),
+    RuntimeOption(DATA_FILE, "file", strong=True),
     RuntimeOption("encrypt.format", "str", strong=True),
     RuntimeOption("encrypt.key-secret", "str", strong=True),
 )  # fmt: skip
@@ -39,10 +44,30 @@ def apply_runtime(image: Qcow2Image, given: Opening) -> None:
             "L2 cache entry size must be a power of two between 512 and the cluster size "
             f"({image.cluster_size})"
         )
+    _attach(image, given)
     secret = given.options.get("encrypt.key-secret")
-    if image.cipher is not None and isinstance(secret, str):
+    if image.cipher is not None and isinstance(secret, str) and given.open_file is not None:
         image.unlock(given.secrets.password(secret))
     if image.cipher is None and "encrypt.format" in given.options:
         raise UsageError(
             f"No encryption in image header, but options specified format '{given.options['encrypt.format']}'"
         )
+
+
+def _attach(image: Qcow2Image, given: Opening) -> None:
+    """Opens the external data file: the one given, or the one that the image names."""
+    header, wanted = image.header, given.files.get(DATA_FILE)
+    if not header.has_data_file:
+        if wanted is not None:
+            raise UsageError("'data-file' can only be set for images with an external data file")
+        if header.data_file_is_raw and given.open_file is not None:
+            raise UsageError("data-file-raw requires a data file")
+        return
+    if given.open_file is None:
+        return
+    if wanted is None:
+        if not header.data_file:
+            raise UsageError("'data-file' is required for this image")
+        named = from_filename(backing_filename(image.file.path, header.data_file))
+        wanted = below(named.options, "file")
+    image.attach(given.open_file(wanted))

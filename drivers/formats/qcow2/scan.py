@@ -27,12 +27,13 @@ from safeimg.drivers.formats.qcow2.entries import (
     OFFSET_MASK,
     REFCOUNT_BLOCK_MASK,
     REFCOUNT_TABLE_RESERVED,
+    SECTOR,
     decode_compressed,
 )
 from safeimg.drivers.formats.qcow2.header import MAX_L1_BYTES
 from safeimg.drivers.formats.qcow2.image import Qcow2Image
 from safeimg.drivers.formats.qcow2.l2 import DESCRIPTOR
-from safeimg.drivers.formats.qcow2.l2_arrays import Words, compressed_clusters, referred
+from safeimg.drivers.formats.qcow2.l2_arrays import Words, compressed_clusters, descriptors, referred
 from safeimg.drivers.formats.qcow2.snapshots import Snapshot, read_snapshots
 
 Counts = NDArray[np.uint32]
@@ -199,7 +200,9 @@ class ReferenceScan:
             self._spend(self.header.l2_entries)
         expected = [0]  # where the next cluster would be if it was not fragmented
         for index, words in self.read_l2(offset):
-            if words.any() and not self._count_sound(words, times, expected, active):
+            if self.header.has_data_file:
+                self._count_outside(index, words, expected, active)
+            elif words.any() and not self._count_sound(words, times, expected, active):
                 entries = [(at, entry) for at, entry in enumerate(self._l2.join(words.tolist()), index) if entry]
                 self._spend(len(entries) * times)
                 start = expected[0]
@@ -238,6 +241,23 @@ class ReferenceScan:
                 )
                 expected[0] = int(hosts[-1]) + (1 << bits)
         return True
+
+    def _count_outside(self, index: int, words: Words, expected: list[int], active: bool) -> None:
+        """Counts what a part of an L2 table refers to in an external data file, which has no refcounts."""
+        findings, size = self.findings, self.header.cluster_size
+        found = descriptors(self._l2, words)
+        is_compressed = (found & np.uint64(COMPRESSED)) != 0
+        for at in is_compressed.nonzero()[0].tolist():
+            findings.corrupt(f"ERROR compressed cluster {index + at} with data file, entry={int(found[at]):#x}")
+        standard = found[~is_compressed & (found >= np.uint64(SECTOR))]  # at offset 0, one has the COPIED flag
+        hosts = standard & np.uint64(OFFSET_MASK)
+        for offset in hosts[(hosts & np.uint64(size - 1)) != 0].tolist():
+            findings.corrupt(f"ERROR offset={offset:x}: Data cluster is not properly aligned; L2 entry corrupted.")
+        if active and len(hosts):
+            findings.allocated_clusters += len(hosts)
+            findings.fragmented_clusters += int(expected[0] not in (0, int(hosts[0])))
+            findings.fragmented_clusters += int(np.count_nonzero(hosts[1:] != hosts[:-1] + np.uint64(size)))
+            expected[0] = int(hosts[-1]) + size
 
     def _add_many(self, clusters: NDArray[np.int64], times: int) -> None:
         if not len(clusters):

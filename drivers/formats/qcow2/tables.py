@@ -36,6 +36,7 @@ class ActiveTables:
         self._bits = planner.header.cluster_bits
         self._size = planner.header.cluster_size
         self._l2 = planner.header.l2
+        self._outside = planner.header.has_data_file
         self._own: dict[int, int] = {}  # L1 index → L2 table known to be exclusively ours
 
     def forget(self) -> None:
@@ -111,7 +112,11 @@ class ActiveTables:
     def standard(self, cluster: int, entry: int) -> int:
         """The host cluster (0: none) of a guest cluster's entry that is not compressed."""
         offset = entry & OFFSET_MASK
-        bad = entry & L2_STANDARD_RESERVED or offset % self._size or (entry & COPIED and not offset)
+        bad = entry & L2_STANDARD_RESERVED or offset % self._size
+        if self._outside:
+            bad = bad or (bool(entry & COPIED or offset) and offset != cluster * self._size)
+        else:
+            bad = bad or (entry & COPIED and not offset)
         if bad or not self._l2.is_sound(entry) or (entry & ZERO and self._planner.header.version == 2):
             raise self._invalid(cluster, entry)
         return offset >> self._bits
@@ -127,6 +132,8 @@ class ActiveTables:
     def unlink(self, cluster: int, entry: int) -> None:
         """Records the references that go with a guest cluster's entry when it is replaced."""
         planner = self._planner
+        if self._outside:  # nothing is counted there
+            return
         if entry & COMPRESSED:
             first, count = self._compressed(cluster, entry)
             if 0 in planner.refcounts.get_run(first, count):

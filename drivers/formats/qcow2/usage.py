@@ -46,6 +46,8 @@ def _partly_used(planner: Qcow2Planner, wanted: set[int]) -> dict[int, int]:
 
     bits, among = planner.header.cluster_bits, numpy.array(sorted(wanted), numpy.uint64) << planner.header.cluster_bits
     found: dict[int, int] = {}
+    if planner.header.has_data_file:  # its data lies elsewhere
+        return found
     for l1_index in range(planner.l1_size):
         table, copied = planner.tables.l2_table(l1_index)
         if table and copied:

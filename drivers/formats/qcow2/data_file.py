@@ -1,0 +1,47 @@
+"""Making external data files (spec: docs/interop/qcow2, "External data file bit")."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+from safeimg.drivers.errors import UsageError
+from safeimg.drivers.formats.chain import local_path
+from safeimg.drivers.formats.options import bool_option
+from safeimg.drivers.formats.qcow2.header import EXT_DATA_FILE, Extension
+from safeimg.drivers.storage.api import File, FileSystem
+
+
+def data_file_extension(path: str, options: Mapping[str, str], version: int) -> tuple[Extension, ...]:
+    """The header extension that names the data file which create's options ask for; none without one. `UsageError`."""
+    name = options.get("data_file")
+    if name is None:
+        if bool_option(path, options, "data_file_raw"):
+            raise UsageError(f"{path}: data-file-raw requires data-file")
+        return ()
+    if version < 3:
+        raise UsageError(
+            f"{path}: External data files are only supported with compatibility level 1.1 and above (use version=v3 "
+            "or greater)"
+        )
+    return (Extension(EXT_DATA_FILE, os.fsencode(name)),)
+
+
+def make_data_file(
+    fs: FileSystem, options: Mapping[str, str], size: int, preallocation: str, cache: str
+) -> File | None:
+    """Makes the file that the options ask for, if they do, or empties the one there: as in QEMU where its name says,
+    seen from here and not from the image's folder. It stays open, and locked. `StorageError`, `LockError`."""
+    if "data_file" not in options:
+        return None
+    file = fs.create(local_path(options["data_file"]), cache=cache, locking=True)
+    try:
+        file.truncate(size)
+        if preallocation == "falloc":
+            file.preallocate(0, size, keep_size=False)
+        elif preallocation == "full":
+            file.write_zeroes(0, size, unmap=False)
+        return file
+    except BaseException:
+        file.close()
+        raise
