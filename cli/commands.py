@@ -22,6 +22,7 @@ _MODULES = {
     "measure": "measure",
     "commit": "commit",
     "snapshot": "snapshot",
+    "rebase": "rebase",
     "resize": "resize",
     "status": "status",
     "resume": "settle",

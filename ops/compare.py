@@ -7,7 +7,6 @@ compare them outside the interpreter lock.
 
 from __future__ import annotations
 
-import ctypes
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -17,6 +16,7 @@ from typing import NamedTuple
 from safeimg.drivers.errors import DriverError
 from safeimg.drivers.formats.api import Image, Kind
 from safeimg.drivers.transfer.buffers import Buffers
+from safeimg.drivers.transfer.same import same
 from safeimg.drivers.transfer.view import LayerExtent, View
 from safeimg.drivers.transfer.zero import is_zero
 from safeimg.ops.map import Entry, blocks
@@ -24,10 +24,6 @@ from safeimg.ops.map import Entry, blocks
 CHUNK = 2 << 20  # bytes, and what qemu-img's progress goes by
 ALONE = 64 << 20  # bytes of an image up to which more threads do not pay
 SECTOR = 512  # what qemu-img reports a difference to
-
-_memcmp = ctypes.CDLL(None).memcmp
-_memcmp.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
-_memcmp.restype = ctypes.c_int
 
 Report = Callable[[int, int], None]
 
@@ -270,8 +266,7 @@ def _same(sides: Sequence[memoryview], start: int, end: int) -> bool:
     """Whether both sides are equal there; one side alone: whether it is zero."""
     if len(sides) == 1:
         return is_zero(sides[0][start:end])
-    first, second = (ctypes.addressof(ctypes.c_char.from_buffer(side)) + start for side in sides)
-    return bool(_memcmp(first, second, end - start) == 0)
+    return same(sides[0], sides[1], start, end)
 
 
 def _helpers() -> int:

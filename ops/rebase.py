@@ -1,41 +1,106 @@
-"""rebase: another backing image for an image."""
+"""rebase: another backing image for an image, which then shows the same (safe) or what is there now (unsafe)."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
-from safeimg.drivers.errors import UsageError
+from safeimg.drivers.errors import DriverError, UsageError
 from safeimg.drivers.formats.api import Changes, Image, Planner
+from safeimg.drivers.formats.chain import backing_filename, close_chain, open_chain
+from safeimg.drivers.formats.naming import Blockdev, are_options, lasting, recalled
 from safeimg.drivers.formats.registry import lookup
-from safeimg.ops.change import Action, Changing, Settings
+from safeimg.drivers.secrets import Secrets
+from safeimg.drivers.storage.api import FileSystem
+from safeimg.drivers.transfer.core import Transfer
+from safeimg.journal.state import OperationState
+from safeimg.ops.change import Action, Changing, Settings, unlinked_by
 from safeimg.ops.errors import Conflict
-from safeimg.ops.launch import Environment
+from safeimg.ops.filling import STEP_BYTES
+from safeimg.ops.launch import Environment, Job, launch
+from safeimg.ops.rebase_safe import Rebase
+from safeimg.ops.session import refuse_pending_on, touched
+
+Warn = Callable[[str], None]
 
 
 async def rebase_unsafe(
     environment: Environment,
-    filename: str,
+    filename: str | Blockdev,
     backing: str | None,
     backing_format: str | None,
     *,
     fmt: str | None = None,
     cache: str = "writeback",
-    warn: Callable[[str], None] | None = None,
+    warn: Warn | None = None,
 ) -> None:
     """Changes the backing image's name alone (None: no backing image); the guest content changes with it."""
-    settings = {"backing": backing, "backing_format": backing_format}
-    await _unsafe.run(environment, filename, settings, fmt=fmt, cache=cache, warn=warn, check=_check)
+    settings = {"safe": False, "backing": backing, "backing_format": backing_format}
+    await _unsafe.run(
+        environment, filename, settings, fmt=fmt, cache=cache, warn=warn,
+        check=lambda image: _check(image, backing, backing_format),
+    )  # fmt: skip
 
 
-def _check(image: Image) -> None:
+async def rebase(
+    environment: Environment,
+    filename: str | Blockdev,
+    backing: str | None,
+    backing_format: str | None,
+    *,
+    fmt: str | None = None,
+    cache: str = "writeback",
+    warn: Warn | None = None,
+    step_bytes: int = STEP_BYTES,
+) -> None:
+    """Changes the backing image (None: to none); what the new one does not show the same is copied before.
+
+    Raises what opening raises, `UsageError` in qemu-img's words, `SomethingPending`, `OperationPaused`."""
+    fs, secrets = environment.fs, environment.secrets
+    alone = open_chain(fs, filename, format=fmt, backing=False, force_share=True, secrets=secrets)
+    try:
+        refuse_pending_on(fs, alone[0].file.path)
+    finally:
+        close_chain(alone)
+    layers = open_chain(fs, filename, format=fmt, write=True, cache=cache, warn=warn, secrets=secrets)
+    try:
+        old = len(layers) - 1
+        if backing is not None:
+            layers += _open_new(environment, layers[0].file.path, backing, backing_format)
+        _check(layers[0], backing, backing_format)
+        settings = {
+            "safe": True, "backing": backing, "backing_format": backing_format, "old": old,
+            "new": len(layers) - 1 - old, "cache": cache, "format": layers[0].format,
+            "options": lasting(filename, fs.resolve), "step": step_bytes,
+        }  # fmt: skip
+        await launch(_job(layers, settings, environment.transfer), environment)
+    finally:
+        close_chain(layers)
+
+
+def _open_new(
+    environment: Environment, overlay: str, backing: str, backing_format: str | None
+) -> list[Image]:
+    """The new backing chain, found from where the overlay is."""
+    name = backing_filename(overlay, backing)
+    try:
+        return open_chain(environment.fs, name, format=backing_format, secrets=environment.secrets)
+    except DriverError as error:
+        reason = str(error).removeprefix(f"Could not open '{name}': ")
+        raise UsageError(f"Could not open new backing file '{backing}': {reason}") from error
+
+
+def _check(image: Image, backing: str | None, backing_format: str | None) -> None:
+    what = f"Could not change the backing file to '{backing or ''}'"
     if lookup(image.format).rebasing is None:
-        raise UsageError(f"Could not change the backing file of '{image.file.path}': Operation not supported")
+        raise UsageError(f"{what}: Operation not supported")
+    if backing is not None and backing_format is None:
+        raise UsageError(f"{what}: backing format must be specified")
 
 
 def _actions(settings: Settings) -> Sequence[Action]:
-    backing, backing_format = settings.get("backing"), settings.get("backing_format")
-    if not isinstance(backing, str | None) or not isinstance(backing_format, str | None):
-        raise Conflict("the log does not say which backing image the rebase was for")
+    backing, backing_format = _names(settings)
 
     def set_backing(image: Image, planner: Planner) -> Iterable[Changes]:
         rebasing = lookup(image.format).rebasing
@@ -46,5 +111,72 @@ def _actions(settings: Settings) -> Sequence[Action]:
     return [set_backing]
 
 
+def _names(settings: Settings) -> tuple[str | None, str | None]:
+    backing, backing_format = settings.get("backing"), settings.get("backing_format")
+    if not isinstance(backing, str | None) or not isinstance(backing_format, str | None):
+        raise Conflict("the log does not say which backing image the rebase was for")
+    return backing, backing_format
+
+
 _unsafe = Changing("rebase", _actions)
-open_layers, make_job = _unsafe.open_layers, _unsafe.make_job
+
+
+def open_layers(fs: FileSystem, home: str, state: OperationState, secrets: Secrets) -> list[Image]:
+    """See `registry.Reopener`."""
+    if state.started is None or not state.started.settings.get("safe"):
+        return _unsafe.open_layers(fs, home, state, secrets)
+    settings = _settings(home, state)
+    layers = open_chain(
+        fs, recalled(settings["options"], home), format=settings["format"], write=True, cache=settings["cache"],
+        backing=False, repair=True, secrets=secrets,
+    )  # fmt: skip
+    try:
+        # The overlay may name either backing image by now.
+        for count in (settings["old"], settings["new"]):
+            if count:
+                record = state.declared.images[len(layers)]
+                path = os.path.join(os.path.dirname(home), record.path)
+                chain = open_chain(fs, path, format=record.format, secrets=secrets)
+                layers += chain
+                if len(chain) != count:
+                    raise Conflict(f"{path}: its backing chain is not as it was when the rebase began")
+        return layers
+    except BaseException:
+        close_chain(layers)
+        raise
+
+
+def make_job(layers: list[Image], state: OperationState, transfer: Transfer) -> Job:
+    """See `registry.Reopener`."""
+    if state.started is None or not state.started.settings.get("safe"):
+        return _unsafe.make_job(layers, state, transfer)
+    return _job(layers, _settings(layers[0].file.path, state), transfer, unlinked=unlinked_by(state))
+
+
+def _settings(home: str, state: OperationState) -> dict[str, Any]:
+    """What the operation was started with, checked: it comes from a file."""
+    settings = {} if state.started is None else state.started.settings
+    kinds = {"old": int, "new": int, "cache": str, "format": str, "step": int}
+    for name, kind in kinds.items():
+        if not isinstance(settings.get(name), kind):
+            raise Conflict(f"{home}: the log does not say with which '{name}' the rebase was started")
+    _names(settings)
+    old, new, step = settings["old"], settings["new"], settings["step"]
+    if min(old, new) < 0 or step < 1 or not are_options(settings.get("options")) or (
+        len(state.declared.images) < 1 + old + new
+    ):
+        raise Conflict(f"{home}: the log's images do not fit a rebase")
+    return settings
+
+
+def _job(
+    layers: list[Image], settings: Settings, transfer: Transfer, *, unlinked: Sequence[tuple[int, int]] = ()
+) -> Job:
+    old = settings["old"]
+    operation = Rebase(
+        layers, old, transfer, settings["backing"], settings["backing_format"], unlinked=unlinked,
+        step_bytes=settings["step"],
+    )  # fmt: skip
+    roles = ["overlay"] + ["old backing"] * old + ["new backing"] * (len(layers) - 1 - old)
+    files = touched([(role, image, role == "overlay") for role, image in zip(roles, layers, strict=True)])
+    return Job("rebase", operation, files, layers, operation.view, settings, total=operation.total())

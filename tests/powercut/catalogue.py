@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from powercut.resizes import RESIZES
+from powercut.resizes import REBASES, RESIZES
 from powercut.scenarios import AMENDMENTS, CHANGES, COMMITS, CONVERSIONS, SNAPSHOTS
 
-SCENARIOS = [*COMMITS, *CONVERSIONS, *CHANGES, *AMENDMENTS, *SNAPSHOTS, *RESIZES]
+SCENARIOS = [*COMMITS, *CONVERSIONS, *CHANGES, *AMENDMENTS, *SNAPSHOTS, *RESIZES, *REBASES]

@@ -1,4 +1,4 @@
-"""Resizes whose crash states are judged."""
+"""Resizes and safe rebases whose crash states are judged."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ from collections.abc import Awaitable, Callable
 
 from powercut import guest
 from powercut.judge import STEP_BYTES, Scenario
-from powercut.scenarios import KIB, data, growing_on_larger, qcow2_chain
+from powercut.scenarios import KIB, TOP, data, growing_on_larger, three_layers
 from safeimg.drivers.storage.simulated import SimulatedFileSystem
 from safeimg.ops.launch import Environment
+from safeimg.ops.rebase import rebase
 from safeimg.ops.resize import resize
 
 
@@ -33,7 +34,7 @@ BASE = (("/base.qcow2", "qcow2"),)
 RAW = (("/disk.raw", "raw"),)
 
 RESIZES = [
-    Scenario("resize", qcow2_chain(), _resize("/base.qcow2", 9000 * KIB), "/base.qcow2", None, BASE),
+    Scenario("resize", three_layers, _resize("/base.qcow2", 9000 * KIB), "/base.qcow2", None, BASE),
     Scenario(
         "resize over a larger base", growing_on_larger, _resize("/base.qcow2", 300 * KIB), "/base.qcow2", None, BASE
     ),
@@ -51,4 +52,27 @@ RESIZES = [
         "/disk.raw", None, RAW,
     ),
     Scenario("resize --shrink, raw", _raw, _resize("/disk.raw", 20 * KIB, shrink=True), "/disk.raw", None, RAW),
+]
+
+
+def _other_base(fs: SimulatedFileSystem) -> None:
+    """A base that holds some of what the old one does, other things elsewhere, and is shorter."""
+    three_layers(fs)
+    guest.create(fs, "/other.qcow2", "qcow2", 150 * KIB, cluster_size="8192")
+    old = guest.content(fs, "/mid.qcow2")
+    pieces = [(0, old[: 50 * KIB]), (70 * KIB, data(71, 40 * KIB)), (130 * KIB, old[130 * KIB : 140 * KIB])]
+    guest.write(fs, "/other.qcow2", pieces)
+
+
+def _rebase(backing: str | None) -> Callable[[Environment], Awaitable[None]]:
+    async def run(env: Environment) -> None:
+        await rebase(env, "/top.qcow2", backing, None if backing is None else "qcow2", step_bytes=STEP_BYTES)
+
+    return run
+
+
+REBASES = [
+    Scenario("rebase", _other_base, _rebase("other.qcow2"), "/top.qcow2", "/top.qcow2", TOP),
+    Scenario("rebase within the chain", three_layers, _rebase("base.qcow2"), "/top.qcow2", "/top.qcow2", TOP),
+    Scenario("rebase onto nothing", three_layers, _rebase(None), "/top.qcow2", "/top.qcow2", TOP),
 ]
