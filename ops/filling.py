@@ -17,6 +17,7 @@ from safeimg.ops.session import data_index
 from safeimg.ops.steps import Move, Step
 
 STEP_BYTES = 256 << 20
+ENTRY_BYTES = 16  # of metadata for a cluster, at most
 STEP_CLUSTERS = 1 << 16  # bounds the metadata of a step where clusters are tiny
 
 
@@ -70,6 +71,9 @@ class Filler:
         """Places one range. The end of what is covered: fresh places are wider, and filled from the view."""
         covered = start + length
         places = self.planner.zero(start, length) if zero else self.planner.place(start, length)
+        if zero and self.cluster > 1:
+            # Zeroes take no places, but metadata: entries, and at either end of a range a table that may be new.
+            batch.cost += 2 * self.cluster + length // self.cluster * ENTRY_BYTES
         for place in places:
             if place.fresh:
                 batch.fresh.append(place)

@@ -88,10 +88,13 @@ def random_commands(rng: random.Random, shape: Shape, count: int) -> list[str]:
 def random_writes(engine: Engine, rng: random.Random, count: int) -> None:
     """One step's worth: no subcluster is written twice, as no operation does."""
     size, cluster, unit = len(engine.model), engine.planner.cluster_size, engine.planner.granularity
+    most = 12 * cluster if unit == cluster else 20 * unit
     touched: set[int] = set()
-    for _ in range(count):
+    for _ in range(count if unit == cluster else 4 * count):
         start = rng.randrange(size) & ~511
-        length = min(size - start, 512 * rng.randrange(1, max(2, min(12 * cluster, size // 4) // 512)))
+        if unit < cluster and rng.random() < 0.5:
+            start %= 3 * cluster  # a few clusters get many small changes
+        length = min(size - start, 512 * rng.randrange(1, max(2, min(most, size // 4) // 512)))
         kind = rng.choice(("write", "write", "zero", "zero", "compressed"))
         if kind == "compressed":
             start, length = start - start % cluster, 1

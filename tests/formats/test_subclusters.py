@@ -178,7 +178,7 @@ def test_data_goes_first_into_what_is_not_allocated(tmp_path: Path) -> None:
 
 
 @needs_qemu
-def test_zeroes_by_parts_keep_what_lay_there_until_the_end(tmp_path: Path) -> None:
+def test_hazard_24_zeroes_by_parts_keep_what_lay_there_until_the_end(tmp_path: Path) -> None:
     """What a step makes zero may be needed again: a later step's data must not go there, nor that of a new planner."""
     path = build(tmp_path, True, [Command("write", 0, 32)])
     engine = Engine(path, random.Random(0))
@@ -221,7 +221,7 @@ def test_all_parts_zero_give_the_cluster_up(tmp_path: Path) -> None:
 
 @needs_qemu
 @pytest.mark.parametrize("extended", [True, False])
-def test_places_that_nobody_reads_are_not_referred_to(tmp_path: Path, extended: bool) -> None:
+def test_hazard_25_places_that_nobody_reads_are_not_referred_to(tmp_path: Path, extended: bool) -> None:
     """What recovery asks before it takes a step back: data for a preallocated place lies in a counted cluster."""
     path = tmp_path / "image.qcow2"
     qemu_img("create", "-q", "-f", "qcow2", "-o", f"cluster_size=16k,extended_l2={'on' if extended else 'off'}", path,
