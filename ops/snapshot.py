@@ -55,8 +55,10 @@ async def create(
     settings = {"action": "create", "name": name, "date": date_ns}
 
     def check(image: Image) -> None:
-        if lookup(image.format).snapshots is None:
+        snapshots = lookup(image.format).snapshots
+        if snapshots is None:
             raise RefusedError(image.file.path, "no snapshots", errno=errno.ENOTSUP)
+        snapshots.refuse(image, applying=False)
 
     await _changing.run(environment, filename, settings, backing=True, warn=warn, check=check)
 
@@ -74,7 +76,7 @@ async def apply(
         snapshots = lookup(image.format).snapshots
         if snapshots is None:
             raise RefusedError(image.file.path, "Block driver does not support snapshots")
-        snapshots.refuse_apply(image)
+        snapshots.refuse(image, applying=True)
         if by_id_or_name(snapshots.entries(image), name) is None:
             raise RefusedError(image.file.path, f"there is no snapshot '{name}'", errno=errno.ENOENT)
 

@@ -111,8 +111,8 @@ class Snapshotting(Protocol):
         either closes both. For reading. `FormatError`."""
         ...
 
-    def refuse_apply(self, image: Image) -> None:
-        """Raises `RefusedError` if none of the image's snapshots can be applied."""
+    def refuse(self, image: Image, *, applying: bool) -> None:
+        """Raises `RefusedError` if no snapshot of the image can be applied, or none be taken."""
         ...
 
     def create(self, image: Image, planner: Planner, name: str, seconds: int, nanoseconds: int) -> Iterable[Changes]:

@@ -32,6 +32,7 @@ KINDS = {
     "version 2": "cluster_size=4096,compat=0.10",
     "tiny clusters": "cluster_size=512,refcount_bits=4",
     "wide refcounts": "cluster_size=16384,refcount_bits=64",
+    "subclusters": "cluster_size=16384,extended_l2=on",
     "two bits": "cluster_size=65536,refcount_bits=2",
 }
 

@@ -20,6 +20,7 @@ from safeimg.drivers.formats.api import Changes
 from safeimg.drivers.formats.metadata import Phase
 from safeimg.drivers.formats.qcow2.driver import Qcow2Driver
 from safeimg.drivers.formats.qcow2.planner import Qcow2Planner
+from safeimg.drivers.formats.qcow2.shadow import Shadow
 from safeimg.drivers.formats.vdi.planner import VdiPlanner
 from safeimg.drivers.storage.api import File
 from safeimg.journal.errors import JournalError
@@ -156,6 +157,19 @@ def _log_removed_first(self: Session) -> None:
     session.remove_undo(self.fs, self.log.path + "-undo")
 
 
+def _refcounts_before_tables(self: Shadow, **fields: int) -> Iterator[Changes]:
+    *before, last = _SWITCH(self, **fields)
+    yield from before
+    (link,) = last.link
+    assert link.before is not None
+    low, high = 48 - link.offset, 60 - link.offset  # the refcount table's place and length
+    half = link.before[:low] + link.after[low:high] + link.before[high:]
+    yield replace(last, link=(link._replace(after=half),))
+    yield replace(last, link=(link._replace(before=half),), fresh=(), length=None)
+
+
+_SWITCH = Shadow.switch
+
 MUTATIONS = [
     Mutation("the log is never synced", "commit", _log_never_synced),
     Mutation("before-images are not synced before the event that names them", "commit into raw", _no_sync_of(UndoFile)),
@@ -166,6 +180,8 @@ MUTATIONS = [
     Mutation("links before allocations", "commit", _replace(Qcow2Planner, "take", _links_first)),
     Mutation("VDI blocks are linked before they are counted", "commit into vdi", _replace(
         VdiPlanner, "take", _linked_before_counted)),
+    Mutation("refcounts are switched before the tables with the COPIED flags", "snapshot -c third", _replace(
+        Shadow, "switch", _refcounts_before_tables)),
     Mutation("freed clusters are free at once", "commit, compressed", _replace(
         Qcow2Planner, "unlink_clusters", _freed_at_once)),
     Mutation("taking back skips bytes that look right", "commit", _replace(

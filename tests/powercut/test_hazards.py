@@ -301,6 +301,37 @@ def test_hazard_13_a_log_that_names_other_peoples_files() -> None:
     assert encode_event(declared)
 
 
+@pytest.mark.parametrize("action", ["-c third", "-a first", "-d first", "-d second"])
+def test_hazard_15_copied_flags_and_refcounts_change_together(action: str) -> None:
+    """Whatever is written, and however little of it: the image is sound, and nothing has leaked."""
+    fs = scenario(f"snapshot {action}").prepare()
+    (image,) = open_chain(fs, "/disk.qcow2", write=True, backing=False)
+    snapshots = lookup("qcow2").snapshots
+    assert snapshots is not None
+    planner = lookup("qcow2").planner(image)
+    option, name = action.split()
+    entry = next((each for each in snapshots.entries(image) if each.name == name), None)
+    before = Look.at(fs.clone(), "/disk.qcow2", "qcow2")
+    if option == "-c":
+        plan = snapshots.create(image, planner, name, 1, 0)
+    else:
+        assert entry is not None
+        plan = (snapshots.apply if option == "-a" else snapshots.delete)(image, planner, entry)
+    for changes in plan:
+        assert Look.at(fs.clone(), "/disk.qcow2", "qcow2") == before
+        for offset, content in changes.fresh:
+            for at in range(0, len(content), SECTOR):
+                image.file.pwrite(offset + at, content[at : at + SECTOR])
+            assert Look.at(fs.clone(), "/disk.qcow2", "qcow2") == before
+        assert not changes.allocate
+        for patch in changes.link:
+            assert patch.offset + len(patch.after) <= SECTOR
+            image.file.pwrite(patch.offset, patch.after)
+    after = Look.at(fs.clone(), "/disk.qcow2", "qcow2")
+    assert after.leaks == before.leaks == 0 and after != before
+    close_chain([image])
+
+
 def test_hazard_18_a_dirty_base_is_refused() -> None:
     """Refcounts of an image with lazy refcounts that was not closed cannot be trusted: nothing is begun."""
     which = scenario("commit")

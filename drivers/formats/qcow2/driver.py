@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -28,7 +29,7 @@ from safeimg.drivers.formats.features import (
     Snapshotting,
     WantedBitmap,
 )
-from safeimg.drivers.formats.qcow2.header import MAGIC, UNFINISHED
+from safeimg.drivers.formats.qcow2.header import MAGIC, MAX_SNAPSHOTS, UNFINISHED
 from safeimg.drivers.formats.qcow2.image import Qcow2Image, open_image
 from safeimg.drivers.formats.qcow2.runtime import RUNTIME_OPTIONS, apply_runtime
 from safeimg.drivers.formats.qcow2.snapshots import Snapshot
@@ -85,9 +86,14 @@ class Qcow2Snapshotting:
     def at(self, image: Image, entry: SnapshotEntry) -> Qcow2Image:
         return own_image(image).at(_own_entry(entry))
 
-    def refuse_apply(self, image: Image) -> None:
-        if own_image(image).bitmaps:  # which would have to know what changes
+    def refuse(self, image: Image, *, applying: bool) -> None:
+        own = own_image(image)
+        if applying and own.bitmaps:  # which would have to know what changes
             raise RefusedError(image.file.path, "Device has active dirty bitmaps")
+        if own.data is not own.file:
+            raise RefusedError(image.file.path, "its data lies in a file of its own", errno=errno.ENOTSUP)
+        if not applying and own.header.nb_snapshots >= MAX_SNAPSHOTS:
+            raise RefusedError(image.file.path, f"it has {MAX_SNAPSHOTS} snapshots already", errno=errno.EFBIG)
 
     def create(self, image: Image, planner: Planner, name: str, seconds: int, nanoseconds: int) -> Iterable[Changes]:
         from safeimg.drivers.formats.qcow2.snapshot_changes import create

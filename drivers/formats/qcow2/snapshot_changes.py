@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from safeimg.drivers.errors import FormatError, RefusedError
 from safeimg.drivers.formats.api import Changes
 from safeimg.drivers.formats.qcow2.entries import COMPRESSED, COPIED, L1_RESERVED, OFFSET_MASK
-from safeimg.drivers.formats.qcow2.header import MAX_L1_BYTES, MAX_SNAPSHOTS
+from safeimg.drivers.formats.qcow2.header import MAX_L1_BYTES
 from safeimg.drivers.formats.qcow2.l2_arrays import descriptors
 from safeimg.drivers.formats.qcow2.shadow import Shadow
 from safeimg.drivers.formats.qcow2.snapshots import (
@@ -40,8 +40,6 @@ def create(planner: Qcow2Planner, name: str, seconds: int, nanoseconds: int) -> 
     """See `features.Snapshotting`. QEMU cuts names after 255 bytes, and so it is done here."""
     header = planner.header
     snapshots = read_snapshots(planner.file, header)
-    if len(snapshots) >= MAX_SNAPSHOTS:
-        raise RefusedError(planner.path, f"an image has at most {MAX_SNAPSHOTS} snapshots", errno=errno.EFBIG)
     shadow = Shadow(planner)
     active = planner.l1_table_offset, planner.l1_size
     shadow.count({active: 1})
