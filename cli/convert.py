@@ -31,7 +31,7 @@ from safeimg.cli.values import cache_mode, warn
 from safeimg.drivers.errors import StorageError
 from safeimg.drivers.formats.naming import Blockdev, from_options
 
-_LATER = (("bitmaps", "--bitmaps"), ("salvage", "--salvage"))
+_LATER = (("salvage", "--salvage"),)
 
 COMMANDS = (
     Command(
@@ -157,6 +157,8 @@ def run(command: Command, arguments: Arguments) -> int:
         source_cache=cache_mode(arguments.last("source-cache", "writeback"), "Invalid source cache option"),
         force_share=arguments.flag("force-share"),
         snapshot=arguments.last("snapshot"),
+        bitmaps=arguments.flag("bitmaps"),
+        skip_broken_bitmaps=arguments.flag("skip-broken-bitmaps"),
         undo=arguments.flag("undo"),
     )
     settings = Settings(
@@ -169,7 +171,10 @@ def run(command: Command, arguments: Arguments) -> int:
     async def work(environment: Environment) -> None:
         if not await resumed(target, environment, "convert"):
             await convert(
-                environment, request, supersede=lambda path: supersede(path, environment, "convert")
+                environment,
+                request,
+                supersede=lambda path: supersede(path, environment, "convert"),
+                warn=warn,
             )
 
     with display(arguments) as shown:
@@ -210,8 +215,6 @@ def _check(arguments: Arguments) -> None:
     if len(arguments.positional) < 2:
         raise CommandError("Must specify image file name")
     cache_mode(arguments.last("source-cache", "writeback"), "Invalid source cache option")
-    if flag("bitmaps") and arguments.last("target-format", "raw") == "raw":
-        raise CommandError("Format driver 'raw' does not support bitmaps")
     for name, option in _LATER:
         if flag(name):
             raise CommandError(f"convert {option} is not supported yet")

@@ -21,10 +21,10 @@ from safeimg.drivers.formats.registry import lookup
 from safeimg.drivers.secrets import Secrets
 from safeimg.drivers.storage.api import FileSystem
 from safeimg.drivers.transfer.core import Transfer
-from safeimg.drivers.transfer.digest import Written, digests
 from safeimg.journal.state import OperationState
 from safeimg.ops.errors import Conflict
 from safeimg.ops.launch import Environment, Job, launch
+from safeimg.ops.moving import write_fresh
 from safeimg.ops.session import DATA_FILE, refuse_pending_on, touched
 from safeimg.ops.steps import Step
 
@@ -71,13 +71,8 @@ class Change:
 
     async def _step(self, cursor: Any, changes: Changes) -> Step:
         self._unlinked += changes.unlinked
-        fresh = [await trio.to_thread.run_sync(self._write, *piece) for piece in changes.fresh]
+        fresh = [await trio.to_thread.run_sync(write_fresh, self._image.file, *piece) for piece in changes.fresh]
         return Step(self._command, cursor, 0, fresh=fresh, changes=[(0, changes)])
-
-    def _write(self, offset: int, content: bytes) -> Written:
-        """Puts a new structure into space that nobody references yet."""
-        self._image.file.pwrite(offset, content)
-        return Written(0, offset, len(content), digests(content))
 
     def _reopened(self) -> Image:
         """The same open file, its metadata read afresh."""

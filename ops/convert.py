@@ -15,10 +15,12 @@ from safeimg.drivers.errors import DriverError, LockError, StorageError, UsageEr
 from safeimg.drivers.formats.api import Driver, Image
 from safeimg.drivers.formats.chain import close_chain, local_path, open_chain
 from safeimg.drivers.formats.naming import Blockdev, from_filename, lasting
+from safeimg.drivers.formats.registry import lookup
 from safeimg.drivers.formats.snapshots import load
 from safeimg.drivers.secrets import NO_SECRETS, Secrets
 from safeimg.drivers.storage.api import FileSystem
 from safeimg.drivers.transfer.core import Transfer
+from safeimg.ops.convert_bitmaps import check_source, check_target, with_copies
 from safeimg.ops.convert_job import compressor, job_of
 from safeimg.ops.convert_steps import PAGE, STEP_BYTES, STEP_SECONDS
 from safeimg.ops.create import files_of, format_driver, make_durable, settle_pending
@@ -47,6 +49,8 @@ class Options:
     source_cache: str = "writeback"  # -T
     force_share: bool = False  # -U
     snapshot: str | None = None  # -l
+    bitmaps: bool = False
+    skip_broken_bitmaps: bool = False
     undo: bool = False  # an existing target: keep what is overwritten until it is settled
     step_bytes: int = STEP_BYTES
     step_seconds: float = STEP_SECONDS
@@ -64,16 +68,20 @@ class Options:
 
 
 async def convert(
-    environment: Environment, options: Options, *, supersede: Callable[[str], None] | None = None
+    environment: Environment,
+    options: Options,
+    *,
+    supersede: Callable[[str], None] | None = None,
+    warn: Callable[[str], None] = lambda message: None,
 ) -> None:
     """Converts. What is pending on a target that is replaced wholly is given up by `supersede(path)`, if no
     other image is changed by it; without `supersede`, that is refused as any other change is.
 
-    Raises `DriverError` with qemu-img's message, `SomethingPending`, `OperationPaused`."""
+    `warn` gets warnings in qemu-img's words. Raises `DriverError` with qemu-img's message, `SomethingPending`,
+    `OperationPaused`."""
+    fs, transfer, secrets = environment.fs, environment.transfer, environment.secrets
     job = await trio.to_thread.run_sync(
-        lambda: open_job(
-            environment.fs, options, environment.transfer, supersede=supersede, secrets=environment.secrets
-        )
+        lambda: open_job(fs, options, transfer, supersede=supersede, secrets=secrets, warn=warn)
     )
     try:
         await launch(job, environment)
@@ -88,6 +96,7 @@ def open_job(
     *,
     supersede: Callable[[str], None] | None = None,
     secrets: Secrets = NO_SECRETS,
+    warn: Callable[[str], None] = lambda message: None,
 ) -> Job:
     """Opens the sources, makes the target (or opens it, with -n), and plans how it is written.
 
@@ -106,9 +115,13 @@ def open_job(
                 raise UsageError("No support for concatenating multiple snapshot")
             chains[0] = load(chains[0], options.snapshot)
         size = sum(chain[0].size for chain in chains)
-        if _writes_existing(fs, options):
+        existing = _writes_existing(fs, options)
+        creation = None if existing else _creation(options, several=len(chains) > 1)
+        if options.bitmaps:
+            check_source(chains, options.skip_broken_bitmaps, warn)
+        if creation is None:
             return _into_existing(fs, options, transfer, chains, size, secrets)
-        return _into_new(fs, options, transfer, chains, size, supersede, secrets)
+        return _into_new(fs, options, transfer, chains, size, supersede, secrets, *creation)
     except BaseException:
         for chain in chains:
             close_chain(chain)
@@ -148,6 +161,8 @@ def _into_existing(
     target = _open_target(fs, options, secrets, unfinished=False)
     try:
         refuse_pending_on(fs, target[0].file.path)
+        if options.bitmaps:
+            check_target(lookup(target[0].format), target[0])
         if options.target_is_zero and len(target) > 1:
             raise UsageError("Cannot use --target-is-zero when the destination image has a backing file")
         if options.compress:
@@ -168,8 +183,11 @@ def _into_new(
     size: int,
     supersede: Callable[[str], None] | None,
     secrets: Secrets,
+    driver: Driver,
+    asked: Mapping[str, str],
 ) -> Job:
-    driver, asked = _creation(options, several=len(chains) > 1)
+    if options.bitmaps:
+        check_target(driver)
     path = local_path(options.target_name)
     _refuse_source(fs, options, path, chains)
     if supersede is None:
@@ -195,6 +213,8 @@ def _into_new(
         options = _unlocking(options, asked)
         target = _open_target(fs, options, secrets, unfinished=True)
         try:
+            if options.bitmaps:
+                check_target(driver, target[0])
             return _job(fs, options, transfer, chains, target, created=True)
         except BaseException:
             close_chain(target)
@@ -272,6 +292,8 @@ def _job(
     *,
     created: bool,
 ) -> Job:
+    if options.bitmaps:  # what cannot be copied is refused before anything is written
+        with_copies(target[0], chains[0][0])
     size = sum(chain[0].size for chain in chains)
     backing = target[1].size if len(target) > 1 else 0
     if created:
@@ -291,6 +313,7 @@ def _job(
         "source_cache": options.source_cache,
         "force_share": options.force_share,
         "snapshot": options.snapshot,
+        "bitmaps": options.bitmaps,
         "created": created,
         "undo": options.undo and not created,
         "compress": options.compress,

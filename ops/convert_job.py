@@ -31,7 +31,8 @@ from safeimg.ops.session import DATA_FILE, data_index, touched
 _KINDS: dict[str, type | tuple[type, ...]] = {
     "layers": list, "formats": list, "options": list, "cache": str,
     "source_cache": str, "force_share": bool, "created": bool,
-    "undo": bool, "compress": bool, "sparse": int, "zero_below": int, "skip_below": int, "step_bytes": int,
+    "undo": bool, "compress": bool, "bitmaps": bool,
+    "sparse": int, "zero_below": int, "skip_below": int, "step_bytes": int,
     "step_seconds": (int, float), "defer": (int, float), "snapshot": (str, type(None)),
 }  # fmt: skip
 
@@ -97,7 +98,10 @@ def job_of(layers: Sequence[Image], settings: dict[str, Any], transfer: Transfer
     roles = [("target", target[0], True)]
     roles += [("source" if layer is chain[0] else "backing", layer, False) for chain in chains[1:] for layer in chain]
     data_file = data_index([image for _, image, _ in roles], 0)
-    operation = Convert(source, target, transfer, policy, data_file=data_file, unlinked=unlinked)
+    operation = Convert(
+        source, target, transfer, policy, data_file=data_file, unlinked=unlinked,
+        bitmaps=chains[1][0] if settings["bitmaps"] else None,
+    )  # fmt: skip
     created = tuple(dict.fromkeys((0, data_file))) if settings["created"] else ()
     return Job(
         "convert", operation, touched(roles), layers, source, settings, undo=settings["undo"],

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import trio
@@ -27,8 +27,11 @@ from safeimg.drivers.transfer.copy import join
 from safeimg.drivers.transfer.core import Transfer, Turns
 from safeimg.drivers.transfer.target import Target
 from safeimg.drivers.transfer.view import Source, View
+from safeimg.ops.bitmap import storing
+from safeimg.ops.convert_bitmaps import with_copies
 from safeimg.ops.convert_plan import Chunk, Rules, chunks
 from safeimg.ops.convert_write import Ahead, Batch, Compress, Exact, Writer
+from safeimg.ops.moving import write_fresh
 from safeimg.ops.steps import Move, Step
 
 STEP_BYTES = 256 << 20
@@ -60,12 +63,13 @@ class Convert:
     cursor unlinked, when resumed."""
 
     def __init__(self, source: Source, target: Sequence[Image], transfer: Transfer, policy: Policy, *,
-                 data_file: int = 0, unlinked: Sequence[tuple[int, int]] = ()) -> None:
+                 data_file: int = 0, unlinked: Sequence[tuple[int, int]] = (), bitmaps: Image | None = None) -> None:
         self.view = source
         self.images: tuple[Image, ...] = (target[0],)
         self._driver = lookup(target[0].format)
         self._transfer = transfer
         self._policy = policy
+        self._bitmaps = bitmaps
         self._planner = self._driver.planner(target[0])
         self._planner.recall(unlinked)
         unit = self._unit = self._planner.cluster_size
@@ -109,7 +113,7 @@ class Convert:
 
     async def steps(self, cursor: Any | None) -> AsyncIterator[Step]:
         """See `Operation`. The cursor is {"at": guest offset}; also "unmarked": True while the target's
-        bitmaps are to be set, "released": True at the very end."""
+        bitmaps are to be set, "copied": True once it has the source's, "released": True at the very end."""
         size = self.view.size
         if cursor is None:
             cursor = {"at": 0}
@@ -134,6 +138,9 @@ class Convert:
                 yield Step("data", {"at": at}, at, join(batch.written), moves, [(0, changes)])
         if self._writer.space is not None:
             await trio.to_thread.run_sync(self._writer.space.trim)
+        if self._bitmaps is not None and "copied" not in cursor and "released" not in cursor:
+            async for step in self._copy_bitmaps(self._bitmaps):
+                yield step
         if "released" not in cursor:
             changes = self._planner.release()
             if changes:
@@ -148,6 +155,19 @@ class Convert:
         changes = self._planner.mark_dirty(ranges)
         if changes:
             yield Step("bitmaps", {"at": 0}, 0, changes=[(0, changes)])
+
+    async def _copy_bitmaps(self, source: Image) -> AsyncIterator[Step]:
+        """The source's bitmaps, once all data is there: none of it is a change that they would record."""
+        target, at = self.images[0], self.view.size
+        wanted = with_copies(target, source)
+        held: Step | None = None
+        for changes in storing(target, self._planner, wanted):
+            if held is not None:
+                yield held
+            fresh = [await trio.to_thread.run_sync(write_fresh, target.file, *piece) for piece in changes.fresh]
+            held = Step("bitmaps", None if fresh else {"at": at}, at, fresh, changes=[(0, changes)])
+        if held is not None:
+            yield replace(held, cursor={"at": at, "copied": True})
 
     def _changes(self, changes: Changes) -> list[tuple[int, Changes]]:
         return [(0, changes)] if changes else []

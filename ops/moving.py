@@ -1,4 +1,4 @@
-"""Guest data written in place: keeping what is there before it is overwritten."""
+"""What is written around a step: before-images of what it overwrites, and structures that nobody references yet."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from safeimg.drivers.storage.api import File
 from safeimg.drivers.transfer.buffers import BufferPool
 from safeimg.drivers.transfer.copy import Part, parts
 from safeimg.drivers.transfer.core import Transfer
+from safeimg.drivers.transfer.digest import Written, digests
 from safeimg.drivers.transfer.zero import is_zero
 from safeimg.journal.events import BeforeRecord
 from safeimg.journal.undo import UndoFile
@@ -67,3 +68,9 @@ def _merge(records: Iterable[BeforeRecord]) -> Iterator[BeforeRecord]:
         held = record
     if held is not None:
         yield held
+
+
+def write_fresh(file: File, offset: int, content: bytes) -> Written:
+    """Puts a new structure into space of the home image that nobody references yet (`Changes.fresh`)."""
+    file.pwrite(offset, content)
+    return Written(0, offset, len(content), digests(content))

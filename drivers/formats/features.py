@@ -164,6 +164,10 @@ class WantedBitmap(NamedTuple):
 class Bitmapping(Protocol):
     """Formats with persistent bitmaps."""
 
+    def supported(self, image: Image) -> bool:
+        """Whether the image can have any: not in each version of a format."""
+        ...
+
     def listed(self, image: Image) -> Sequence[BitmapState]:
         """The image's bitmaps, in the image's order. `FormatError` if their directory is damaged."""
         ...

@@ -200,3 +200,33 @@ def test_a_damaged_table_stops_it_before_anything_is_begun(tmp_path: Path) -> No
         outcome = safeimg(["bitmap", *line.split()], tmp_path)
         assert outcome.code == 1 and b"invalid" in outcome.stderr
         assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
+CONVERSIONS = [
+    "-O qcow2 a t", "-O qcow2 -o compat=0.10 a t", "-O raw a t", "-O vdi a t", "-O foo a t", "-O qcow2 r t",
+    "-O qcow2 a a t", "-O qcow2 r r t", "-O raw missing t", "-O qcow2 lost t", "-O raw lost t", "-O qcow2 old t",
+    "--skip-broken-bitmaps -O qcow2 lost t", "-O qcow2 -o foo=bar lost t", "-O qcow2 -B nowhere lost t",
+    "-O qcow2 -n a larger", "-O qcow2 -n a o", "-O qcow2 -n lost o", "-O qcow2 -n a old", "-O qcow2 -n a missing",
+    "-O qcow2 -n a bare", "-O qcow2 -c -o cluster_size=4k a t", "-O qcow2 -o cluster_size=2M a t", "-n -O qcow2 a r",
+    "-n --target-image-opts a driver=raw,file.filename=r", "-O qcow2 -l none a t", "-O qcow2 a nowhere/t",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("line", CONVERSIONS)
+def test_convert(line: str, images: Path, tmp_path: Path) -> None:
+    own, qemu = tmp_path / "own", tmp_path / "qemu"
+    shutil.copytree(images, own)
+    create(own / "bare", "1M")
+    shutil.copytree(own, qemu)
+    command = ["convert", "--bitmaps", *line.split()]
+    expected = masked(qemu_img(command, qemu))
+    assert masked(safeimg(command, own, name="qemu-img")) == expected
+    target = line.split()[-1]
+    if expected.code == 0:
+        assert bitmaps(own / target) == bitmaps(qemu / target)
+        assert run("qemu-img", "check", own / target).returncode == 0
+        assert run("qemu-img", "compare", own / target, qemu / target).returncode == 0
+    else:  # nothing is changed here, and nothing left behind
+        for path in images.iterdir():
+            assert (own / path.name).read_bytes() == path.read_bytes()
+        assert {path.name for path in own.iterdir()} == {path.name for path in images.iterdir()} | {"bare"}

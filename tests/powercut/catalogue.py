@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
+from powercut.bitmaps import BITMAPS
 from powercut.resizes import REBASES, RESIZES
 from powercut.scenarios import AMENDMENTS, CHANGES, COMMITS, CONVERSIONS, SNAPSHOTS
 
-SCENARIOS = [*COMMITS, *CONVERSIONS, *CHANGES, *AMENDMENTS, *SNAPSHOTS, *RESIZES, *REBASES]
+SCENARIOS = [*COMMITS, *CONVERSIONS, *CHANGES, *AMENDMENTS, *SNAPSHOTS, *RESIZES, *REBASES, *BITMAPS]

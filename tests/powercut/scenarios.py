@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import random
 from collections.abc import Awaitable, Callable
-from unittest import mock
 
 from powercut import guest
 from powercut.judge import STEP_BYTES, Scenario
-from safeimg.drivers.formats.qcow2 import bitmap_store, shadow
+from safeimg.drivers.formats.qcow2 import shadow
 from safeimg.drivers.storage.simulated import SimulatedFileSystem
 from safeimg.ops import snapshot
 from safeimg.ops.amend import amend
-from safeimg.ops.bitmap import change_bitmaps
-from safeimg.ops.bitmap_plan import BitmapAction
 from safeimg.ops.commit_job import commit
 from safeimg.ops.convert import Options, convert
 from safeimg.ops.launch import Environment
@@ -39,7 +36,7 @@ def _commit(top: str, **options: object) -> Callable[[Environment], Awaitable[No
     return run
 
 
-def _overlay_pieces(cluster: int) -> list[tuple[int, bytes | None]]:
+def overlay_pieces(cluster: int) -> list[tuple[int, bytes | None]]:
     """Aligned and unaligned writes, zeroes over data, over nothing, and data over zeroes."""
     return [
         (0, data(11, 3 * cluster)),
@@ -70,7 +67,7 @@ def qcow2_chain(cluster: int = 4 * KIB, *, base_size: int = 256 * KIB, top_size:
             fs, "/top.qcow2", "qcow2", top_size, cluster_size=str(cluster), backing_file="base.qcow2",
             backing_fmt="qcow2",
         )
-        guest.write(fs, "/top.qcow2", _overlay_pieces(cluster))
+        guest.write(fs, "/top.qcow2", overlay_pieces(cluster))
 
     return build
 
@@ -80,7 +77,7 @@ def raw_chain(fs: SimulatedFileSystem) -> None:
     guest.create(
         fs, "/top.qcow2", "qcow2", 256 * KIB, cluster_size="4096", backing_file="base.raw", backing_fmt="raw"
     )
-    guest.write(fs, "/top.qcow2", _overlay_pieces(4 * KIB))
+    guest.write(fs, "/top.qcow2", overlay_pieces(4 * KIB))
 
 
 def growing_on_larger(fs: SimulatedFileSystem) -> None:
@@ -94,7 +91,7 @@ def growing_on_larger(fs: SimulatedFileSystem) -> None:
     guest.create(
         fs, "/top.qcow2", "qcow2", 256 * KIB, cluster_size="4096", backing_file="base.qcow2", backing_fmt="qcow2"
     )
-    guest.write(fs, "/top.qcow2", _overlay_pieces(4 * KIB))
+    guest.write(fs, "/top.qcow2", overlay_pieces(4 * KIB))
 
 
 def three_layers(fs: SimulatedFileSystem) -> None:
@@ -211,7 +208,7 @@ COMMITS = [
 ]
 
 
-def _convert(source: str, target: str, fmt: str, **options: object) -> Callable[[Environment], Awaitable[None]]:
+def convert_to(source: str, target: str, fmt: str, **options: object) -> Callable[[Environment], Awaitable[None]]:
     async def run(env: Environment) -> None:
         await convert(
             env,
@@ -242,51 +239,52 @@ NEW_VDI = (("/target.vdi", "vdi"),)
 
 CONVERSIONS = [
     Scenario(
-        "convert to qcow2", qcow2_chain(), _convert("/top.qcow2", "/target.qcow2", "qcow2", create_options=SMALL),
+        "convert to qcow2", qcow2_chain(), convert_to("/top.qcow2", "/target.qcow2", "qcow2", create_options=SMALL),
         "/target.qcow2", None, NEW_QCOW2, created=True,
     ),
     Scenario(
-        "convert to raw", qcow2_chain(), _convert("/top.qcow2", "/target.raw", "raw"), "/target.raw", None,
+        "convert to raw", qcow2_chain(), convert_to("/top.qcow2", "/target.raw", "raw"), "/target.raw", None,
         (("/target.raw", "raw"),), created=True,
     ),
     Scenario(
-        "convert -c", compressed, _convert("/top.qcow2", "/target.qcow2", "qcow2", compress=True, create_options=SMALL),
+        "convert -c", compressed,
+        convert_to("/top.qcow2", "/target.qcow2", "qcow2", compress=True, create_options=SMALL),
         "/target.qcow2", None, NEW_QCOW2, created=True,
     ),
     Scenario(
         "convert -B", _backed_target,
-        _convert(
+        convert_to(
             "/top.qcow2", "/target.qcow2", "qcow2", backing="mid.qcow2", backing_format="qcow2", create_options=SMALL
         ),
         "/target.qcow2", None, NEW_QCOW2, created=True,
     ),
     Scenario(
-        "convert to vdi", _large_pieces, _convert("/source.qcow2", "/target.vdi", "vdi"), "/target.vdi", None,
+        "convert to vdi", _large_pieces, convert_to("/source.qcow2", "/target.vdi", "vdi"), "/target.vdi", None,
         NEW_VDI, created=True,
     ),
     Scenario(
         "convert to static vdi", _large_pieces,
-        _convert("/source.qcow2", "/target.vdi", "vdi", create_options={"static": "on"}), "/target.vdi", None,
+        convert_to("/source.qcow2", "/target.vdi", "vdi", create_options={"static": "on"}), "/target.vdi", None,
         NEW_VDI, created=True,
     ),
     Scenario(
         "convert -n --undo to vdi", _existing_vdi,
-        _convert("/source.qcow2", "/target.vdi", "vdi", create=False, undo=True), "/target.vdi", None, NEW_VDI,
+        convert_to("/source.qcow2", "/target.vdi", "vdi", create=False, undo=True), "/target.vdi", None, NEW_VDI,
     ),
     Scenario(
         "convert -n --undo to qcow2", _existing_target,
-        _convert("/top.qcow2", "/target.qcow2", "qcow2", create=False, undo=True), "/target.qcow2", None, NEW_QCOW2,
+        convert_to("/top.qcow2", "/target.qcow2", "qcow2", create=False, undo=True), "/target.qcow2", None, NEW_QCOW2,
     ),
     Scenario(
         "convert -n --undo to raw", _existing_raw,
-        _convert("/top.qcow2", "/target.raw", "raw", create=False, undo=True), "/target.raw", None,
+        convert_to("/top.qcow2", "/target.raw", "raw", create=False, undo=True), "/target.raw", None,
         (("/target.raw", "raw"),),
     ),
 ]
 
 
 
-def _two_bases(fs: SimulatedFileSystem) -> None:
+def two_bases(fs: SimulatedFileSystem) -> None:
     """The header's names cross the end of its first sector: the table of feature names, and a long file name."""
     qcow2_chain()(fs)
     for name in ("/other.raw", f"/{'o' * 200}.raw"):
@@ -295,7 +293,7 @@ def _two_bases(fs: SimulatedFileSystem) -> None:
     guest.create(
         fs, "/top.qcow2", "qcow2", 512 * KIB, cluster_size="8192", backing_file="base.qcow2", backing_fmt="qcow2"
     )
-    guest.write(fs, "/top.qcow2", _overlay_pieces(8 * KIB))
+    guest.write(fs, "/top.qcow2", overlay_pieces(8 * KIB))
 
 
 def _rebase_unsafe(backing: str | None) -> Callable[[Environment], Awaitable[None]]:
@@ -308,48 +306,10 @@ def _rebase_unsafe(backing: str | None) -> Callable[[Environment], Awaitable[Non
 TOP = (("/top.qcow2", "qcow2"),)
 
 
-def _bitmaps(*actions: BitmapAction, source: str | None = None) -> Callable[[Environment], Awaitable[None]]:
-    async def run(env: Environment) -> None:
-        with mock.patch.object(bitmap_store, "STEP_BYTES", 1):  # so small, merged bits take several steps
-            await change_bitmaps(env, "/top.qcow2", actions, source=source)
-
-    return run
-
-
-def with_bitmaps(fs: SimulatedFileSystem) -> None:
-    """Two bitmaps with bits, one without; an image of another cluster size has bitmaps of other granularities."""
-    _two_bases(fs)
-    guest.bitmaps(fs, "/top.qcow2", [("fine", 512, True), ("coarse", 16 * KIB, True), ("off", 4 * KIB, False)])
-    guest.mark(fs, "/top.qcow2", [(0, 3 * KIB), (100 * KIB, 70 * KIB)])
-    guest.create(fs, "/other.qcow2", "qcow2", 512 * KIB, cluster_size="512")
-    guest.bitmaps(fs, "/other.qcow2", [("fine", 512, True), ("coarse", 64 * KIB, True)])
-    guest.mark(fs, "/other.qcow2", [(5 * KIB, 500), (300 * KIB, 150 * KIB)])
-
-
 CHANGES = [
-    Scenario("rebase -u", _two_bases, _rebase_unsafe("other.raw"), "/top.qcow2", "/top.qcow2", TOP),
-    Scenario("rebase -u, long name", _two_bases, _rebase_unsafe("o" * 200 + ".raw"), "/top.qcow2", "/top.qcow2", TOP),
-    Scenario("rebase -u onto nothing", _two_bases, _rebase_unsafe(None), "/top.qcow2", "/top.qcow2", TOP),
-    *(
-        Scenario(f"bitmap {name}", build, _bitmaps(*actions, source=source), "/top.qcow2", "/top.qcow2", TOP)
-        for name, build, actions, source in (
-            ("--add, the first", _two_bases, [BitmapAction("add", "new")], None),
-            ("--add --disable", with_bitmaps, [BitmapAction("add", "new"), BitmapAction("disable", "new")], None),
-            ("--remove", with_bitmaps, [BitmapAction("remove", "coarse")], None),
-            ("--remove, of all", with_bitmaps, [BitmapAction("remove", n) for n in ("fine", "coarse", "off")], None),
-            ("--clear", with_bitmaps, [BitmapAction("clear", "fine")], None),
-            ("--enable", with_bitmaps, [BitmapAction("enable", "off")], None),
-            ("--merge", with_bitmaps, [BitmapAction("merge", "off", source="fine")], None),
-            (
-                "--add --merge -b", with_bitmaps,
-                [
-                    BitmapAction("add", "new", 2 * KIB), BitmapAction("merge", "new", source="coarse"),
-                    BitmapAction("merge", "new", source="fine"), BitmapAction("merge", "fine", source="fine"),
-                ],
-                "/other.qcow2",
-            ),
-        )
-    ),
+    Scenario("rebase -u", two_bases, _rebase_unsafe("other.raw"), "/top.qcow2", "/top.qcow2", TOP),
+    Scenario("rebase -u, long name", two_bases, _rebase_unsafe("o" * 200 + ".raw"), "/top.qcow2", "/top.qcow2", TOP),
+    Scenario("rebase -u onto nothing", two_bases, _rebase_unsafe(None), "/top.qcow2", "/top.qcow2", TOP),
 ]
 
 def _with_zeroes(**options: str) -> Callable[[SimulatedFileSystem], None]:
@@ -362,7 +322,7 @@ def _with_zeroes(**options: str) -> Callable[[SimulatedFileSystem], None]:
             fs, "/top.qcow2", "qcow2", 256 * KIB, cluster_size="4096", backing_file="base.qcow2", backing_fmt="qcow2",
             **options,
         )
-        guest.write(fs, "/top.qcow2", [*_overlay_pieces(4 * KIB), (0, None), (60 * 4 * KIB, None)])
+        guest.write(fs, "/top.qcow2", [*overlay_pieces(4 * KIB), (0, None), (60 * 4 * KIB, None)])
 
     return build
 
@@ -406,7 +366,7 @@ def _two_snapshots(compressed: bool = False, **options: str) -> Callable[[Simula
             packed = [((80 + number) * cluster, _text(number, cluster)) for number in range(9)]
             guest.write_compressed(fs, "/disk.qcow2", packed)
         guest.snapshot(fs, "/disk.qcow2", "first")
-        guest.write(fs, "/disk.qcow2", _overlay_pieces(cluster))
+        guest.write(fs, "/disk.qcow2", overlay_pieces(cluster))
         if compressed:
             guest.write(fs, "/disk.qcow2", [(81 * cluster + 9, data(61, 90)), (83 * cluster, None)])
             guest.write_compressed(fs, "/disk.qcow2", [(120 * cluster, _text(62, cluster))])
@@ -460,7 +420,7 @@ SNAPSHOTS = [
     *_snapshots(),
     Scenario(
         "convert -l", _two_snapshots(),
-        _convert("/disk.qcow2", "/target.qcow2", "qcow2", snapshot="first", create_options=SMALL), "/target.qcow2",
+        convert_to("/disk.qcow2", "/target.qcow2", "qcow2", snapshot="first", create_options=SMALL), "/target.qcow2",
         None, NEW_QCOW2, created=True,
     ),
     Scenario(

@@ -82,7 +82,7 @@ def store(
         if bitmap not in carried:
             _unlink(planner, bitmap)
     extension = _put_directory(planner, stored)
-    switch_header(planner, replace(_with_extension(current_header(planner), extension), size=size))
+    switch_header(planner, replace(_with_extension(header, extension), size=size))
     planner.current_size = size
     yield replace(planner.take(), fresh=tuple(fresh))
 

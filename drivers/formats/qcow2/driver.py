@@ -114,6 +114,9 @@ class Qcow2Snapshotting:
 class Qcow2Bitmapping:
     """Implements `formats.features.Bitmapping`."""
 
+    def supported(self, image: Image) -> bool:
+        return own_image(image).header.version > 2
+
     def listed(self, image: Image) -> Sequence[BitmapState]:
         return [
             BitmapState(bitmap.name, bitmap.granularity, bitmap.enabled, bitmap.in_use)

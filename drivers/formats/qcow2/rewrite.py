@@ -23,6 +23,7 @@ from safeimg.drivers.formats.qcow2.entries import SECTOR
 from safeimg.drivers.formats.qcow2.header import (
     EXT_FEATURE_NAMES,
     FEATURE_TABLE_MIN_CLUSTER,
+    UNFINISHED,
     Extension,
     Header,
     backing_name_offset,
@@ -93,12 +94,13 @@ def _lay_out(path: str, cluster: bytes, wanted: Header) -> bytes:
     old = range(max(SECTOR, named.start), max(SECTOR, named.stop))
     bare = replace(wanted, extensions=_without_names(wanted))
     candidates = [bare]
+    mark = wanted.extension(EXT_FEATURE_NAMES) if wanted.incompatible_features & UNFINISHED else None
     if wanted.version > 2 and wanted.cluster_size >= FEATURE_TABLE_MIN_CLUSTER:
         candidates.insert(0, replace(bare, extensions=(*bare.extensions, feature_name_table())))
     for header in candidates:
         for name_at in (0, old.stop):  # right behind the extensions, or behind the old name
             try:
-                target = bytearray(serialise(replace(header, backing_file_offset=name_at)))
+                target = bytearray(_serialised(replace(header, backing_file_offset=name_at), mark))
             except FormatError:  # no room for it all
                 continue
             kept = cluster[old.start:old.stop]
@@ -107,6 +109,17 @@ def _lay_out(path: str, cluster: bytes, wanted: Header) -> bytes:
                 target[old.start:old.stop] = kept
                 return bytes(target)
     raise UnsupportedError(f"{path}: no room in the header's cluster for all that it would have to hold")
+
+
+def _serialised(header: Header, mark: bytes | None) -> bytes:
+    """The header cluster. Of an image that is still being made, sector 0 has `mark` for a table of feature names: the
+    one that tells so; what lies behind is as it will be."""
+    if mark is None:
+        return serialise(header)
+    marked = header.with_extension(Extension(EXT_FEATURE_NAMES, mark), EXT_FEATURE_NAMES)
+    name_at = max(header.backing_file_offset, backing_name_offset(header), backing_name_offset(marked))
+    marked, header = (replace(each, backing_file_offset=name_at) for each in (marked, header))
+    return serialise(marked)[:SECTOR] + serialise(header)[SECTOR:]
 
 
 def _name(cluster: bytes) -> range:
