@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from safeimg.cli import values
-from safeimg.cli.common import filesystem, image_name, print_json
+from safeimg.cli.common import filesystem, image_name, print_json, warn_image
 from safeimg.cli.errors import CommandError, usage
 from safeimg.cli.options import Command, Option
 from safeimg.cli.parser import Arguments
+from safeimg.cli.progress import display
+from safeimg.cli.running import run_stoppable
 from safeimg.cli.shared import (
     FORCE_SHARE,
     FORMAT,
     HELP,
     IMAGE,
     IMAGE_OPTS,
+    JOURNAL,
+    NO_JOURNAL,
     OBJECT,
     OUTPUT,
     QUIET,
@@ -26,6 +31,8 @@ from safeimg.cli.values import cache_mode, output_format
 
 if TYPE_CHECKING:
     from safeimg.drivers.formats.api import CheckResult
+    from safeimg.drivers.formats.naming import Blockdev
+    from safeimg.ops.repair import Repaired
 
 CORRUPT, LEAKS, UNSUPPORTED = 2, 3, 63
 
@@ -37,17 +44,24 @@ COMMANDS = (
         (
             HELP,
             FORMAT,
-            Option("repair", "r", "repair", "leaks|all", "Not supported yet.", values.repair),
+            Option("repair", "r", "repair", "leaks|all", "Repair leaked clusters, or everything.", values.repair),
             OUTPUT,
             OBJECT,
             IMAGE_OPTS,
             QUIET,
             SOURCE_CACHE,
             FORCE_SHARE,
+            JOURNAL,
+            NO_JOURNAL,
         ),
-        (("Is the image in order?", "check disk.qcow2"), ("For programs", "check --output=json disk.qcow2")),
-        "Exit code 0: no errors; 1: not checked; 2: corruptions; 3: leaked clusters only; 63: the format "
-        "has no checks.",
+        (
+            ("Is the image in order?", "check disk.qcow2"),
+            ("For programs", "check --output=json disk.qcow2"),
+            ("Repair it", "check -r all disk.qcow2"),
+        ),
+        "A repair that was killed is finished by `safeimg resume IMAGE`, or by the same command; `safeimg rollback "
+        "IMAGE` makes the image as broken as it was. Exit code 0: no errors; 1: not checked; 2: corruptions; 3: leaked "
+        "clusters only; 63: the format has no checks.",
     ),
 )
 
@@ -58,30 +72,103 @@ def run(command: Command, arguments: Arguments) -> int:
     output = output_format(arguments.last("output"))
     name, fmt = image_name(arguments, arguments.positional[0], arguments.last("format"))
     cache = cache_mode(arguments.last("source-cache", "writeback"), "Invalid source cache option")
-    if arguments.flag("repair"):
-        raise CommandError("check -r is not supported yet: without -r it reports what is wrong")
+    from safeimg.drivers.errors import CheckFailed
+
+    try:
+        done = _repaired(arguments, name, fmt, cache) if arguments.flag("repair") else None
+        if done is None or done.first is None:
+            return _report(arguments, output, *_checked(arguments, name, fmt, cache))
+    except CheckFailed as failed:
+        _tell(failed.messages)
+        problem = () if failed.problem is None else (failed.problem,)
+        raise CommandError(*problem, f"Check failed: {failed.reason}") from failed
+    first = done.first
+    _tell(first.messages)
+    if not (first.corruptions_fixed or first.leaks_fixed):
+        return _report(arguments, output, done.format, first)
+    if output == "human" and not arguments.flag("quiet"):
+        print("\n".join(_repairs(first)))
+        sys.stdout.flush()
+    second = done.second
+    if second is None:
+        raise CommandError("Check failed: Input/output error")
+    _tell(second.messages)
+    fixed = {"corruptions_fixed": first.corruptions_fixed, "leaks_fixed": first.leaks_fixed}
+    return _report(arguments, output, done.format, replace(second, **fixed, messages=()))
+
+
+def _checked(
+    arguments: Arguments, name: str | Blockdev, fmt: str | None, cache: str
+) -> tuple[str, CheckResult]:
+    """The image's format, and how it is."""
     from safeimg.ops.check import check
 
     done = check(
         filesystem(), name, fmt=fmt, cache=cache, force_share=arguments.flag("force-share"),
         secrets=arguments.secrets,
     )
-    result = done.result
-    if result is None:
+    if done.result is None:
         raise CommandError("This image format does not support checks", code=UNSUPPORTED)
-    for message in result.messages:
+    _tell(done.result.messages)
+    return done.format, replace(done.result, messages=())
+
+
+def _repaired(arguments: Arguments, name: str | Blockdev, fmt: str | None, cache: str) -> Repaired | None:
+    """What was repaired; None if a repair that had been interrupted was finished."""
+    if arguments.flag("force-share"):
+        raise CommandError(
+            f"Could not open '{arguments.positional[0]}': force-share=on can only be used with read-only images"
+        )
+    from safeimg.drivers.transfer.core import Settings
+    from safeimg.ops.launch import Environment
+    from safeimg.ops.repair import repair
+    from safeimg.recovery.gate import begin_or_resume
+
+    async def work(environment: Environment) -> Repaired | None:
+        found: list[Repaired] = []
+
+        async def begin() -> None:
+            errors = arguments.last("repair") == "all"
+            found.append(await repair(environment, name, errors=errors, fmt=fmt, cache=cache, warn=warn_image))
+
+        await begin_or_resume(name, environment, "check", begin)
+        return found[0] if found else None
+
+    with display(arguments) as shown:
+        path = name if isinstance(name, str) else name.text
+        done = run_stoppable(arguments, shown, work, image=path, settings=Settings(writeback=cache != "unsafe"))
+    if done is not None and done.first is None:
+        raise CommandError("This image format does not support checks", code=UNSUPPORTED)
+    return done
+
+
+def _tell(messages: Iterable[str]) -> None:
+    """The report itself, line by line."""
+    sys.stdout.flush()
+    for message in messages:
         print(message, file=sys.stderr)
     sys.stderr.flush()
+
+
+def _report(arguments: Arguments, output: str, fmt: str, result: CheckResult) -> int:
+    """The counters, and the exit code."""
     if not arguments.flag("quiet"):
         if output == "json":
-            print_json(_members(result, arguments.positional[0], done.format))
+            print_json(_members(result, arguments.positional[0], fmt))
         else:
             print("\n".join(_lines(result)))
+    if result.check_errors:
+        raise CommandError("Check failed")
     if result.corruptions:
         return CORRUPT
-    if result.leaks:
-        return LEAKS
-    return 1 if result.check_errors else 0
+    return LEAKS if result.leaks else 0
+
+
+def _repairs(result: CheckResult) -> Iterator[str]:
+    yield "The following inconsistencies were found and repaired:\n"
+    yield f"    {result.leaks_fixed} leaked clusters"
+    yield f"    {result.corruptions_fixed} corruptions\n"
+    yield "Double checking the fixed image now..."
 
 
 def _members(result: CheckResult, path: str, fmt: str) -> dict[str, Any]:
@@ -91,8 +178,10 @@ def _members(result: CheckResult, path: str, fmt: str) -> dict[str, Any]:
         "compressed-clusters": result.compressed_clusters,
         "total-clusters": result.total_clusters,
         "corruptions": result.corruptions,
+        "corruptions-fixed": result.corruptions_fixed,
         "check-errors": result.check_errors,
         "leaks": result.leaks,
+        "leaks-fixed": result.leaks_fixed,
         "allocated-clusters": result.allocated_clusters,
         "filename": path,
         "format": fmt,

@@ -140,6 +140,7 @@ def environment(
         journal="auto" if arguments is None else _journal(arguments),
         stop=Stop().reason if stop is None else stop.reason,
         secrets=NO_SECRETS if arguments is None else arguments.secrets,
+        notice=lambda line: print(line, file=sys.stderr),
     )
 
 

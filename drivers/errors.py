@@ -41,6 +41,17 @@ class UnsupportedError(DriverError):
     """The image is valid but uses something that safeimg does not handle."""
 
 
+class NotClosed(UnsupportedError):
+    """The image is marked as dirty: it has to be repaired before it can be written to."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        super().__init__(
+            "qcow2: Image was not closed properly (dirty bit): its refcounts have to be repaired first, with qemu-img "
+            "check -r all"
+        )
+
+
 class SecretMissing(DriverError):
     """Guest data is encrypted, and nobody gave what it takes to read or write it. The message is QEMU's."""
 
@@ -58,3 +69,14 @@ class RefusedError(UnsupportedError):
 
 class UsageError(DriverError):
     """An option or argument that makes no sense, in qemu-img's words."""
+
+
+class CheckFailed(DriverError):
+    """A check has no result, for `reason`, in the system's words. `messages`: lines of the report until then;
+    `problem`: what is wrong with the image, in QEMU's words, if it said so."""
+
+    def __init__(self, reason: str, *, messages: tuple[str, ...] = (), problem: str | None = None) -> None:
+        self.reason = reason
+        self.messages = messages
+        self.problem = problem
+        super().__init__(f"{problem}: Check failed: {reason}" if problem else f"Check failed: {reason}")

@@ -38,7 +38,7 @@ async def amend(
         values.update(parse_amend_options(amending.options, driver.create_options, given))
         amending.check(image, values, force=force)
 
-    settings = {"options": values}
+    settings = {"values": values}
     await _amend.run(
         environment, filename, settings, fmt=fmt, cache=cache, warn=warn, check=check, backing=True
     )
@@ -63,13 +63,13 @@ def amendable(driver: Driver) -> Amending:
 
 
 def _actions(settings: Settings) -> Sequence[Action]:
-    options = settings.get("options")
-    if not isinstance(options, Mapping) or not all(isinstance(word, str) for pair in options.items() for word in pair):
+    values = settings.get("values")
+    if not isinstance(values, Mapping) or not all(isinstance(word, str) for pair in values.items() for word in pair):
         raise Conflict("the log does not say which options were to be amended")
     amending = lookup(settings["format"]).amending
     if amending is None:
         raise Conflict(f"{settings['format']} images have no options to amend")
-    return amending.amendments(options)
+    return amending.amendments(values)
 
 
 _amend = Changing("amend", _actions)

@@ -25,6 +25,7 @@ from safeimg.journal.state import OperationState
 from safeimg.ops.errors import Conflict
 from safeimg.ops.launch import Environment, Job, launch
 from safeimg.ops.moving import write_fresh
+from safeimg.ops.repair import open_sound
 from safeimg.ops.session import DATA_FILE, refuse_pending_on, touched
 from safeimg.ops.steps import Step
 
@@ -125,8 +126,11 @@ class Changing:
             refuse_pending_on(fs, layers[0].file.path)
         finally:
             close_chain(layers)
-        layers = open_chain(
-            fs, filename, format=fmt, write=True, cache=cache, backing=False, warn=warn, secrets=secrets
+        layers = await open_sound(
+            environment,
+            lambda: open_chain(
+                fs, filename, format=fmt, write=True, cache=cache, backing=False, warn=warn, secrets=secrets
+            ),
         )
         try:
             for name, source_format in sources:

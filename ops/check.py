@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from safeimg.drivers.errors import UnsupportedError
 from safeimg.drivers.formats.api import CheckResult, Image
-from safeimg.drivers.formats.chain import close_chain, open_chain
+from safeimg.drivers.formats.chain import OpenError, close_chain, open_chain
 from safeimg.drivers.formats.naming import Blockdev
 from safeimg.drivers.formats.registry import lookup
 from safeimg.drivers.secrets import NO_SECRETS, Secrets
@@ -31,10 +32,25 @@ def check(
     secrets: Secrets = NO_SECRETS,
 ) -> Checked:
     """Checks the top image of a chain; its backing images have to open, as in qemu-img. `DriverError`."""
-    layers = open_chain(fs, filename, format=fmt, cache=cache, force_share=force_share, secrets=secrets)
+    layers = open_chain(
+        fs, filename, format=fmt, cache=cache, force_share=force_share, repair=only_top, secrets=secrets
+    )
     try:
-        image: Image = layers[0]
-        result = None if image.format in FORMATS_WITHOUT_CHECKS else lookup(image.format).check(image)
-        return Checked(image.format, result)
+        return Checked(layers[0].format, checked(layers[0], filename))
     finally:
         close_chain(layers)
+
+
+def checked(image: Image, filename: str | Blockdev) -> CheckResult | None:
+    """The result for an open image; None if its format has no checks."""
+    if image.format in FORMATS_WITHOUT_CHECKS:
+        return None
+    try:
+        return lookup(image.format).check(image)
+    except UnsupportedError as error:
+        raise OpenError(f"Could not open '{filename}': {error}") from error
+
+
+def only_top(depth: int) -> bool:
+    """Which layers may be broken: the image that is checked."""
+    return depth == 0

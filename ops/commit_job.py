@@ -20,6 +20,7 @@ from safeimg.ops.commit import Commit
 from safeimg.ops.errors import Conflict
 from safeimg.ops.filling import STEP_BYTES
 from safeimg.ops.launch import Environment, Job, launch
+from safeimg.ops.repair import open_sound
 from safeimg.ops.session import DATA_FILE, refuse_pending_on, touched
 
 
@@ -38,10 +39,13 @@ async def commit(
     """Commits `filename` into its backing image, or into `base` further down (which implies `drop`).
 
     `drop`: the committed image keeps its content. Raises what opening raises, `SomethingPending`, `OperationPaused`."""
-    job = open_job(
-        environment.fs, filename, environment.transfer, base=base, fmt=fmt, drop=drop or base is not None,
-        cache=cache, undo=undo, step_bytes=step_bytes, warn=warn, secrets=environment.secrets,
-    )
+    job = await open_sound(
+        environment,
+        lambda: open_job(
+            environment.fs, filename, environment.transfer, base=base, fmt=fmt, drop=drop or base is not None,
+            cache=cache, undo=undo, step_bytes=step_bytes, warn=warn, secrets=environment.secrets,
+        ),
+    )  # fmt: skip
     try:
         await launch(job, environment)
     finally:

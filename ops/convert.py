@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import trio
 from safeimg.drivers.errors import DriverError, LockError, StorageError, UsageError
 from safeimg.drivers.formats.api import Driver, Image
 from safeimg.drivers.formats.chain import close_chain, local_path, open_chain
@@ -26,6 +25,7 @@ from safeimg.ops.convert_steps import PAGE, STEP_BYTES, STEP_SECONDS
 from safeimg.ops.create import files_of, format_driver, make_durable, settle_pending
 from safeimg.ops.create_options import for_driver, is_on, parse_options
 from safeimg.ops.launch import Environment, Job, launch
+from safeimg.ops.repair import open_sound
 from safeimg.ops.session import refuse_pending_on
 
 
@@ -80,8 +80,9 @@ async def convert(
     `warn` gets warnings in qemu-img's words. Raises `DriverError` with qemu-img's message, `SomethingPending`,
     `OperationPaused`."""
     fs, transfer, secrets = environment.fs, environment.transfer, environment.secrets
-    job = await trio.to_thread.run_sync(
-        lambda: open_job(fs, options, transfer, supersede=supersede, secrets=secrets, warn=warn)
+    job = await open_sound(
+        environment,
+        lambda: open_job(fs, options, transfer, supersede=supersede, secrets=secrets, warn=warn),
     )
     try:
         await launch(job, environment)

@@ -37,6 +37,7 @@ class Environment:
     journal: str = "auto"  # "auto", "require", "off", or the path of the log
     stop: Callable[[], str | None] = field(default=lambda: None)  # why to pause, if at all
     secrets: Secrets = NO_SECRETS  # what encrypted images are opened with
+    notice: Callable[[str], None] = field(default=lambda line: None)  # shows a line of a report, as it is
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +54,7 @@ class Job:
     defer: float = 0.0  # seconds of work after which the journal begins; only where nothing is lost by redoing them
     created: tuple[int, ...] = ()
     total: int = 0
+    damaged: bool = False  # the images were broken before: what they refer to tells nothing
 
     @property
     def files(self) -> list[File]:

@@ -32,6 +32,8 @@ class Reopener(Protocol):
 _MODULES = {
     "amend": "safeimg.ops.amend",
     "bitmap": "safeimg.ops.bitmap",
+    "check": "safeimg.ops.repair",
+    "repair": "safeimg.ops.repair",
     "commit": "safeimg.ops.commit_job",
     "convert": "safeimg.ops.convert_job",
     "rebase": "safeimg.ops.rebase",

@@ -10,6 +10,7 @@ from safeimg.journal import find
 from safeimg.journal.owner import current_owner
 from safeimg.ops.errors import SomethingPending
 from safeimg.ops.launch import Environment
+from safeimg.ops.repair import REPAIR
 from safeimg.recovery.settle import abandon, resume, rollback
 
 
@@ -60,6 +61,8 @@ async def resumed(image: str | Blockdev, environment: Environment, command: str)
     if (log.declared.command, log.declared.arguments) == (command, environment.arguments):
         await resume(path, environment)
         return True
+    if (log.declared.command, log.declared.arguments) == (REPAIR, environment.arguments):
+        await resume(path, environment)  # what the command was about to begin with
     return False
 
 

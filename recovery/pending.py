@@ -66,7 +66,9 @@ class Pending:
         """Where the last byte ends that anything in the image refers to, as it is on disk now.
 
         `length`: of the file when the operation started. QEMU leaves files that end within their last cluster; what
-        filled it since counts only if there is something in it."""
+        filled it since counts only if there is something in it. None: there is no telling."""
+        if self._job is not None and self._job.damaged:
+            return None
         driver = lookup(self.session.state.declared.images[image].format)
         opened = driver.open(self.files[image], repair=True)
         end = driver.used_end(opened)
@@ -76,7 +78,14 @@ class Pending:
         return end
 
     def fences(self) -> tuple[FinishRecord, ...]:
-        """What it takes to take the fences of all images down, from what is on disk now."""
+        """What it takes to take the fences of all images down, from what is on disk now. An image that was marked as
+        corrupt by somebody else stays so."""
+        fenced = {
+            patch.image
+            for step in self.session.state.steps
+            if step.prepared.name == "fence"
+            for patch in step.prepared.link
+        }
         found = []
         for index, record in enumerate(self.session.state.declared.images):
             if index not in self.files or not record.writes:
@@ -84,7 +93,8 @@ class Pending:
             try:
                 driver = lookup(record.format)
                 image: Image = driver.open(self.files[index], repair=True)
-                patches = driver.unfence(image)
+                marked = driver.repairing is not None and driver.repairing.is_marked(image)
+                patches = driver.unfence(image) if index in fenced or not marked else ()
             except DriverError:  # not even readable: there is nothing to take down
                 continue
             found += [FinishRecord(index, patch.offset, patch.before or b"", patch.after) for patch in patches]

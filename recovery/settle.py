@@ -139,8 +139,9 @@ def _begin(pending: Pending, action: str, adopt: bool, wanted: Callable[[LiveSte
     if not adopt:
         verify_sources(session.state, pending.files)
     verify(session.state, dict(enumerate(job.targets)), session.undo, job.view)
-    verify_unreferenced(session.state, pending.files)
-    verify_kept(session.state, pending.files, wanted)
+    if not job.damaged:  # else nobody can tell what its space is used for
+        verify_unreferenced(session.state, pending.files)
+        verify_kept(session.state, pending.files, wanted)
     session.record(RecoveryStarted(action, current_owner(), time.time()))
     session.sync()
 

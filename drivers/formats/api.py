@@ -15,7 +15,14 @@ from safeimg.drivers.secrets import NO_SECRETS, Secrets
 from safeimg.drivers.storage.api import Buffer, File, FileSystem
 
 if TYPE_CHECKING:
-    from safeimg.drivers.formats.features import Amending, Bitmapping, Measuring, Rebasing, Snapshotting
+    from safeimg.drivers.formats.features import (
+        Amending,
+        Bitmapping,
+        Measuring,
+        Rebasing,
+        Repairing,
+        Snapshotting,
+    )
 
 
 class Kind(Enum):
@@ -296,6 +303,8 @@ class Driver(Protocol):
     snapshots: Snapshotting | None
     bitmaps: Bitmapping | None
 
+    repairing: Repairing | None
+
     @property
     def amending(self) -> Amending | None: ...
     @property
@@ -360,6 +369,8 @@ class CheckResult:
     corruptions: int = 0
     leaks: int = 0
     check_errors: int = 0
+    corruptions_fixed: int = 0
+    leaks_fixed: int = 0
     image_end_offset: int = 0
     total_clusters: int = 0
     allocated_clusters: int = 0

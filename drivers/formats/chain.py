@@ -52,7 +52,7 @@ def open_chain(
     cache: str = "writeback",
     backing: bool = True,
     force_share: bool = False,
-    repair: bool = False,
+    repair: bool | Callable[[int], bool] = False,
     warn: Callable[[str], None] | None = None,
     secrets: Secrets = NO_SECRETS,
     inspect: bool = False,
@@ -62,14 +62,16 @@ def open_chain(
     `filename`: a file name as on the command line, or the description of a block device. `format` is the top
     image's; it is probed if neither that nor the description names one. `write` is True to write to the top image,
     or a function of depth and filename. `backing` False opens the top alone. `repair` opens corrupt, fenced and
-    dirty images for writing. `warn` gets QEMU's warning when an image to write to was guessed to be raw. `secrets`:
-    of encrypted images; without theirs, guest data cannot be read or written, which is refused here already unless
-    `repair` is set. `inspect`: only metadata is looked at, which needs neither secrets nor external data files.
+    dirty images for writing: all, or those at some depths. `warn` gets QEMU's warning when an image to write to was
+    guessed to be raw. `secrets`: of encrypted images; without theirs, guest data cannot be read or written, which is
+    refused here already unless `repair` is set. `inspect`: only metadata is looked at, which needs neither secrets nor
+    external data files.
 
     Raises `OpenError` with QEMU's message; everything opened so far is closed then.
     """
     writes = write if callable(write) else lambda depth, _name: depth == 0 and bool(write)
-    opener = _Opener(fs, cache, force_share, repair, warn, secrets, inspect)
+    repairs = repair if callable(repair) else lambda depth: bool(repair)
+    opener = _Opener(fs, cache, force_share, warn, secrets, inspect)
     text = filename if isinstance(filename, str) else filename.text
     images: list[Image] = []
     try:
@@ -80,7 +82,7 @@ def open_chain(
                 if layer is None:
                     named = from_filename(filename) if isinstance(filename, str) else filename
                     layer = _Layer(named.text, Options(_below_format(named.options)), format)
-                image = opener.open(layer, writes(depth, layer.name))
+                image = opener.open(layer, writes(depth, layer.name), repairs(depth))
                 images.append(image)
                 found = _next_layer(layer, image, backing)
                 refuse_unknown(layer.options, image.format)
@@ -210,13 +212,12 @@ class _Opener:
     fs: FileSystem
     cache: str
     force_share: bool
-    repair: bool
     warn: Callable[[str], None] | None
     secrets: Secrets
     inspect: bool
     seen: set[tuple[int, int]] = field(default_factory=set)
 
-    def open(self, layer: _Layer, write: bool) -> Image:
+    def open(self, layer: _Layer, write: bool, repair: bool) -> Image:
         options = layer.options
         access = take_access(options, Access(write, self.cache, self.force_share))
         own = options.text("driver")
@@ -238,11 +239,11 @@ class _Opener:
                     )
             beside = None if self.inspect else partial(self._open_beside, access)
             given = _given(options, driver.runtime_options, self.secrets, beside)
-            image = driver.open(file, write=write, repair=self.repair, given=given)
+            image = driver.open(file, write=write, repair=repair, given=given)
         except BaseException:
             file.close()
             raise
-        if image.cipher is not None and not image.cipher.ready and not (self.inspect or self.repair):
+        if image.cipher is not None and not image.cipher.ready and not (self.inspect or repair):
             image.close()
             raise SecretMissing("Parameter 'encrypt.key-secret' is required for cipher")
         return image

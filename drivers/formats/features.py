@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
-from safeimg.drivers.formats.api import Changes, CreateOption, Image, Planner
+from safeimg.drivers.formats.api import Changes, CheckResult, CreateOption, Image, Patch, Planner
 from safeimg.drivers.secrets import Secrets
 
 
@@ -182,4 +182,31 @@ class Bitmapping(Protocol):
 
     def store(self, image: Image, planner: Planner, wanted: Sequence[WantedBitmap]) -> Iterable[Changes]:
         """Makes the image's bitmaps those that are wanted, in this order. Nothing, where they are already."""
+
+
+class Repair(NamedTuple):
+    """What `check -r` finds and does: `report`, and the changes, each a step of its own."""
+
+    report: CheckResult
+    changes: tuple[Changes, ...]
+
+
+class Repairing(Protocol):
+    """Formats whose metadata can be put right. The images may be broken in any way, and are opened for that."""
+
+    def plan(self, image: Image, *, errors: bool) -> Repair:
+        """Repairs leaks, and with `errors` all that can be. Planned anew after any of the changes, the rest of them
+        comes out. Raises `CheckFailed`."""
+        ...
+
+    def is_marked(self, image: Image) -> bool:
+        """Whether the image is marked as corrupt (as a fence would mark it)."""
+        ...
+
+    def is_suspect(self, image: Image) -> bool:
+        """Whether it bears any mark that a repair takes away."""
+        ...
+
+    def conclude(self, image: Image, *, sound: bool, marked: bool) -> Sequence[Patch]:
+        """The marks after a repair: none if nothing is wrong any more; else the image is as corrupt as it was."""
         ...

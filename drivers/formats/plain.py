@@ -10,7 +10,14 @@ from collections.abc import Sequence
 
 from safeimg.drivers.errors import UnsupportedError
 from safeimg.drivers.formats.api import Changes, Extent, Image, Patch, Placement, RuntimeOption
-from safeimg.drivers.formats.features import Amending, Bitmapping, Measuring, Rebasing, Snapshotting
+from safeimg.drivers.formats.features import (
+    Amending,
+    Bitmapping,
+    Measuring,
+    Rebasing,
+    Repairing,
+    Snapshotting,
+)
 from safeimg.drivers.storage.api import Buffer, File
 
 
@@ -104,6 +111,7 @@ class PlainDriver:
     measuring: Measuring | None = None
     runtime_options: Sequence[RuntimeOption] = ()
     snapshots: Snapshotting | None = None
+    repairing: Repairing | None = None
 
     def fence(self, image: Image) -> Changes:
         return Changes()

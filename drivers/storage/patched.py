@@ -81,7 +81,7 @@ class PatchedFile:
     def get_attribute(self, name: str) -> bytes | None:
         return self._file.get_attribute(name)
 
-    def pwrite(self, offset: int, data: Buffer) -> NoReturn:
+    def pwrite(self, offset: int, data: Buffer) -> None:
         raise NotImplementedError("a patched view is only read")
 
     def write_zeroes(self, offset: int, length: int, *, unmap: bool) -> NoReturn:
@@ -93,7 +93,7 @@ class PatchedFile:
     def preallocate(self, offset: int, length: int, *, keep_size: bool) -> NoReturn:
         raise NotImplementedError("a patched view is only read")
 
-    def truncate(self, length: int) -> NoReturn:
+    def truncate(self, length: int) -> None:
         raise NotImplementedError("a patched view is only read")
 
     def set_attribute(self, name: str, value: bytes) -> bool:

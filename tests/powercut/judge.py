@@ -60,6 +60,7 @@ class Scenario:
     top: str | None  # the image whose guest content is at any time that before or that after (G1), if there is one
     images: tuple[tuple[str, str], ...]  # path and format of all images written
     created: bool = False  # the home image is made by the operation
+    broken: bool = False  # the images are damaged, and the operation repairs them
 
     def prepare(self) -> SimulatedFileSystem:
         fs = SimulatedFileSystem()
@@ -84,31 +85,34 @@ class Look:
     bitmaps: tuple[tuple[BitmapState, bytes], ...]
     details: object
     snapshots: object  # what is listed of each, and its content
+    mistakes: int  # in the metadata; none is allowed but of images that were `broken` before
 
     @classmethod
-    def at(cls, fs: SimulatedFileSystem, path: str, fmt: str) -> Look:
+    def at(cls, fs: SimulatedFileSystem, path: str, fmt: str, *, broken: bool = False) -> Look:
         """What `path` shows; remembered, since many crash states share their images."""
-        hasher = blake3(path.encode())
+        hasher = blake3(path.encode() + bytes([broken]))
         for name in sorted(fs.list_directory("/")):
             if ".safeimg" not in name:
                 hasher.update(name.encode() + b"\0" + fs.read_file("/" + name))
         key = hasher.digest()
         if key not in _LOOKS:
-            _LOOKS[key] = cls._at(fs, path, fmt)
+            _LOOKS[key] = cls._at(fs, path, fmt, broken)
         return _LOOKS[key]
 
     @classmethod
-    def _at(cls, fs: SimulatedFileSystem, path: str, fmt: str) -> Look:
+    def _at(cls, fs: SimulatedFileSystem, path: str, fmt: str, broken: bool) -> Look:
         chain = open_chain(fs, path, format=fmt)
         try:
             data = cls._content(chain)
             driver = lookup(fmt)
-            leaks = 0
+            leaks = mistakes = 0
             if fmt != "raw":
                 found = driver.check(chain[0])
                 lost = _lost_blocks(fmt, "\n".join(found.messages))
                 leaks = found.leaks + lost
-                if found.corruptions != bool(lost) or found.check_errors:
+                if broken:
+                    mistakes = found.corruptions + found.check_errors
+                elif found.corruptions != bool(lost) or found.check_errors:
                     raise Violation(f"{path}: {found.messages}")
             backing = chain[0].backing_file, chain[0].backing_format
             snapshots = [
@@ -116,7 +120,8 @@ class Look:
                 for entry in entries(chain[0])
             ]
             bitmaps = tuple((state, _bits(chain[0], state)) for state in listed(chain[0]))
-            return cls(data, chain[0].size, backing, leaks, bitmaps, driver.specific_info(chain[0]), snapshots)
+            details = driver.specific_info(chain[0])
+            return cls(data, chain[0].size, backing, leaks, bitmaps, details, snapshots, mistakes)
         finally:
             close_chain(chain)
 
@@ -184,7 +189,7 @@ class Judge:
     def __post_init__(self) -> None:
         fs = self.scenario.prepare()
         self.before = {
-            path: Look.at(fs, path, fmt) if fs.stat(path) is not None and not self.scenario.created else None
+            path: self._look(fs, path, fmt) if fs.stat(path) is not None and not self.scenario.created else None
             for path, fmt in self.scenario.images
         }
         self.initial = fs.begin_trace()
@@ -194,6 +199,9 @@ class Judge:
         leftovers = sidecars(fs)
         if leftovers:
             raise Violation(f"an uninterrupted run left {leftovers}")
+
+    def _look(self, fs: SimulatedFileSystem, path: str, fmt: str) -> Look:
+        return Look.at(fs, path, fmt, broken=self.scenario.broken)
 
     def states(self, **options: object) -> Iterator[CrashState]:
         return crash_states(self.initial, self.trace_of.trace, **options)  # type: ignore[arg-type]
@@ -215,7 +223,7 @@ class Judge:
         for path, fmt in self.scenario.images:
             if self.scenario.created:
                 continue  # fenced, or refused, until it is finished
-            look = Look.at(fs, path, fmt)
+            look = self._look(fs, path, fmt)
             if path == self.scenario.top:
                 expected = self.before[path]
                 if expected is not None and look.content not in (expected.content, self.after[path].content):
@@ -340,7 +348,7 @@ class Judge:
         if side == "before" and self.scenario.created:
             return fs.stat(path) is None
         expected = self.before[path] if side == "before" else self.after[path]
-        return fs.stat(path) is not None and Look.at(fs, path, fmt) == expected
+        return fs.stat(path) is not None and self._look(fs, path, fmt) == expected
 
     def _qemu(self, fs: SimulatedFileSystem, folder: Path) -> None:
         """The second opinion on the state as it is."""
@@ -356,7 +364,8 @@ class Judge:
             result = subprocess.run(
                 ["qemu-img", "check", "-U", "-f", fmt, folder / path[1:]], capture_output=True, text=True, check=False
             )
-            if result.returncode not in (0, 3) and not _lost_blocks(fmt, result.stderr):
+            allowed = (0, 1, 2, 3) if self.scenario.broken else (0, 3)
+            if result.returncode not in allowed and not _lost_blocks(fmt, result.stderr):
                 raise Violation(f"G1: qemu-img check {path}: {result.stdout}{result.stderr}")
 
 

@@ -351,7 +351,7 @@ AMENDMENTS = [
 DISK = (("/disk.qcow2", "qcow2"),)
 
 
-def _two_snapshots(compressed: bool = False, **options: str) -> Callable[[SimulatedFileSystem], None]:
+def two_snapshots(compressed: bool = False, **options: str) -> Callable[[SimulatedFileSystem], None]:
     """What both snapshots and the disk share, what only some do, and what is in one alone; a cluster written anew and
     zeroed again; with `compressed`, clusters that share a host cluster."""
 
@@ -388,10 +388,10 @@ def _snapshot(action: str, name: str) -> Callable[[Environment], Awaitable[None]
 
 def _snapshots() -> list[Scenario]:
     images = {
-        "": _two_snapshots(),
-        ", compressed": _two_snapshots(compressed=True),
-        ", version 2": _two_snapshots(compat="0.10"),
-        ", 512-byte clusters, narrow refcounts": _two_snapshots(cluster_size="512", refcount_bits="2"),
+        "": two_snapshots(),
+        ", compressed": two_snapshots(compressed=True),
+        ", version 2": two_snapshots(compat="0.10"),
+        ", 512-byte clusters, narrow refcounts": two_snapshots(cluster_size="512", refcount_bits="2"),
     }
     actions = {"-c third": ("create", "third"), "-a first": ("apply", "first"), "-d first": ("delete", "first"),
                "-d second": ("delete", "second")}
@@ -419,7 +419,7 @@ def _last_snapshot(fs: SimulatedFileSystem) -> None:
 SNAPSHOTS = [
     *_snapshots(),
     Scenario(
-        "convert -l", _two_snapshots(),
+        "convert -l", two_snapshots(),
         convert_to("/disk.qcow2", "/target.qcow2", "qcow2", snapshot="first", create_options=SMALL), "/target.qcow2",
         None, NEW_QCOW2, created=True,
     ),

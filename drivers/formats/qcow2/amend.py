@@ -49,10 +49,11 @@ _NEWER = "(use compat=1.1 or greater)"
 class Qcow2Amending:
     """See `formats.features.Amending`."""
 
-    options: Sequence[CreateOption] = (
-        *(replace(option, default=None) for option in CREATE_OPTIONS if option.name in _NAMES[:5]),
-        *_ENCRYPTION,
-        *(replace(option, default=None) for option in CREATE_OPTIONS if option.name in _NAMES[5:]),
+    options: Sequence[CreateOption] = tuple(
+        sorted(
+            (*(replace(option, default=None) for option in CREATE_OPTIONS if option.name in _NAMES), *_ENCRYPTION),
+            key=lambda option: option.name,
+        )
     )
 
     def check(self, image: Image, values: Mapping[str, str], *, force: bool) -> None:

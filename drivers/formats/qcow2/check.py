@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
-from safeimg.drivers.errors import UnsupportedError
+from safeimg.drivers.errors import CheckFailed, UnsupportedError
 from safeimg.drivers.formats.api import CheckResult
 from safeimg.drivers.formats.qcow2.entries import (
     COMPRESSED,
@@ -17,9 +17,12 @@ from safeimg.drivers.formats.qcow2.entries import (
     REFCOUNT_BLOCK_MASK,
     hexadecimal,
 )
+from safeimg.drivers.formats.qcow2.findings import Findings
+from safeimg.drivers.formats.qcow2.header import parse_header
 from safeimg.drivers.formats.qcow2.image import Qcow2Image
 from safeimg.drivers.formats.qcow2.l2_arrays import Words, descriptors
-from safeimg.drivers.formats.qcow2.scan import BUDGET, MAX_OFFSET, Findings, ReferenceScan
+from safeimg.drivers.formats.qcow2.scan import BUDGET, MAX_OFFSET, ReferenceScan
+from safeimg.drivers.formats.qcow2.snapshot_repair import read_table
 
 Refcounts = NDArray[np.unsignedinteger]
 
@@ -27,19 +30,28 @@ Refcounts = NDArray[np.unsignedinteger]
 def check(image: Qcow2Image) -> CheckResult:
     """Looks at all metadata, and changes nothing.
 
-    Raises `FormatError` where QEMU could not even open the image (snapshot table, bitmap directory), and
-    where the image is too damaged to look at all of it in bounded time."""
-    scan = ReferenceScan(image)
-    scan.run()
-    findings = scan.findings
-    comparison = _Comparison(scan)
+    Raises `CheckFailed` where QEMU has no answer either, and `FormatError` where it could not even open the image
+    (bitmap directory), and where the image is too damaged to look at all of it in bounded time."""
+    parse_header(image.file, snapshots=False)  # not one that is still being made
+    findings = Findings()
+    table = read_table(image, findings, fix=False)
+    scan = ReferenceScan(image, findings)
+    scan.run(table.snapshots)
+    comparison = Comparison(scan)
     comparison.compare()
     comparison.check_copied_flags()
+    return result(image, findings, comparison.highest)
+
+
+def result(image: Qcow2Image, findings: Findings, highest: int) -> CheckResult:
+    """`highest`: the last cluster in use."""
     return CheckResult(
         corruptions=findings.corruptions,
         leaks=findings.leaks,
         check_errors=findings.check_errors,
-        image_end_offset=(comparison.highest + 1) << image.header.cluster_bits,
+        corruptions_fixed=findings.corruptions_fixed,
+        leaks_fixed=findings.leaks_fixed,
+        image_end_offset=(highest + 1) << image.header.cluster_bits,
         total_clusters=-(-image.size // image.header.cluster_size),
         allocated_clusters=findings.allocated_clusters,
         fragmented_clusters=findings.fragmented_clusters,
@@ -59,8 +71,19 @@ def decode_block(data: bytes, order: int) -> Refcounts:
     return entries
 
 
-class _Comparison:
-    """What the refcounts say, against what the scan found."""
+def encode_block(values: NDArray[np.uint64], order: int) -> bytes:
+    """The inverse of `decode_block`."""
+    if order >= 3:
+        return values.astype(f">u{1 << (order - 3)}").tobytes()
+    width = 1 << order
+    packed = np.zeros(len(values) * width // 8, np.uint8)
+    for position in range(8 // width):
+        packed |= (values[position::8 // width] << np.uint64(position * width)).astype(np.uint8)
+    return packed.tobytes()
+
+
+class Comparison:
+    """What the refcounts say, against what the scan found. Repairs are written to the scan's file."""
 
     def __init__(self, scan: ReferenceScan) -> None:
         self._scan = scan
@@ -78,7 +101,10 @@ class _Comparison:
         for index, table in scan.read_table(self._header.refcount_table_offset, len(self._blocks)):
             self._blocks[index:index + len(table)] = table & np.uint64(REFCOUNT_BLOCK_MASK)
 
-    def compare(self) -> None:
+    def compare(self, *, fix_errors: bool = False, fix_leaks: bool = False) -> bool:
+        """Reports, or repairs, every refcount that is wrong. False if a cluster that is in use has none: then new
+        refcounts have to be made, and repairing them is of no use."""
+        sound = True
         entries = self._header.refcount_block_entries
         counts = self._scan.counts
         for start in range(0, self._scan.clusters, entries):
@@ -88,16 +114,67 @@ class _Comparison:
                 self._report_unreadable(start, len(expected))
                 continue
             refcounts = refcounts[:len(expected)]
-            self._small[start:start + entries] = np.minimum(refcounts, 255)
             used = ((refcounts != 0) | (expected != 0)).nonzero()[0]
             if len(used):
                 self.highest = start + int(used[-1])
-            for index in (refcounts != expected).nonzero()[0].tolist():
-                self._report(start + index, int(refcounts[index]), int(expected[index]))
+            wrong = (refcounts != expected).nonzero()[0]
+            if len(wrong):
+                sound = sound and bool(refcounts[wrong].all() or not expected[wrong[refcounts[wrong] == 0]].any())
+                for index in wrong.tolist():
+                    self._report(start + index, int(refcounts[index]), int(expected[index]), fix_errors, fix_leaks)
+                chosen = wrong[self._repaired(refcounts[wrong], expected[wrong], fix_errors, fix_leaks)]
+                if len(chosen):
+                    refcounts = self._write(start // entries, chosen, expected[chosen])[:len(expected)]
+            self._small[start:start + entries] = np.minimum(refcounts, 255)
+        return sound
 
-    def check_copied_flags(self) -> None:
+    @staticmethod
+    def _repaired(
+        refcounts: Refcounts, expected: NDArray[np.uint32], fix_errors: bool, fix_leaks: bool
+    ) -> NDArray[np.bool_]:
+        """Which of these wrong refcounts a repair sets right."""
+        too_low = (refcounts < expected) & (refcounts != 0)
+        chosen: NDArray[np.bool_] = (too_low & fix_errors) | ((refcounts > expected) & fix_leaks)
+        return chosen
+
+    def _write(self, block: int, chosen: NDArray[np.intp], values: NDArray[np.uint32]) -> Refcounts:
+        """Sets refcounts, given by their indexes in a block; all of the block's."""
+        found = self._read_block(block)
+        assert found is not None
+        refcounts = found.astype(np.uint64)
+        refcounts[chosen] = values
+        self._scan.file.pwrite(int(self._blocks[block]), encode_block(refcounts, self._header.refcount_order))
+        return refcounts
+
+    def allocate(self, clusters: int) -> int:
+        """The first of so many free clusters in a row; their refcounts become 1. Raises `CheckFailed` where that would
+        take more refcount blocks."""
+        used = np.append(self._small.nonzero()[0], len(self._small))
+        before = np.append(-1, used[:-1])
+        gaps = (used - before - 1 >= clusters).nonzero()[0]
+        last = int(used[-2]) + 1 if len(used) > 1 else 0  # the last gap goes on behind the end
+        first = int(before[gaps[0]]) + 1 if len(gaps) else last
+        self._add(first, clusters, 1)
+        return first
+
+    def free(self, first: int, clusters: int) -> None:
+        """Takes a reference from clusters, as far as they have any."""
+        self._add(first, min(clusters, len(self._small) - first), -1)
+
+    def _add(self, first: int, clusters: int, change: int) -> None:
+        for cluster in range(first, first + clusters):
+            refcount = self._refcount(cluster)
+            index, position = divmod(cluster, self._header.refcount_block_entries)
+            if refcount is None or index >= len(self._blocks) or not self._blocks[index]:
+                raise CheckFailed("No space left on device")
+            value = max(refcount + change, 0)
+            self._write(index, np.array([position]), np.array([value], np.uint32))
+            if cluster < len(self._small):
+                self._small[cluster] = min(value, 255)
+
+    def check_copied_flags(self, *, fix: bool = False) -> None:
         """The active tables' COPIED flags must be set exactly where the refcount is one."""
-        header, findings = self._header, self._findings
+        header = self._header
         seen: set[int] = set()
         budget = BUDGET
         for first, table in self._scan.read_table(header.l1_table_offset, header.l1_size):
@@ -109,33 +186,45 @@ class _Comparison:
                 seen.add(offset)
                 refcount = self._refcount(offset >> header.cluster_bits)
                 if refcount is not None and (refcount == 1) != bool(entry & COPIED):
-                    findings.corrupt(f"ERROR OFLAG_COPIED L2 cluster: l1_index={first + index} "
-                                     f"l1_entry={entry:x} refcount={refcount}")
+                    self._flag(
+                        f"OFLAG_COPIED L2 cluster: l1_index={first + index} l1_entry={entry:x} refcount={refcount}",
+                        header.l1_table_offset + 8 * (first + index), entry, fix,
+                    )
                 if budget > 0:
-                    self._check_l2(offset)
+                    self._check_l2(offset, fix)
 
-    def _check_l2(self, offset: int) -> None:
-        header, findings = self._header, self._findings
-        for _, words in self._scan.read_l2(offset):
+    def _flag(self, problem: str, at: int, entry: int, fix: bool) -> None:
+        """A COPIED flag that is wrong, in the table entry at `at`."""
+        if not fix:
+            self._findings.corrupt(f"ERROR {problem}")
+            return
+        self._findings.corrected(f"Repairing {problem}")
+        self._scan.file.pwrite(at, (entry ^ COPIED).to_bytes(8, "big"))
+
+    def _check_l2(self, offset: int, fix: bool) -> None:
+        header = self._header
+        for first, words in self._scan.read_l2(offset):
             entries = descriptors(header.l2, words)
-            entries = entries[(entries & np.uint64(COMPRESSED)) == 0]
+            numbers = np.arange(first, first + len(entries))
+            standard = ((entries & np.uint64(COMPRESSED)) == 0) & ((entries & np.uint64(OFFSET_MASK)) != 0)
+            entries, numbers = entries[standard], numbers[standard]
             hosts = entries & np.uint64(OFFSET_MASK)
-            entries, hosts = entries[hosts != 0], hosts[hosts != 0]
             clusters = (hosts >> np.uint64(header.cluster_bits)).astype(np.int64)
             inside = clusters < len(self._small)
             refcount_is_one = np.zeros(len(clusters), bool)
             refcount_is_one[inside] = self._small[clusters[inside]] == 1
-            if header.has_data_file:
-                for entry in entries[entries < np.uint64(COPIED)].tolist():
-                    findings.corrupt(f"ERROR OFLAG_COPIED data cluster: l2_entry={entry:x} refcount=1")
-                continue
+            if header.has_data_file:  # whose clusters have no refcounts, and are nobody else's
+                refcount_is_one[:] = inside[:] = True
             copied = entries >= np.uint64(COPIED)
             # Those outside the file have refcounts too, unlikely as they are.
             for index in ((refcount_is_one != copied) | ~inside).nonzero()[0].tolist():
-                refcount = self._refcount(int(clusters[index]))
+                refcount = 1 if header.has_data_file else self._refcount(int(clusters[index]))
                 if refcount is not None and (refcount == 1) != bool(copied[index]):
-                    findings.corrupt(f"ERROR OFLAG_COPIED data cluster: l2_entry={int(entries[index]):x} "
-                                     f"refcount={refcount}")
+                    entry = int(entries[index])
+                    self._flag(
+                        f"OFLAG_COPIED data cluster: l2_entry={entry:x} refcount={refcount}",
+                        offset + int(numbers[index]) * header.l2.entry_size, entry, fix,
+                    )
 
     def _read_block(self, index: int) -> Refcounts | None:
         """The refcounts in block `index`; None if the table entry is no offset of a block."""
@@ -157,12 +246,19 @@ class _Comparison:
         block = self._read_block(index)
         return None if block is None else int(block[position])
 
-    def _report(self, cluster: int, refcount: int, references: int) -> None:
-        if refcount < references:
-            self._findings.corrupt(f"ERROR cluster {cluster} refcount={refcount} reference={references}")
+    def _report(self, cluster: int, refcount: int, references: int, fix_errors: bool, fix_leaks: bool) -> None:
+        findings = self._findings
+        problem = f"cluster {cluster} refcount={refcount} reference={references}"
+        if refcount < references and not (fix_errors and refcount):
+            findings.corrupt(f"ERROR {problem}")
+        elif refcount < references:
+            findings.corrected(f"Repairing {problem}")
+        elif fix_leaks:
+            findings.leaks_fixed += 1
+            findings.say(f"Repairing {problem}")
         else:
-            self._findings.leaks += 1
-            self._findings.say(f"Leaked cluster {cluster} refcount={refcount} reference={references}")
+            findings.leaks += 1
+            findings.say(f"Leaked {problem}")
 
     def _report_unreadable(self, start: int, clusters: int) -> None:
         index = start // self._header.refcount_block_entries

@@ -25,6 +25,8 @@ from safeimg.drivers.formats.features import (
     BitmapState,
     Measuring,
     Rebasing,
+    Repair,
+    Repairing,
     SnapshotEntry,
     Snapshotting,
     WantedBitmap,
@@ -141,6 +143,30 @@ class Qcow2Bitmapping:
         return store(own_planner(planner), wanted)
 
 
+class Qcow2Repairing:
+    """Implements `formats.features.Repairing`."""
+
+    def plan(self, image: Image, *, errors: bool) -> Repair:
+        from safeimg.drivers.formats.qcow2.repair import plan_repair
+
+        return plan_repair(own_image(image), errors=errors)
+
+    def is_marked(self, image: Image) -> bool:
+        return own_image(image).header.is_corrupt
+
+    def is_suspect(self, image: Image) -> bool:
+        header = own_image(image).header
+        return header.is_corrupt or header.is_dirty
+
+    def conclude(self, image: Image, *, sound: bool, marked: bool) -> Sequence[Patch]:
+        from safeimg.drivers.formats.qcow2.fence import clear_marks, unfence
+
+        own = own_image(image)
+        if sound:
+            return clear_marks(own.file, own.header.version)
+        return () if marked else unfence(own.file, own.header.version)
+
+
 class Qcow2Driver:
     """Implements `formats.api.Driver`."""
 
@@ -148,6 +174,7 @@ class Qcow2Driver:
     rebasing: Rebasing | None = Qcow2Rebasing()
     snapshots: Snapshotting | None = Qcow2Snapshotting()
     bitmaps: Bitmapping | None = Qcow2Bitmapping()
+    repairing: Repairing | None = Qcow2Repairing()
 
     @property
     def measuring(self) -> Measuring | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from safeimg.drivers.formats.api import Changes, Patch
-from safeimg.drivers.formats.qcow2.header import CORRUPT, KNOWN_AUTOCLEAR
+from safeimg.drivers.formats.qcow2.header import CORRUPT, DIRTY, KNOWN_AUTOCLEAR
 from safeimg.drivers.storage.api import File
 
 _OFFSET = 72  # incompatible, compatible and autoclear features, 8 bytes each
@@ -29,8 +29,17 @@ def fence(file: File, version: int) -> Changes:
 
 def unfence(file: File, version: int) -> Sequence[Patch]:
     """Clears the corrupt bit, whatever else has become of the features meanwhile."""
+    return _clear(file, version, CORRUPT)
+
+
+def clear_marks(file: File, version: int) -> Sequence[Patch]:
+    """Clears the corrupt and the dirty bit."""
+    return _clear(file, version, CORRUPT | DIRTY)
+
+
+def _clear(file: File, version: int, bits: int) -> Sequence[Patch]:
     if version < 3:
         return ()
     before = file.pread(_OFFSET, 8)
-    after = (int.from_bytes(before, "big") & ~CORRUPT).to_bytes(8, "big")
+    after = (int.from_bytes(before, "big") & ~bits).to_bytes(8, "big")
     return () if after == before else (Patch(_OFFSET, before, after),)

@@ -285,13 +285,14 @@ def feature_name_table(names: tuple[FeatureName, ...] = FEATURE_NAMES) -> Extens
     return Extension(EXT_FEATURE_NAMES, data)
 
 
-def parse_header(file: File, *, unfinished: bool = False) -> Header:
+def parse_header(file: File, *, unfinished: bool = False, snapshots: bool = True) -> Header:
     """Reads and validates the header of an image.
 
     Raises `FormatError` for what the specification or QEMU does not allow, and `UnsupportedError` for
     incompatible features that are unknown and for those that safeimg does not handle. The dirty and corrupt
     bits are no errors here, nor are tables past the end of the file (`check` reports them, reading fails).
-    `unfinished` lets images through that safeimg itself has fenced while it makes them.
+    `unfinished` lets images through that safeimg itself has fenced while it makes them. Without `snapshots`, where the
+    header says that the snapshot table lies is not looked at.
     """
     path = file.path
     head = file.pread(0, 512)
@@ -306,10 +307,10 @@ def parse_header(file: File, *, unfinished: bool = False) -> Header:
         raise FormatError(path, f"Unsupported cluster size: 2^{cluster_bits}")
     if len(head) == 512 and cluster_bits > 9:
         head += file.pread(512, (1 << cluster_bits) - 512)
-    return parse_header_cluster(head, path, unfinished=unfinished)
+    return parse_header_cluster(head, path, unfinished=unfinished, snapshots=snapshots)
 
 
-def parse_header_cluster(head: bytes, path: str, *, unfinished: bool = False) -> Header:
+def parse_header_cluster(head: bytes, path: str, *, unfinished: bool = False, snapshots: bool = True) -> Header:
     """Parses the first cluster of an image (less if the file is shorter). Raises as `parse_header`."""
     if head[:4] != MAGIC:
         raise FormatError(path, "Image is not in qcow2 format")
@@ -354,7 +355,7 @@ def parse_header_cluster(head: bytes, path: str, *, unfinished: bool = False) ->
         reftable_offset, reftable_clusters, nb_snapshots, snapshots_offset, incompatible, compatible,
         autoclear, refcount_order, header_length, compression_type, unknown,
     )
-    _check_tables(path, header)
+    _check_tables(path, header, snapshots)
     if crypt_method > 2:
         raise FormatError(path, f"Unsupported encryption method {crypt_method}")
     # A backing name in front of the extensions leaves no room for any.
@@ -457,16 +458,17 @@ def _check_compression(path: str, compression_type: int, flagged: bool) -> None:
         raise FormatError(path, "qcow2: Compression type incompatible feature bit must not be set")
 
 
-def _check_tables(path: str, header: Header) -> None:
+def _check_tables(path: str, header: Header, snapshots: bool) -> None:
     if header.refcount_table_clusters == 0:
         raise FormatError(path, "Image does not contain a reference count table")
     refcount_table_bytes = header.refcount_table_clusters << header.cluster_bits
     _check_table(path, header, "Reference count table", header.refcount_table_offset, refcount_table_bytes,
                  MAX_REFCOUNT_TABLE_BYTES)
     # A snapshot table entry has at least 40 bytes.
-    if header.nb_snapshots > MAX_SNAPSHOTS:
+    if snapshots and header.nb_snapshots > MAX_SNAPSHOTS:
         raise FormatError(path, "Snapshot table too large")
-    _check_table(path, header, "Snapshot table", header.snapshots_offset, 40 * header.nb_snapshots, 1 << 62)
+    if snapshots:
+        _check_table(path, header, "Snapshot table", header.snapshots_offset, 40 * header.nb_snapshots, 1 << 62)
     _check_table(path, header, "Active L1 table", header.l1_table_offset, 8 * header.l1_size, MAX_L1_BYTES)
     if header.size >= 1 << 63 or header.l1_needed > 0x7FFFFFFF:
         raise FormatError(path, "Image is too big")

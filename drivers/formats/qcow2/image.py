@@ -8,7 +8,7 @@ from dataclasses import replace
 from functools import cached_property
 from itertools import pairwise
 
-from safeimg.drivers.errors import FormatError, UnsupportedError
+from safeimg.drivers.errors import FormatError, NotClosed, UnsupportedError
 from safeimg.drivers.formats.api import Cipher, Extent
 from safeimg.drivers.formats.qcow2.bitmaps import Bitmap, read_bitmaps
 from safeimg.drivers.formats.qcow2.compression import InflateError, inflate
@@ -165,15 +165,12 @@ def open_image(file: File, *, write: bool = False, repair: bool = False,
     Raises `FormatError` and `UnsupportedError`. With `write`, also if the tables that writing relies on are
     not in the file or overlap.
     """
-    header = parse_header(file, unfinished=repair)
+    header = parse_header(file, unfinished=repair, snapshots=not repair)
     if write and not repair:
         if header.is_corrupt:
             raise FormatError(file.path, "qcow2: Image is corrupt; cannot be opened read/write")
         if header.is_dirty:
-            raise UnsupportedError(
-                "qcow2: Image was not closed properly (dirty bit): its refcounts have to be repaired first, "
-                "with qemu-img check -r all"
-            )
+            raise NotClosed(file.path)
         check_tables(file, header)
     if header.crypt_method == LUKS:
         read_luks(file, header)

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +29,7 @@ from safeimg.drivers.formats.qcow2.entries import (
     SECTOR,
     decode_compressed,
 )
+from safeimg.drivers.formats.qcow2.findings import Findings
 from safeimg.drivers.formats.qcow2.header import MAX_L1_BYTES
 from safeimg.drivers.formats.qcow2.image import Qcow2Image
 from safeimg.drivers.formats.qcow2.l2 import DESCRIPTOR
@@ -39,31 +39,9 @@ from safeimg.drivers.formats.qcow2.snapshots import Snapshot, read_snapshots
 Counts = NDArray[np.uint32]
 
 MAX_CLUSTERS = 1 << 28  # 1 GiB of counts: 16 TiB of file with 64 KiB clusters
-MAX_MESSAGES = 100_000
 MAX_OFFSET = 1 << 63
 CHUNK_ENTRIES = 1 << 17  # of tables read at once
 BUDGET = 1 << 26  # entries of tables that are damaged or referred to repeatedly
-
-
-@dataclass(slots=True)
-class Findings:
-    """Counters and messages of a check, as they come."""
-
-    corruptions: int = 0
-    leaks: int = 0
-    check_errors: int = 0
-    allocated_clusters: int = 0
-    fragmented_clusters: int = 0
-    compressed_clusters: int = 0
-    messages: list[str] = field(default_factory=list)
-
-    def say(self, message: str) -> None:
-        if len(self.messages) < MAX_MESSAGES:
-            self.messages.append(message)
-
-    def corrupt(self, message: str) -> None:
-        self.corruptions += 1
-        self.say(message)
 
 
 def count_references(image: Qcow2Image) -> Counts:
@@ -72,7 +50,7 @@ def count_references(image: Qcow2Image) -> Counts:
 
     Raises `FormatError` and `UnsupportedError` if the image is too damaged or too large to tell."""
     scan = ReferenceScan(image)
-    scan.run()
+    scan.run(read_snapshots(image.file, image.header, zero_fill=True))
     return scan.counts
 
 
@@ -80,15 +58,19 @@ class ReferenceScan:
     """Once `run` is through, `counts` has an entry for each of the file's `clusters`.
 
     References that reach past the end of the file by less than a cluster count: they make one cluster more.
+
+    With `fix`, what `check -r all` mends on its way is written to the image's file (which is a draft then).
     """
 
-    def __init__(self, image: Qcow2Image) -> None:
+    def __init__(self, image: Qcow2Image, findings: Findings | None = None, *, fix: bool = False) -> None:
         self.image = image
         self.header = image.header
         self._l2 = image.header.l2
         self.file = image.file
         self.length = image.file.length()
-        self.findings = Findings()
+        self.findings = Findings() if findings is None else findings
+        self.broken = False  # the refcount blocks are not where they can stay
+        self._fix = fix
         self.clusters = -(-self.length // self.header.cluster_size)
         self._max_count = min(self.header.max_refcount, (1 << 32) - 1)
         self._budget = BUDGET
@@ -104,18 +86,13 @@ class ReferenceScan:
         except MemoryError:
             raise UnsupportedError(problem) from None
 
-    def run(self) -> None:
+    def run(self, snapshots: tuple[Snapshot, ...]) -> None:
         header = self.header
-        snapshots = read_snapshots(self.file, header, zero_fill=True)
-        if header.version >= 3:
-            for index, snapshot in enumerate(snapshots):
-                if snapshot.is_incomplete:
-                    self.findings.corrupt(f"ERROR snapshot table entry {index} is incomplete")
         self.add_region(0, header.cluster_size)
         self._scan_active()
         self._scan_snapshots(snapshots)
         if snapshots:
-            self.add_region(header.snapshots_offset, sum(snapshot.length for snapshot in snapshots))
+            self.add_region(header.snapshots_offset, snapshots[-1].end - header.snapshots_offset)
         if header.encryption is not None:
             self.add_region(header.encryption.offset, header.encryption.length)
         self.add_region(header.refcount_table_offset, 8 * header.refcount_table_entries)
@@ -165,7 +142,8 @@ class ReferenceScan:
         l1_bytes = 0
         for snapshot in snapshots:
             size = 8 * snapshot.l1_size
-            name = f"ERROR snapshot {snapshot.id} ({snapshot.name})"
+            identifier, title = (text.split("\0", 1)[0] for text in (snapshot.id, snapshot.name))
+            name = f"ERROR snapshot {identifier} ({title})"
             if snapshot.l1_table_offset % header.cluster_size:
                 problem = f"l1_offset={snapshot.l1_table_offset:#x}: L1 table is not cluster aligned"
                 self.findings.corrupt(f"{name} {problem}; snapshot table entry corrupted")
@@ -203,12 +181,14 @@ class ReferenceScan:
             if self.header.has_data_file:
                 self._count_outside(index, words, expected, active)
             elif words.any() and not self._count_sound(words, times, expected, active):
-                entries = [(at, entry) for at, entry in enumerate(self._l2.join(words.tolist()), index) if entry]
+                entries = {at: entry for at, entry in enumerate(self._l2.join(words.tolist()), index) if entry}
                 self._spend(len(entries) * times)
                 start = expected[0]
                 for _ in range(times):
                     expected[0] = start
-                    self._count_damaged(entries, expected, active)
+                    for at in self._count_damaged(entries, expected, active):
+                        self._make_zero(offset, at)
+                        del entries[at]
 
     def _count_sound(self, words: Words, times: int, expected: list[int], active: bool) -> bool:
         """Counts what a part of an L2 table refers to, all at once; False, with nothing done, if an entry is
@@ -270,10 +250,12 @@ class ReferenceScan:
         else:
             np.add.at(self.counts, clusters, np.uint32(times))
 
-    def _count_damaged(self, entries: list[tuple[int, int]], expected: list[int], active: bool) -> None:
-        """Like `_count_sound`, entry by entry (with their indexes), with everything that is wrong reported."""
+    def _count_damaged(self, entries: dict[int, int], expected: list[int], active: bool) -> list[int]:
+        """Like `_count_sound`, entry by entry (by their indexes), with everything that is wrong reported. Indexes of
+        those that are to become zero."""
         header, findings = self.header, self.findings
-        for index, entry in entries:
+        mended: list[int] = []
+        for index, entry in entries.items():
             is_sound, descriptor = self._l2.is_sound(entry), entry & DESCRIPTOR
             if entry & COMPRESSED:
                 offset, stored = decode_compressed(descriptor, header.cluster_bits)
@@ -302,13 +284,22 @@ class ReferenceScan:
                 continue
             if offset % header.cluster_size:
                 what = "Data" if self._l2.masks(entry)[0] else "Preallocated"
-                problem = f"{what} cluster is not properly aligned; L2 entry corrupted."
-                findings.corrupt(f"ERROR offset={offset:x}: {problem}")
+                problem = f"offset={offset:x}: {what} cluster is not properly aligned; L2 entry corrupted."
+                if self._fix and what == "Preallocated":
+                    findings.corrected(f"Repairing {problem}")
+                    mended.append(index)
+                    continue
+                findings.corrupt(f"ERROR {problem}")
             if active:
                 findings.allocated_clusters += 1
                 findings.fragmented_clusters += int(expected[0] not in (0, offset))
                 expected[0] = offset + header.cluster_size
             self.add_region(offset, header.cluster_size)
+        return mended
+
+    def _make_zero(self, table: int, index: int) -> None:
+        """An L2 entry whose cluster reads as zeroes and has no place."""
+        self.file.pwrite(table + index * self._l2.entry_size, self._l2.encode([self._l2.zero]))
 
     def _scan_bitmaps(self) -> None:
         extension = self.header.bitmaps
@@ -344,24 +335,46 @@ class ReferenceScan:
                 self.add_region(offset, header.cluster_size if offset else 0)
 
     def _scan_refcount_blocks(self) -> None:
-        header, findings = self.header, self.findings
+        header = self.header
         for index, table in self.read_table(header.refcount_table_offset, header.refcount_table_entries):
             for position in table.nonzero()[0].tolist():
                 entry, number = int(table[position]), index + position
                 offset = entry & REFCOUNT_BLOCK_MASK
                 cluster = offset >> header.cluster_bits
                 if entry & REFCOUNT_TABLE_RESERVED:
-                    findings.corrupt(f"ERROR refcount table entry {number} has reserved bits set")
+                    self._break(f"ERROR refcount table entry {number} has reserved bits set")
                 elif offset % header.cluster_size:
                     problem = "is not cluster aligned; refcount table entry corrupted"
-                    findings.corrupt(f"ERROR refcount block {number} {problem}")
+                    self._break(f"ERROR refcount block {number} {problem}")
                 elif cluster >= self.clusters:
-                    findings.corrupt(f"ERROR refcount block {number} is outside image")
+                    self._outside(number, offset)
                 else:
                     self.add_region(offset, header.cluster_size)
                     count = int(self.counts[cluster])
                     if count != 1:
-                        findings.corrupt(f"ERROR refcount block {number} refcount={count}")
+                        self._break(f"ERROR refcount block {number} refcount={count}")
+
+    def _break(self, message: str) -> None:
+        self.findings.corrupt(message)
+        self.broken = True
+
+    def _outside(self, number: int, offset: int) -> None:
+        """A refcount block past the end of the file: a repair makes the file long enough."""
+        problem = f"refcount block {number} is outside image"
+        if not self._fix:
+            self.findings.corrupt(f"ERROR {problem}")
+            return
+        self.findings.say(f"Repairing {problem}")
+        length = offset + self.header.cluster_size
+        if length > MAX_OFFSET or length >> self.header.cluster_bits > MAX_CLUSTERS:
+            why = "Invalid argument" if length > MAX_OFFSET else "File too large"
+            self._break(f"ERROR could not resize image: {why}")
+            return
+        self.file.truncate(length)
+        self.length, self.clusters = length, length >> self.header.cluster_bits
+        self.counts = np.append(self.counts, np.zeros(self.clusters + 1 - len(self.counts), np.uint32))
+        self.findings.corruptions_fixed += 1
+        self.add_region(offset, self.header.cluster_size)
 
     # Counting
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from safeimg.drivers.errors import FormatError
-from safeimg.drivers.formats.qcow2.header import Header
+from safeimg.drivers.formats.qcow2.header import MAX_SNAPSHOTS, Header
 from safeimg.drivers.storage.api import File
 
 MAX_EXTRA_DATA = 1024
@@ -42,19 +42,39 @@ class Snapshot:
     length: int  # of the entry, with padding
 
     @property
+    def end(self) -> int:
+        """Where the entry ends in the file, without padding, which the last one of a table need not have."""
+        names = len(os.fsencode(self.id)) + len(os.fsencode(self.name))
+        return self.offset + _ENTRY.size + self.extra_data_size + names
+
+    @property
     def is_incomplete(self) -> bool:
         """The extra data that version 3 requires is missing."""
         return self.extra_data_size < COMPLETE_EXTRA_DATA
 
 
-def read_snapshots(file: File, header: Header, *, zero_fill: bool = False) -> tuple[Snapshot, ...]:
+class TooMuch(FormatError):
+    """There is more than QEMU takes: extra data in table `entry`, or (`entry` None) `snapshots`, that many too many."""
+
+    def __init__(self, path: str, problem: str, *, entry: int | None = None, snapshots: int = 0) -> None:
+        super().__init__(path, problem)
+        self.entry = entry
+        self.snapshots = snapshots
+
+
+def read_snapshots(
+    file: File, header: Header, *, zero_fill: bool = False, discard: Callable[[int, int], None] | None = None
+) -> tuple[Snapshot, ...]:
     """All snapshots, in table order. The L1 tables that they name are not looked at.
 
-    With `zero_fill`, what lies past the end of the file reads as zeroes (as in QEMU), else it is a
-    `FormatError`; so are more extra data and a larger table than QEMU takes.
+    With `zero_fill`, what lies past the end of the file reads as zeroes (as in QEMU), else it is a `FormatError`. More
+    extra data and a larger table than QEMU takes are `TooMuch`, or with `discard` they are left out: it is told the
+    index of each such entry, and the size of its extra data.
     """
     if not header.nb_snapshots:
         return ()
+    if header.nb_snapshots > MAX_SNAPSHOTS:
+        raise FormatError(file.path, "Snapshot table too large")
     position = header.snapshots_offset
     reader = _Reader(file, position, zero_fill)
     snapshots = []
@@ -63,8 +83,11 @@ def read_snapshots(file: File, header: Header, *, zero_fill: bool = False) -> tu
         fields = _ENTRY.unpack(reader.take(_ENTRY.size))
         l1_offset, l1_size, id_size, name_size, sec, nsec, clock, vm_state_size, extra_size = fields
         if extra_size > MAX_EXTRA_DATA:
-            raise FormatError(file.path, f"Too much extra metadata in snapshot table entry {index}")
-        extra = reader.take(extra_size)
+            if discard is None:
+                raise TooMuch(file.path, f"Too much extra metadata in snapshot table entry {index}", entry=index)
+            discard(index, extra_size)
+        extra = reader.take(min(extra_size, MAX_EXTRA_DATA))
+        reader.position += extra_size - len(extra)
         if extra_size >= 8:
             vm_state_size = int.from_bytes(extra[:8], "big")
         disk_size = int.from_bytes(extra[8:16], "big") if extra_size >= 16 else header.size
@@ -73,7 +96,9 @@ def read_snapshots(file: File, header: Header, *, zero_fill: bool = False) -> tu
         name = os.fsdecode(reader.take(name_size))
         reader.position += -(reader.position - start) % 8  # QEMU does not write the last entry's padding
         if reader.position - position > MAX_TABLE_BYTES:
-            raise FormatError(file.path, "Snapshot table too large")
+            if discard is not None:
+                break
+            raise TooMuch(file.path, "Snapshot table is too big", snapshots=header.nb_snapshots - index)
         snapshots.append(
             Snapshot(l1_offset, l1_size, identifier, name, sec, nsec, clock, vm_state_size, disk_size,
                      None if icount == NO_ICOUNT else icount, extra[_EXTRA.size:], extra_size, start,
@@ -110,7 +135,7 @@ class _Reader:
 
     def take(self, length: int) -> bytes:
         index = self.position - self._start
-        if index + length > len(self._buffer):
+        if not 0 <= index <= index + length <= len(self._buffer):
             self._start, index = self.position, 0
             wanted = max(length, 65536)
             # An offset past 2^63 is not one that a file can have.
