@@ -19,6 +19,7 @@ _MODULES = {
     "compare": "compare",
     "map": "map",
     "convert": "convert",
+    "dd": "dd",
     "measure": "measure",
     "commit": "commit",
     "snapshot": "snapshot",

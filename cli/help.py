@@ -108,13 +108,15 @@ def _argument(argument: Argument) -> inspect.Parameter:
     if argument.several:
         kind = list[kind]
     default = inspect.Parameter.empty if argument.required else None
+    is_operand = "=" in argument.name
+    label = argument.name if is_operand else argument.name.upper()
     return inspect.Parameter(
-        argument.name,
+        argument.name.partition("=")[0] + ("_" if is_operand else ""),  # `if` is a word of Python
         inspect.Parameter.KEYWORD_ONLY,
         default=default,
         annotation=Annotated[
             kind if argument.required else kind | None,
-            typer.Argument(help=argument.help, metavar=argument.name.upper()),
+            typer.Argument(help=argument.help, metavar=label),
         ],
     )
 

@@ -13,7 +13,7 @@ from typing import Any
 from safeimg.drivers.errors import DriverError, LockError, StorageError, UsageError
 from safeimg.drivers.formats.api import Driver, Image
 from safeimg.drivers.formats.chain import close_chain, local_path, open_chain
-from safeimg.drivers.formats.naming import Blockdev, from_filename, lasting
+from safeimg.drivers.formats.naming import Blockdev, from_filename, lasting, local_name
 from safeimg.drivers.formats.registry import lookup
 from safeimg.drivers.formats.snapshots import load
 from safeimg.drivers.secrets import NO_SECRETS, Secrets
@@ -27,6 +27,22 @@ from safeimg.ops.create_options import for_driver, is_on, parse_options
 from safeimg.ops.launch import Environment, Job, launch
 from safeimg.ops.repair import open_sound
 from safeimg.ops.session import refuse_pending_on
+
+
+@dataclass(frozen=True, slots=True)
+class Blocks:
+    """Which part of the source `dd` copies. Counted as qemu-img does: `count` blocks from the beginning of the source,
+    of which the first `skip` are left out."""
+
+    size: int = 512  # bytes: bs=
+    count: int | None = None
+    skip: int = 0
+
+    def part(self, source: int) -> tuple[int, int] | None:
+        """Offset and length in a source of so many bytes; None if what is skipped reaches beyond its end."""
+        end = source if self.count is None else min(source, self.count * self.size)
+        start = self.skip * self.size
+        return (start, end - start) if start <= end else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,10 +67,15 @@ class Options:
     snapshot: str | None = None  # -l
     bitmaps: bool = False
     skip_broken_bitmaps: bool = False
+    blocks: Blocks | None = None  # given: the command is dd
     undo: bool = False  # an existing target: keep what is overwritten until it is settled
     step_bytes: int = STEP_BYTES
     step_seconds: float = STEP_SECONDS
     defer: float = 1.0  # seconds of work on a new target after which its journal begins
+
+    @property
+    def command(self) -> str:
+        return "convert" if self.blocks is None else "dd"
 
     @property
     def target_name(self) -> str:
@@ -73,16 +94,20 @@ async def convert(
     *,
     supersede: Callable[[str], None] | None = None,
     warn: Callable[[str], None] = lambda message: None,
+    complain: Callable[[str], None] = lambda message: None,
 ) -> None:
     """Converts. What is pending on a target that is replaced wholly is given up by `supersede(path)`, if no
-    other image is changed by it; without `supersede`, that is refused as any other change is.
+    other image is changed by it; without `supersede`, that is refused as any other change is. `complain` is told
+    when there is nothing to copy where dd was to start.
 
     `warn` gets warnings in qemu-img's words. Raises `DriverError` with qemu-img's message, `SomethingPending`,
     `OperationPaused`."""
     fs, transfer, secrets = environment.fs, environment.transfer, environment.secrets
     job = await open_sound(
         environment,
-        lambda: open_job(fs, options, transfer, supersede=supersede, secrets=secrets, warn=warn),
+        lambda: open_job(
+            fs, options, transfer, supersede=supersede, complain=complain, secrets=secrets, warn=warn
+        ),
     )
     try:
         await launch(job, environment)
@@ -96,6 +121,7 @@ def open_job(
     transfer: Transfer,
     *,
     supersede: Callable[[str], None] | None = None,
+    complain: Callable[[str], None] = lambda message: None,
     secrets: Secrets = NO_SECRETS,
     warn: Callable[[str], None] = lambda message: None,
 ) -> Job:
@@ -115,14 +141,19 @@ def open_job(
             if len(chains) > 1:
                 raise UsageError("No support for concatenating multiple snapshot")
             chains[0] = load(chains[0], options.snapshot)
-        size = sum(chain[0].size for chain in chains)
+        part = 0, sum(chain[0].size for chain in chains)
+        if options.blocks is not None:
+            found = options.blocks.part(part[1])
+            if found is None:
+                complain(f"{local_name(options.sources[0])}: cannot skip to specified offset")
+            part = found or (0, 0)
         existing = _writes_existing(fs, options)
         creation = None if existing else _creation(options, several=len(chains) > 1)
         if options.bitmaps:
             check_source(chains, options.skip_broken_bitmaps, warn)
         if creation is None:
-            return _into_existing(fs, options, transfer, chains, size, secrets)
-        return _into_new(fs, options, transfer, chains, size, supersede, secrets, *creation)
+            return _into_existing(fs, options, transfer, chains, part, secrets)
+        return _into_new(fs, options, transfer, chains, part, supersede, secrets, *creation)
     except BaseException:
         for chain in chains:
             close_chain(chain)
@@ -157,7 +188,12 @@ def _open_target(fs: FileSystem, options: Options, secrets: Secrets, *, unfinish
 
 
 def _into_existing(
-    fs: FileSystem, options: Options, transfer: Transfer, chains: list[list[Image]], size: int, secrets: Secrets
+    fs: FileSystem,
+    options: Options,
+    transfer: Transfer,
+    chains: list[list[Image]],
+    part: tuple[int, int],
+    secrets: Secrets,
 ) -> Job:
     target = _open_target(fs, options, secrets, unfinished=False)
     try:
@@ -168,9 +204,9 @@ def _into_existing(
             raise UsageError("Cannot use --target-is-zero when the destination image has a backing file")
         if options.compress:
             compressor(target[0])
-        if target[0].size < size:
+        if target[0].size < part[1]:
             raise UsageError("output file is smaller than input file")
-        return _job(fs, options, transfer, chains, target, created=False)
+        return _job(fs, options, transfer, chains, part, target, created=False)
     except BaseException:
         close_chain(target)
         raise
@@ -181,7 +217,7 @@ def _into_new(
     options: Options,
     transfer: Transfer,
     chains: list[list[Image]],
-    size: int,
+    part: tuple[int, int],
     supersede: Callable[[str], None] | None,
     secrets: Secrets,
     driver: Driver,
@@ -205,7 +241,7 @@ def _into_new(
                 fs.open(path, write=True, locking=True).close()
             began = True
             driver.create(
-                fs, path, size, asked, cache=options.cache, unfinished="convert", secrets=secrets
+                fs, path, part[1], asked, cache=options.cache, unfinished=options.command, secrets=secrets
             )
         except DriverError as error:
             raise _while_converting(options, error) from error
@@ -216,7 +252,7 @@ def _into_new(
         try:
             if options.bitmaps:
                 check_target(driver, target[0])
-            return _job(fs, options, transfer, chains, target, created=True)
+            return _job(fs, options, transfer, chains, part, target, created=True)
         except BaseException:
             close_chain(target)
             raise
@@ -281,7 +317,8 @@ def _while_converting(options: Options, error: DriverError) -> UsageError:
     reason = str(error).removeprefix(f"{local_path(options.target_name)}: ")
     if isinstance(error, StorageError):
         reason = f"Could not create '{options.target_name}': {error.strerror}"
-    return UsageError(f"{options.target_name}: error while converting {options.format}: {reason}")
+    what = "creating output image" if options.command == "dd" else f"converting {options.format}"
+    return UsageError(f"{options.target_name}: error while {what}: {reason}")
 
 
 def _job(
@@ -289,13 +326,14 @@ def _job(
     options: Options,
     transfer: Transfer,
     chains: list[list[Image]],
+    part: tuple[int, int],
     target: list[Image],
     *,
     created: bool,
 ) -> Job:
     if options.bitmaps:  # what cannot be copied is refused before anything is written
         with_copies(target[0], chains[0][0])
-    size = sum(chain[0].size for chain in chains)
+    size = part[1]
     backing = target[1].size if len(target) > 1 else 0
     if created:
         zero_below = min(backing, size)
@@ -315,6 +353,7 @@ def _job(
         "force_share": options.force_share,
         "snapshot": options.snapshot,
         "bitmaps": options.bitmaps,
+        "part": None if options.blocks is None else list(part),
         "created": created,
         "undo": options.undo and not created,
         "compress": options.compress,

@@ -20,6 +20,7 @@ from safeimg.drivers.formats.snapshots import load
 from safeimg.drivers.secrets import Secrets
 from safeimg.drivers.storage.api import FileSystem
 from safeimg.drivers.transfer.core import Transfer
+from safeimg.drivers.transfer.part import PartialView
 from safeimg.drivers.transfer.view import ConcatenatedView, Source, View
 from safeimg.journal.state import OperationState
 from safeimg.ops.convert_steps import Convert, Policy
@@ -34,6 +35,7 @@ _KINDS: dict[str, type | tuple[type, ...]] = {
     "undo": bool, "compress": bool, "bitmaps": bool,
     "sparse": int, "zero_below": int, "skip_below": int, "step_bytes": int,
     "step_seconds": (int, float), "defer": (int, float), "snapshot": (str, type(None)),
+    "part": (list, type(None)),
 }  # fmt: skip
 
 
@@ -83,7 +85,9 @@ def job_of(layers: Sequence[Image], settings: dict[str, Any], transfer: Transfer
         chains.append(layers[at : at + depth])
         at += depth
     target = chains[0]
-    source = joined(chains[1:])
+    source, part = joined(chains[1:]), settings["part"]
+    if part is not None:
+        source = PartialView(source, *part)
     policy = Policy(
         sparse=settings["sparse"],
         compress=compressor(target[0]) if settings["compress"] else None,
@@ -104,7 +108,7 @@ def job_of(layers: Sequence[Image], settings: dict[str, Any], transfer: Transfer
     )  # fmt: skip
     created = tuple(dict.fromkeys((0, data_file))) if settings["created"] else ()
     return Job(
-        "convert", operation, touched(roles), layers, source, settings, undo=settings["undo"],
+        "convert" if part is None else "dd", operation, touched(roles), layers, source, settings, undo=settings["undo"],
         defer=settings["defer"], created=created, total=source.size,
     )  # fmt: skip
 
@@ -142,10 +146,17 @@ def _settings(home: str, state: OperationState) -> dict[str, Any]:
         or not all(isinstance(format, str) for format in formats)
         or sum(layers[1:]) != sum(image.role != DATA_FILE for image in state.declared.images) - 1
         or settings["step_bytes"] < 1
+        or not _is_part(settings["part"])
         or min(settings["sparse"], settings["zero_below"], settings["skip_below"]) < 0
     ):
         raise Conflict(f"{home}: the log's settings do not fit a convert")
     return settings
+
+
+def _is_part(value: object) -> bool:
+    return value is None or (
+        isinstance(value, list | tuple) and len(value) == 2 and all(type(x) is int and x >= 0 for x in value)
+    )
 
 
 def _check_depth(path: str, found: int, expected: int) -> None:

@@ -36,6 +36,7 @@ _MODULES = {
     "repair": "safeimg.ops.repair",
     "commit": "safeimg.ops.commit_job",
     "convert": "safeimg.ops.convert_job",
+    "dd": "safeimg.ops.convert_job",
     "rebase": "safeimg.ops.rebase",
     "snapshot": "safeimg.ops.snapshot",
     "resize": "safeimg.ops.resize",

@@ -104,7 +104,7 @@ def _local(
     options.number("aio-max-batch")
     if (manager := options.text("pr-manager")) is not None:
         raise UsageError(f"No persistent reservation manager with id '{manager}'")
-    if path is None:
+    if not path:
         raise UsageError(f"The '{driver}' block driver requires a file name")
     if aio == "native" and access.cache not in ("none", "directsync"):
         raise UsageError("aio=native was specified, but it requires cache.direct=on, which was not specified.")

@@ -12,7 +12,7 @@ from safeimg.drivers.storage.simulated import SimulatedFileSystem
 from safeimg.ops import snapshot
 from safeimg.ops.amend import amend
 from safeimg.ops.commit_job import commit
-from safeimg.ops.convert import Options, convert
+from safeimg.ops.convert import Blocks, Options, convert
 from safeimg.ops.launch import Environment
 from safeimg.ops.rebase import rebase_unsafe
 
@@ -256,6 +256,11 @@ CONVERSIONS = [
         convert_to(
             "/top.qcow2", "/target.qcow2", "qcow2", backing="mid.qcow2", backing_format="qcow2", create_options=SMALL
         ),
+        "/target.qcow2", None, NEW_QCOW2, created=True,
+    ),
+    Scenario(
+        "dd", qcow2_chain(),
+        convert_to("/top.qcow2", "/target.qcow2", "qcow2", blocks=Blocks(700, 250, 9), sparse=0, create_options=SMALL),
         "/target.qcow2", None, NEW_QCOW2, created=True,
     ),
     Scenario(
