@@ -31,14 +31,16 @@ async def amend(
 
     Raises `UsageError` in qemu-img's words for what cannot be changed."""
     values: dict[str, str] = {}
+    erased: list[list[int]] = []
 
     def check(image: Image) -> None:
         driver = lookup(image.format)
         amending = amendable(driver)
         values.update(parse_amend_options(amending.options, driver.create_options, given))
         amending.check(image, values, force=force)
+        erased.extend([offset, length] for offset, length in amending.erased(image, values))
 
-    settings = {"values": values}
+    settings = {"values": values, "erased": erased}
     await _amend.run(
         environment, filename, settings, fmt=fmt, cache=cache, warn=warn, check=check, backing=True
     )

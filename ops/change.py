@@ -27,7 +27,7 @@ from safeimg.ops.launch import Environment, Job, launch
 from safeimg.ops.moving import write_fresh
 from safeimg.ops.repair import open_sound
 from safeimg.ops.session import DATA_FILE, refuse_pending_on, touched
-from safeimg.ops.steps import Step
+from safeimg.ops.steps import Move, Step
 
 Action = Callable[[Image, Planner], Iterable[Changes]]
 Settings = Mapping[str, Any]
@@ -38,12 +38,20 @@ class Change:
     """The steps of `actions` on one image. `unlinked`: host ranges that earlier steps took a reference from."""
 
     def __init__(
-        self, command: str, image: Image, actions: Sequence[Action], *, unlinked: Sequence[tuple[int, int]] = ()
+        self,
+        command: str,
+        image: Image,
+        actions: Sequence[Action],
+        *,
+        unlinked: Sequence[tuple[int, int]] = (),
+        erased: Sequence[tuple[int, int]] = (),
     ) -> None:
+        """`erased`: host ranges that hold what nobody may read any more once the actions have replaced them."""
         self._command = command
         self._image = image
         self._actions = actions
         self._unlinked = list(unlinked)
+        self._erased = erased
         self._planner: Planner | None = None
 
     async def steps(self, cursor: Any | None) -> AsyncIterator[Step]:
@@ -63,12 +71,19 @@ class Change:
             if held is not None:
                 yield await self._step({"at": number + 1}, held)
         if at <= len(self._actions):
+            moves = [Move(0, *piece, None, 0) for piece in self._erased if self._is_free(*piece)]
+            if moves:
+                yield Step("erase", {"at": len(self._actions)}, 0, moves=moves, no_return=True)
             if self._planner is None:
                 self._plan_anew(self._reopened())
             assert self._planner is not None
             changes = self._planner.release()
             if changes:
                 yield Step("release", {"at": len(self._actions) + 1}, 0, changes=[(0, changes)])
+
+    def _is_free(self, offset: int, length: int) -> bool:
+        """Whether nothing refers to the range any more."""
+        return any(start <= offset and offset + length <= start + size for start, size in self._unlinked)
 
     async def _step(self, cursor: Any, changes: Changes) -> Step:
         self._unlinked += changes.unlinked
@@ -170,9 +185,22 @@ class Changing:
 
     def _job(self, layers: list[Image], settings: Settings, unlinked: Sequence[tuple[int, int]] = ()) -> Job:
         image = layers[0]
-        operation = Change(self._command, image, self._actions(settings, *layers[1:]), unlinked=unlinked)
+        operation = Change(
+            self._command, image, self._actions(settings, *layers[1:]), unlinked=unlinked,
+            erased=_erased(image.file.path, settings),
+        )  # fmt: skip
         files = touched([("image", image, True), *((SOURCE, source, False) for source in layers[1:])])
         return Job(self._command, operation, files, layers, None, settings)
+
+
+def _erased(home: str, settings: Settings) -> list[tuple[int, int]]:
+    found = settings.get("erased", [])
+    if not isinstance(found, list) or not all(
+        isinstance(piece, list) and len(piece) == 2 and all(type(number) is int and number > 0 for number in piece)
+        for piece in found
+    ):
+        raise Conflict(f"{home}: the log does not say what was to be erased")
+    return [(offset, length) for offset, length in found]
 
 
 def unlinked_by(state: OperationState) -> list[tuple[int, int]]:

@@ -137,7 +137,7 @@ class Engine:
     async def _prepare(self, step: Step, session: Session) -> None:
         """What it takes to take the step back, durable before the step is begun."""
         before: tuple[BeforeRecord, ...] = ()
-        if session.undo is not None and step.moves:
+        if session.undo is not None and step.moves and not step.no_return:
             before = await save_before(self._transfer, step.moves, self._files, session.undo)
             await trio.to_thread.run_sync(session.undo.sync)
         session.record(

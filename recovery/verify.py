@@ -35,15 +35,16 @@ def verify(
     """Raises `Conflict` unless every image is as the log says. Writes nothing.
 
     `targets`: the images by index. `view`: where moves copy from (None if there are none in flux). Where a secret was
-    not given, nothing is known of what moves in flux write: they are not judged."""
+    not given, nothing is known of what moves in flux write: they are not judged. Nor are those behind the point of no
+    return, whose before-images nobody keeps."""
     files = {image: target.file for image, target in targets.items()}
     for image, file in files.items():
         _verify_metadata(file, composite(state.steps, image), _limit(state, image))
     later: list[MoveRecord] = []  # what newer steps wrote in place
     for step in reversed(state.steps):
-        if step.in_flux:
+        if step.in_flux and (state.no_return is None or step.prepared.number < state.no_return):
             _verify_flux(step, targets, undo, view)
-        else:
+        elif not step.in_flux:
             _verify_solid(step, files, later)
         later += step.prepared.moves
 

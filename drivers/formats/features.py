@@ -40,6 +40,11 @@ class Amending(Protocol):
         """Refuses what cannot be made of the image: `UsageError` in QEMU's words. Writes nothing."""
         ...
 
+    def erased(self, image: Image, values: Mapping[str, str]) -> Sequence[tuple[int, int]]:
+        """Host ranges (offset, length) that the amendments replace and that hold keys: they are overwritten before
+        they are free."""
+        ...
+
     def amendments(self, values: Mapping[str, str]) -> Sequence[Amendment]:
         """What the options ask for, in the order of doing. Does not depend on the image: an interrupted command asks
         again."""

@@ -130,3 +130,58 @@ def test_data_files(tmp_path: Path, source: Path, raw: str, layout: str, monkeyp
     both("info", image)
     both("map", "--image-opts", f"driver=qcow2,file.filename={image},data-file.filename=moved.bin")
     both("map", "--image-opts", f"driver=qcow2,file.filename={source},data-file.filename=moved.bin")
+
+
+PASSWORDS = (*SECRET, "--object", "secret,id=s1,data=new1", "--object", "secret,id=s2,data=new2")
+FAST = "encrypt.iter-time=10"
+KEY_CHANGES = [
+    ("encrypt.state=active,encrypt.new-secret=s1", FAST),
+    ("encrypt.state=active,encrypt.new-secret=s1,encrypt.keyslot=1", FAST),
+    ("--force", "encrypt.state=active,encrypt.new-secret=s2,encrypt.keyslot=1", FAST),
+    ("encrypt.state=active,encrypt.new-secret=s1,encrypt.keyslot=8",),
+    ("encrypt.state=active", FAST),
+    ("encrypt.state=foo",),
+    ("encrypt.keyslot=1",),
+    ("encrypt.state=inactive",),
+    ("encrypt.state=inactive,encrypt.keyslot=5",),
+    ("encrypt.state=inactive,encrypt.old-secret=s1",),
+    ("encrypt.state=inactive,encrypt.old-secret=s1,encrypt.keyslot=1",),
+    ("encrypt.state=inactive,encrypt.old-secret=s2",),
+    ("encrypt.state=inactive,encrypt.keyslot=0",),
+    ("encrypt.state=inactive,encrypt.old-secret=s0",),
+    ("encrypt.state=active,encrypt.new-secret=nope",),
+]
+
+
+def test_passwords_come_and_go(tmp_path: Path) -> None:
+    """The same changes by qemu-img and safeimg: the same messages, and the same passwords open both images after."""
+    image, twin = tmp_path / "image.qcow2", tmp_path / "twin.qcow2"
+    fine(qemu("img", "create", "-q", *SECRET, "-f", "qcow2", "-o", WAYS["luks"], image, "1M"))
+    shutil.copy(image, twin)
+    for change in KEY_CHANGES:
+        words = [word for text in change for word in ((text,) if text == "--force" else ("-o", text))]
+        expected = qemu("img", "amend", *PASSWORDS, "--image-opts", opts(twin), *words)
+        found = ours("amend", *PASSWORDS, "--image-opts", opts(image), *words)
+        assert found.stderr.replace("safeimg:", "qemu-img:") == expected.stderr
+        assert found.returncode == expected.returncode
+    for name in ("s0", "s1", "s2"):
+        with_it = [f"driver=qcow2,encrypt.key-secret={name},file.filename={path}" for path in (image, twin)]
+        ours_opens, theirs_opens = (qemu("img", "map", *PASSWORDS, "--image-opts", text) for text in with_it)
+        assert ours_opens.returncode == theirs_opens.returncode
+    fine(qemu("img", "check", *SECRET, "--image-opts", opts(image)))
+
+
+def test_a_password_that_was_removed_leaves_nothing(tmp_path: Path) -> None:
+    """No key material of an erased slot is anywhere in the image, nor in what the journal keeps."""
+    image = tmp_path / "image.qcow2"
+    fine(qemu("img", "create", "-q", *SECRET, "-f", "qcow2", "-o", WAYS["luks"], image, "1M"))
+    added = f"encrypt.state=active,encrypt.new-secret=s1,{FAST}"
+    fine(qemu("img", "amend", *PASSWORDS, "--image-opts", opts(image), "-o", added))
+    content = image.read_bytes()
+    slot = content[0x40000 + 262144 : 0x40000 + 262144 + 4096]  # the beginning of the second slot's material
+    assert slot.strip(b"\0") and slot in content
+    removed = "encrypt.state=inactive,encrypt.old-secret=s1"
+    fine(ours("amend", *PASSWORDS, "--image-opts", opts(image), "-o", removed))
+    assert slot not in image.read_bytes()
+    history = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
+    assert slot[:64] not in history and b"new1" not in history and b"hunter2" not in history

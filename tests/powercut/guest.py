@@ -4,21 +4,46 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from safeimg.drivers.errors import SecretMissing
 from safeimg.drivers.formats.api import Changes, Image
-from safeimg.drivers.formats.chain import close_chain, open_chain
+from safeimg.drivers.formats.chain import OpenError, close_chain, open_chain
 from safeimg.drivers.formats.features import BitmapState, WantedBitmap
+from safeimg.drivers.formats.naming import Blockdev
 from safeimg.drivers.formats.registry import lookup
+from safeimg.drivers.secrets import Secrets
 from safeimg.drivers.storage.api import FileSystem
+from safeimg.drivers.transfer.target import Target
 from safeimg.drivers.transfer.view import View
+
+SECRETS = Secrets()
+SECRETS.add("s0", b"hunter2")
+SECRETS.add("s1", b"another")
+_KEYS: tuple[dict[str, str], ...] = ({}, {"encrypt.key-secret": "s0"}, {"backing.encrypt.key-secret": "s0"})
 
 
 def create(fs: FileSystem, path: str, fmt: str, size: int, **options: str) -> None:
-    lookup(fmt).create(fs, path, size, options)
+    given = {name.replace("encrypt_", "encrypt.").replace(".key_", ".key-"): value for name, value in options.items()}
+    lookup(fmt).create(fs, path, size, given, secrets=SECRETS)
+
+
+def named(path: str, key: dict[str, str]) -> Blockdev:
+    return Blockdev(path, {"file.driver": "file", "file.filename": path, **key})
+
+
+def opened(fs: FileSystem, path: str, fmt: str | None = None, **options: bool) -> list[Image]:
+    """The chain at `path`; encrypted images are opened with the secret "s0"."""
+    for key in _KEYS:
+        try:
+            return open_chain(fs, named(path, key), format=fmt, secrets=SECRETS, **options)  # type: ignore[arg-type]
+        except OpenError as error:
+            if not isinstance(error.__cause__, SecretMissing) or key is _KEYS[-1]:
+                raise
+    raise AssertionError
 
 
 def write(fs: FileSystem, path: str, pieces: Iterable[tuple[int, bytes | None]], fmt: str = "qcow2") -> None:
     """Writes (guest offset, data) pieces to the top of the chain at `path`; data None zeroes one cluster."""
-    chain = open_chain(fs, path, format=fmt, write=True)
+    chain = opened(fs, path, fmt, write=True)
     image = chain[0]
     planner = lookup(fmt).planner(image)
     for offset, data in pieces:
@@ -34,11 +59,12 @@ def write(fs: FileSystem, path: str, pieces: Iterable[tuple[int, bytes | None]],
             content[low - place.start : high - place.start] = (
                 bytes(high - low) if data is None else data[low - offset : high - offset]
             )
-            image.file.pwrite(place.offset, content)
+            Target(image.data, image.cipher).write(memoryview(content), place.offset, place.start)
         _apply(image, planner.take())
-        image = chain[0] = lookup(fmt).open(image.file, write=True)
+        image = chain[0] = lookup(fmt).reopen(image)
     _apply(image, planner.release())
     image.file.sync_all()
+    image.data.sync_all()
     close_chain(chain)
 
 
@@ -107,7 +133,7 @@ def _apply(image: Image, changes: Changes) -> None:
 
 def content(fs: FileSystem, path: str, fmt: str | None = None) -> bytes:
     """What a guest sees."""
-    chain = open_chain(fs, path, format=fmt)
+    chain = opened(fs, path, fmt)
     try:
         view = View(chain)
         data = bytearray(view.size)

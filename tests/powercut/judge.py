@@ -15,12 +15,14 @@ from pathlib import Path
 
 import trio
 from blake3 import blake3
+from powercut import guest
 from safeimg.drivers.errors import DriverError
 from safeimg.drivers.formats.api import Image
-from safeimg.drivers.formats.chain import close_chain, open_chain
+from safeimg.drivers.formats.chain import close_chain
 from safeimg.drivers.formats.features import BitmapState
 from safeimg.drivers.formats.registry import lookup
 from safeimg.drivers.formats.snapshots import entries, load
+from safeimg.drivers.secrets import NO_SECRETS, Secrets
 from safeimg.drivers.storage.powercut import CrashState, crash_states, power_cut
 from safeimg.drivers.storage.simulated import SimulatedFileSystem
 from safeimg.drivers.transfer.core import Settings, Transfer
@@ -45,8 +47,8 @@ class Violation(AssertionError):
     """A promise that a crash state breaks; the message replays it."""
 
 
-def environment(fs: SimulatedFileSystem) -> Environment:
-    return Environment(fs, MemoryHistory(), Transfer(Settings(workers=1)), arguments=("test",))
+def environment(fs: SimulatedFileSystem, secrets: Secrets = guest.SECRETS) -> Environment:
+    return Environment(fs, MemoryHistory(), Transfer(Settings(workers=1)), arguments=("test",), secrets=secrets)
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,7 @@ class Look:
 
     @classmethod
     def _at(cls, fs: SimulatedFileSystem, path: str, fmt: str, broken: bool) -> Look:
-        chain = open_chain(fs, path, format=fmt)
+        chain = guest.opened(fs, path, fmt)
         try:
             data = cls._content(chain)
             driver = lookup(fmt)
@@ -253,7 +255,7 @@ class Judge:
         if fmt != "qcow2" or fs.read_file(path)[4:8] == bytes([0, 0, 0, 2]):
             return True  # there is no fence in this format
         try:
-            close_chain(open_chain(fs, path, format=fmt, backing=False, write=True))
+            close_chain(guest.opened(fs, path, fmt, backing=False, write=True))
         except DriverError:
             return True
         return False
@@ -262,9 +264,10 @@ class Judge:
         """G2 or G3 on a copy of `fs`, which is returned with the trace of the recovery."""
         fs = fs.clone()
         act = resume if action == "resume" else rollback
+        secrets = guest.SECRETS if action == "resume" else NO_SECRETS  # taking back needs none
 
         async def main() -> str:
-            return await act(self.scenario.home, environment(fs))
+            return await act(self.scenario.home, environment(fs, secrets))
 
         fs.begin_trace()
         try:
@@ -294,7 +297,7 @@ class Judge:
         if fs.stat(path) is None or fmt == "raw":
             return True
         try:
-            close_chain(open_chain(fs, path, format=fmt))
+            close_chain(guest.opened(fs, path, fmt))
         except DriverError:
             return True
         return False
@@ -361,12 +364,25 @@ class Judge:
         for path, fmt in self.scenario.images:
             if fmt == "raw":
                 continue
-            result = subprocess.run(
-                ["qemu-img", "check", "-U", "-f", fmt, folder / path[1:]], capture_output=True, text=True, check=False
-            )
+            named = f"driver={fmt},file.filename={folder / path[1:]}"
+            named += _beside(fs, path, "", folder)
+            if path == "/top.qcow2":
+                named += _beside(fs, "/base.qcow2", "backing.", folder)
+            words = ["--object", "secret,id=s0,data=hunter2", "--image-opts", named]
+            result = subprocess.run(["qemu-img", "check", "-U", *words], capture_output=True, text=True, check=False)
             allowed = (0, 1, 2, 3) if self.scenario.broken else (0, 3)
             if result.returncode not in allowed and not _lost_blocks(fmt, result.stderr):
                 raise Violation(f"G1: qemu-img check {path}: {result.stdout}{result.stderr}")
+
+
+def _beside(fs: SimulatedFileSystem, path: str, prefix: str, folder: Path) -> str:
+    """The options that a qcow2 image takes to be opened: its secret, and where its data file was exported to."""
+    head = fs.read_file(path)[:80] if fs.stat(path) is not None else b""
+    if head[:4] != b"QFI\xfb":
+        return ""
+    key = f",{prefix}encrypt.key-secret=s0" if head[32:36].strip(b"\0") else ""
+    outside = head[4:8] == bytes([0, 0, 0, 3]) and head[79] & 4
+    return key + (f",{prefix}data-file.filename={folder / 'data.bin'}" if outside else "")
 
 
 def sidecars(fs: SimulatedFileSystem) -> Sequence[str]:

@@ -12,6 +12,7 @@ from safeimg.drivers.errors import UnsupportedError, UsageError
 from safeimg.drivers.formats.api import Changes, CreateOption, Image, Kind, Planner
 from safeimg.drivers.formats.features import Amendment
 from safeimg.drivers.formats.options import bool_option, number_option, size_option
+from safeimg.drivers.formats.qcow2.amend_keys import PREFIX, Keys, check_keys
 from safeimg.drivers.formats.qcow2.driver import CREATE_OPTIONS, own_image, own_planner
 from safeimg.drivers.formats.qcow2.empty import change_refcount_width
 from safeimg.drivers.formats.qcow2.header import (
@@ -59,8 +60,8 @@ class Qcow2Amending:
     def check(self, image: Image, values: Mapping[str, str], *, force: bool) -> None:
         own = own_image(image)
         header, path = own.header, own.file.path
-        if any(name.startswith("encrypt.") for name in values):
-            raise UsageError("Can't amend encryption options - encryption not present")
+        if any(name.startswith(PREFIX) for name in values):
+            check_keys(own, values, force=force)
         version = _version(values, header.version)
         if "data_file" in values:
             raise UsageError("data-file can only be set for images that use an external data file")
@@ -85,6 +86,13 @@ class Qcow2Amending:
         if version < header.version:
             _check_downgrade(own, bits, size)
 
+    def erased(self, image: Image, values: Mapping[str, str]) -> Sequence[tuple[int, int]]:
+        header = own_image(image).header
+        if header.encryption is None or not any(name.startswith(PREFIX) for name in values):
+            return ()
+        clusters = -(-header.encryption.length // header.cluster_size)
+        return [(header.encryption.offset, clusters * header.cluster_size)]
+
     def amendments(self, values: Mapping[str, str]) -> Sequence[Amendment]:
         found: list[Amendment] = []
         version = _version(values, 0)
@@ -94,6 +102,8 @@ class Qcow2Amending:
             found.append(_RefcountBits(number_option("", values, "refcount_bits", 16)))
         if "lazy_refcounts" in values:
             found.append(_LazyRefcounts(bool_option("", values, "lazy_refcounts")))
+        if any(name.startswith(PREFIX) for name in values):
+            found.append(Keys(values))
         if version == 2:
             found += [_expand, _downgrade]
         return found

@@ -198,7 +198,7 @@ class Qcow2Driver:
         self, file: File, *, write: bool = False, repair: bool = False, given: Opening = PLAIN
     ) -> Qcow2Image:
         image = open_image(file, write=write, repair=repair)
-        apply_runtime(image, given)
+        apply_runtime(image, given, repair=repair)
         return image
 
     def reopen(self, image: Image) -> Qcow2Image:

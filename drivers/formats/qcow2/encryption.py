@@ -5,12 +5,13 @@ The IV of a sector is made of its number: in LUKS images of its place in the fil
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import TYPE_CHECKING, NoReturn
 
 from safeimg.drivers.errors import FormatError, SecretMissing, UsageError
 from safeimg.drivers.formats.api import Cipher
 from safeimg.drivers.formats.options import bool_option
-from safeimg.drivers.formats.qcow2.header import AES, LUKS, Header
+from safeimg.drivers.formats.qcow2.header import AES, LUKS, EncryptionHeader, Header
 from safeimg.drivers.secrets import Secrets
 from safeimg.drivers.storage.api import File
 
@@ -38,8 +39,9 @@ class HostSectors:
 
     ready = True
 
-    def __init__(self, sectors: SectorCipher) -> None:
+    def __init__(self, sectors: SectorCipher, key: bytes) -> None:
         self._sectors = sectors
+        self.key = key  # the master key: new key slots hold it too
 
     def encrypt(self, buffer: memoryview, host: int, guest: int) -> None:
         self._sectors.encrypt(buffer, host // SECTOR)
@@ -94,12 +96,15 @@ def unlocked(file: File, header: Header, password: bytes) -> Cipher:
     luks, place = read_luks(file, header), header.encryption
     assert place is not None
 
-    def read(offset: int, length: int) -> bytes:
-        if offset + length > place.length:
-            raise FormatError(file.path, "Request for data outside of extension header")
-        return file.pread(place.offset + offset, length)
+    key = unlock(luks, partial(read_material, file, place), password, file.path)
+    return HostSectors(sector_cipher(luks, key), key)
 
-    return HostSectors(sector_cipher(luks, unlock(luks, read, password, file.path)))
+
+def read_material(file: File, place: EncryptionHeader, offset: int, length: int) -> bytes:
+    """A part of the LUKS header at `place`."""
+    if offset + length > place.length:
+        raise FormatError(file.path, "Request for data outside of extension header")
+    return file.pread(place.offset + offset, length)
 
 
 def new_encryption(path: str, options: Mapping[str, str], secrets: Secrets) -> tuple[int, bytes]:

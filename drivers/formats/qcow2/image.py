@@ -16,6 +16,7 @@ from safeimg.drivers.formats.qcow2.encryption import Locked, read_luks, unlocked
 from safeimg.drivers.formats.qcow2.header import LUKS, MAX_L1_BYTES, UNFINISHED, Header, parse_header
 from safeimg.drivers.formats.qcow2.mapping import DEFAULT_CACHE_BYTES, Mapping
 from safeimg.drivers.formats.qcow2.snapshots import Snapshot, read_snapshots
+from safeimg.drivers.secrets import NO_SECRETS, Secrets
 from safeimg.drivers.storage.api import Buffer, File
 
 
@@ -26,6 +27,7 @@ class Qcow2Image:
         self._file = file
         self._cache_bytes = cache_bytes
         self._cipher: Cipher | None = Locked() if header.crypt_method else None
+        self._secrets = NO_SECRETS
         self._data: File | None = None if header.has_data_file else file
         self._shown: Snapshot | None = None  # the internal snapshot whose content this is
         self._adopt(header)
@@ -59,10 +61,21 @@ class Qcow2Image:
         """Makes the guest data of an encrypted image readable. `UsageError` for a wrong password."""
         self._cipher = unlocked(self._file, self._header, password)
 
+    @property
+    def secrets(self) -> Secrets:
+        """Those that the image was opened with: for new passwords."""
+        return self._secrets
+
+    def unlock_with(self, secrets: Secrets, name: str | None) -> None:
+        """Keeps the secrets, and unlocks the image with the one called `name`, if any."""
+        self._secrets = secrets
+        if name is not None:
+            self.unlock(secrets.password(name))
+
     def inherit(self, other: Qcow2Image) -> Qcow2Image:
         """Takes over what `other`, the same image opened before, was given: its data file, its secret; and shows the
         same snapshot."""
-        self._cipher = other._cipher
+        self._cipher, self._secrets = other._cipher, other._secrets
         if self._header.has_data_file:
             self._data = other._data
         return self if other._shown is None else self.at(other._shown)

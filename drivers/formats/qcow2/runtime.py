@@ -28,7 +28,7 @@ RUNTIME_OPTIONS = (
 _OVERLAP_CHECKS = ("none", "constant", "cached", "all")
 
 
-def apply_runtime(image: Qcow2Image, given: Opening) -> None:
+def apply_runtime(image: Qcow2Image, given: Opening, *, repair: bool) -> None:
     """Unlocks an encrypted image, and refuses values that make no sense. Other options ask for nothing that a program
     as brief as this one has."""
     for name in ("overlap-check", "overlap-check.template"):
@@ -46,8 +46,10 @@ def apply_runtime(image: Qcow2Image, given: Opening) -> None:
         )
     _attach(image, given)
     secret = given.options.get("encrypt.key-secret")
-    if image.cipher is not None and isinstance(secret, str) and given.open_file is not None:
-        image.unlock(given.secrets.password(secret))
+    if image.cipher is not None and given.open_file is not None:
+        # Recovery takes steps back without a secret; the log still names the one that there was.
+        known = isinstance(secret, str) and (not repair or secret in given.secrets)
+        image.unlock_with(given.secrets, str(secret) if known else None)
     if image.cipher is None and "encrypt.format" in given.options:
         raise UsageError(
             f"No encryption in image header, but options specified format '{given.options['encrypt.format']}'"
