@@ -38,6 +38,7 @@ STEP_BYTES = 256 << 20
 STEP_SECONDS = 1.0
 STEP_CLUSTERS = 1 << 16  # bounds a step's metadata where clusters are small
 WINDOW = 1 << 20  # bytes that a worker takes at once: with 2 MiB, writing was slower now and then
+MANY_RANGES = 1 << 17  # that are kept for bitmaps
 PAGE = 4096  # blocks of a raw target that are tested for zeroes
 
 
@@ -148,13 +149,30 @@ class Convert:
 
     async def _mark(self) -> AsyncIterator[Step]:
         """Sets the bits of what will be written in the bitmaps of an existing target, before it is."""
-        ranges = [(0, self.view.size)] if self.view.size else []
+        ranges: list[tuple[int, int]] = []
+        if self._planner.marking_clusters([(0, self.view.size)]):  # there is a bitmap that is enabled
+            ranges = await trio.to_thread.run_sync(self._touched)
         changes = self._planner.reserve(self._planner.marking_clusters(ranges))
         if changes:
             yield Step("reserve", {"at": 0, "unmarked": True}, 0, changes=[(0, changes)])
         changes = self._planner.mark_dirty(ranges)
         if changes:
             yield Step("bitmaps", {"at": 0}, 0, changes=[(0, changes)])
+
+    def _touched(self) -> list[tuple[int, int]]:
+        """Guest ranges (start, length) that are written, or at least read to see whether they are zero; all there is
+        where they are too many."""
+        found: list[tuple[int, int]] = []
+        for chunk in chunks(self.view, 0, self._rules):
+            for start, end in sorted((*chunk.copy, *chunk.zero)):
+                end = min(end, self.view.size)
+                if found and sum(found[-1]) >= start:
+                    found[-1] = (found[-1][0], max(end, sum(found[-1])) - found[-1][0])
+                else:
+                    found.append((start, end - start))
+            if len(found) > MANY_RANGES:
+                return [(0, self.view.size)]
+        return found
 
     async def _copy_bitmaps(self, source: Image) -> AsyncIterator[Step]:
         """The source's bitmaps, once all data is there: none of it is a change that they would record."""

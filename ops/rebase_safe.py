@@ -2,7 +2,8 @@
 
     fence     nobody writes to the overlay any more
     data      what the overlay does not hold itself, and what is not the same in the new backing image, is copied from
-              the old one into fresh space: the overlay shows the same as before
+              the old one into fresh space: the overlay shows the same as before. Its enabled bitmaps get the bits all
+              the same, as QEMU's do
     switch    the header names the new backing image
     release   what copied tables replaced loses its reference
 
@@ -113,6 +114,8 @@ class Rebase:
                 found += await self._differences(at, end)
                 done += sum(length for _, length in self._missing(at, end))
                 at = end
+            async for step in filler.bitmaps(here, here, [(each.start, each.length) for each in found]):
+                yield step
             wanted = sum(each.length // filler.cluster + 2 for each in found)
             async for step in filler.reserve(here, here["done"], wanted):
                 yield step

@@ -230,3 +230,37 @@ def test_convert(line: str, images: Path, tmp_path: Path) -> None:
         for path in images.iterdir():
             assert (own / path.name).read_bytes() == path.read_bytes()
         assert {path.name for path in own.iterdir()} == {path.name for path in images.iterdir()} | {"bare"}
+
+
+WRITERS = [
+    "convert -n -O qcow2 src a", "convert -n --target-is-zero -O qcow2 src a", "convert -n -O qcow2 half a",
+    "convert -n -B base -F qcow2 -O qcow2 on-base a-on-base", "convert -n -O qcow2 on-base a-on-base",
+    "commit -q on-a", "rebase -b other -F qcow2 a-on-base", "rebase -b '' a-on-base",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("line", WRITERS)
+def test_what_other_commands_write_is_recorded(line: str, twins: Twins) -> None:
+    """Each bit that QEMU sets is set; where a bit stands for a cluster, no other is, but for what only a look into the
+    data tells (zeroes)."""
+    for name, size, writes in (
+        ("src", "1M", ["write 0 100k", "write -z 500k 100k", "write 900k 1k"]), ("half", "512k", ["write 70k 1k"]),
+        ("base", "1M", ["write 700k 10k"]), ("other", "1M", ["write 0 10k"]), ("a", "1M", ["write 10k 10k"]),
+    ):  # fmt: skip
+        create(twins.own / name, size)
+        qemu_io(twins.own / name, *writes)
+    for name, backing, writes in (
+        ("on-base", "base", ["write 0 100k", "write -z 500k 100k"]), ("a-on-base", "base", ["write 300k 1k"]),
+        ("on-a", "a", ["write 10k 100k", "write -z 500k 100k", "write 900k 1k", "discard 640k 64k"]),
+    ):  # fmt: skip
+        create(twins.own / name, "1M", backing_file=backing, backing_fmt="qcow2")
+        qemu_io(twins.own / name, *writes)
+    target = "a" if line.startswith("commit") else line.split()[-1]
+    for name, granularity in (("clusters", "64k"), ("pages", "4k")):
+        run("qemu-img", "bitmap", "--add", "-g", granularity, twins.own / target, name)
+    twins.begin()
+    assert safeimg(words(line), twins.own, name="qemu-img") == qemu_img(words(line), twins.qemu)
+    (_, coarse), (_, fine) = bitmaps(twins.own / target)
+    (_, coarse_expected), (_, fine_expected) = bitmaps(twins.qemu / target)
+    assert coarse == coarse_expected and any(coarse)
+    assert all(theirs & ~ours == 0 for ours, theirs in zip(fine, fine_expected, strict=True))

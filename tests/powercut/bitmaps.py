@@ -7,6 +7,7 @@ from unittest import mock
 
 from powercut import guest
 from powercut.judge import Scenario
+from powercut.resizes import rebase_onto
 from powercut.scenarios import KIB, NEW_QCOW2, SMALL, TOP, convert_to, overlay_pieces, two_bases
 from safeimg.drivers.formats.qcow2 import bitmap_store
 from safeimg.drivers.storage.simulated import SimulatedFileSystem
@@ -58,6 +59,7 @@ BITMAPS = [
             ),
         )
     ),
+    Scenario("rebase, with bitmaps", with_bitmaps, rebase_onto("other.qcow2"), "/top.qcow2", "/top.qcow2", TOP),
     Scenario(
         "convert --bitmaps", with_bitmaps,
         convert_to("/other.qcow2", "/target.qcow2", "qcow2", bitmaps=True, create_options=SMALL), "/target.qcow2",

@@ -64,7 +64,7 @@ def _other_base(fs: SimulatedFileSystem) -> None:
     guest.write(fs, "/other.qcow2", pieces)
 
 
-def _rebase(backing: str | None) -> Callable[[Environment], Awaitable[None]]:
+def rebase_onto(backing: str | None) -> Callable[[Environment], Awaitable[None]]:
     async def run(env: Environment) -> None:
         await rebase(env, "/top.qcow2", backing, None if backing is None else "qcow2", step_bytes=STEP_BYTES)
 
@@ -72,7 +72,7 @@ def _rebase(backing: str | None) -> Callable[[Environment], Awaitable[None]]:
 
 
 REBASES = [
-    Scenario("rebase", _other_base, _rebase("other.qcow2"), "/top.qcow2", "/top.qcow2", TOP),
-    Scenario("rebase within the chain", three_layers, _rebase("base.qcow2"), "/top.qcow2", "/top.qcow2", TOP),
-    Scenario("rebase onto nothing", three_layers, _rebase(None), "/top.qcow2", "/top.qcow2", TOP),
+    Scenario("rebase", _other_base, rebase_onto("other.qcow2"), "/top.qcow2", "/top.qcow2", TOP),
+    Scenario("rebase within the chain", three_layers, rebase_onto("base.qcow2"), "/top.qcow2", "/top.qcow2", TOP),
+    Scenario("rebase onto nothing", three_layers, rebase_onto(None), "/top.qcow2", "/top.qcow2", TOP),
 ]
