@@ -6,6 +6,7 @@ This module judges what was asked for and opens the images, in qemu-img's order 
 
 from __future__ import annotations
 
+import stat
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -231,12 +232,12 @@ def _into_new(
         refuse_pending_on(fs, path)
     else:
         settle_pending(fs, path, supersede)
-    existed = fs.stat(path) is not None
+    found = fs.stat(path)
     new = [name for name in files_of(path, asked) if fs.stat(name) is None]
     began = False
     try:
         try:
-            if existed:
+            if found is not None and (found.is_device or stat.S_ISREG(found.mode)):
                 # Creating empties the file, and must not do so to one that somebody uses.
                 fs.open(path, write=True, locking=True).close()
             began = True
@@ -316,7 +317,8 @@ def _refuse_source(fs: FileSystem, options: Options, path: str, chains: Iterable
 def _while_converting(options: Options, error: DriverError) -> UsageError:
     reason = str(error).removeprefix(f"{local_path(options.target_name)}: ")
     if isinstance(error, StorageError):
-        reason = f"Could not create '{options.target_name}': {error.strerror}"
+        verb = "resize file" if error.action == "truncate" else f"create '{options.target_name}'"
+        reason = f"Could not {verb}: {error.strerror}"
     what = "creating output image" if options.command == "dd" else f"converting {options.format}"
     return UsageError(f"{options.target_name}: error while {what}: {reason}")
 

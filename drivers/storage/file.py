@@ -343,6 +343,10 @@ class LocalFileSystem:
                 status = os.fstat(fds[0])
                 os.set_blocking(fds[0], True)
             if not (stat.S_ISREG(status.st_mode) or stat.S_ISBLK(status.st_mode)):
+                if stat.S_ISCHR(status.st_mode) and action == "create":
+                    raise UsageError("Cannot grow device files")
+                if action == "create":  # a pipe, say
+                    raise StorageError(path, "truncate", OSError(errno.EINVAL, os.strerror(errno.EINVAL)))
                 raise UsageError(f"'file' driver requires '{path}' to be a regular file")
             if cache in ("none", "directsync"):
                 fds.append(self._open_direct(path, flags & ~(os.O_CREAT | os.O_EXCL), status))
