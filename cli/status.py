@@ -106,6 +106,8 @@ def _rollback(each: Status, name: str) -> str:
 
     if each.past_return:
         return "not any more: it is past its point of no return"
+    if not each.undo and not each.removes:
+        return "no: what was overwritten is not kept"
     what = f"{human_size(each.restored)} to put back" if each.undo else "removes what was begun"
     return f"safeimg rollback {name}  ({what})"
 

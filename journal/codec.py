@@ -147,12 +147,12 @@ def _read_move(value: object, scope: Scope) -> ev.MoveRecord:
 
 
 def _read_fresh(value: object, scope: Scope) -> ev.FreshRecord:
-    image, offset, length, digests = items(value, 4)
+    image, offset, length, digests, live = items(value, 5)
     image, offset, length = read_range(image, offset, length, scope)
     expected = -(-length // DIGEST_CHUNK)
     if len(read_digests(digests)) != expected * DIGEST:
         raise BadEvent(f"expected {expected} digests, found {len(digests) // DIGEST}")
-    return ev.FreshRecord(image, offset, length, digests)
+    return ev.FreshRecord(image, offset, length, digests, read_flag(live, scope))
 
 
 def _read_before(value: object, scope: Scope) -> ev.BeforeRecord:

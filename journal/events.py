@@ -72,12 +72,14 @@ class MoveRecord(NamedTuple):
 
 
 class FreshRecord(NamedTuple):
-    """Guest data written into space that nobody references; `digests`: BLAKE3-256 of each started 64 KiB, joined."""
+    """Guest data written before the step, into space that nobody references, or that is `live` already where nobody
+    needs what was there. `digests`: BLAKE3-256 of each started 64 KiB, joined."""
 
     image: int
     offset: int
     length: int
     digests: bytes
+    live: bool
 
 
 class BeforeRecord(NamedTuple):

@@ -188,7 +188,7 @@ class Writer:
                 content = _of(window, chunk, own)
             else:
                 content = self._widened(place, span, _of(window, chunk, span), buffers)
-            self._put(place.offset, content, place.start, batch)
+            self._put(place.offset, content, place.start, batch, live=not place.fresh)
             if place.fresh:
                 zero_tail(self.target, place, self.planner.granularity, buffers)
 
@@ -203,10 +203,11 @@ class Writer:
                 if self.target.cipher is None:
                     self.target.file.write_zeroes(place.offset, place.length, unmap=True)
                     found = zero_digests(place.length) if self.transfer.digests else b""
-                    batch.written.append(Written(self.image, place.offset, place.length, found))
+                    batch.written.append(Written(self.image, place.offset, place.length, found, live=True))
                     continue
             for part in _parts(place, self.planner.cluster_size):
-                self._put(part.offset, self._widened(part, span, None, buffers), part.start, batch)
+                zeroed = self._widened(part, span, None, buffers)
+                self._put(part.offset, zeroed, part.start, batch, live=not place.fresh)
             if place.fresh:
                 zero_tail(self.target, place, self.planner.granularity, buffers)
 
@@ -228,7 +229,7 @@ class Writer:
             part[:] = content[low - span.start : high - span.start]
         return whole
 
-    def _put(self, offset: int, content: memoryview, guest: int | None, batch: Batch) -> None:
+    def _put(self, offset: int, content: memoryview, guest: int | None, batch: Batch, *, live: bool = False) -> None:
         """Writes `content`, which is lost. `guest`: its guest offset; None for what is never encrypted."""
         if self.space is not None:
             self.space.cover(offset, len(content))
@@ -238,7 +239,7 @@ class Writer:
             self.target.write(content, offset, guest)
         self.transfer.hint(self.target.file, offset, len(content))
         found = digests(content) if self.transfer.digests else b""
-        batch.written.append(Written(self.image, offset, len(content), found))
+        batch.written.append(Written(self.image, offset, len(content), found, live))
 
     def _write_compressed(self, chunk: Chunk, window: memoryview, data: list[Span], zero: list[Span],
                           buffers: BufferPool, batch: Batch, turns: Turns) -> None:

@@ -16,4 +16,4 @@ def move_record(move: Move, *, encrypted: bool) -> MoveRecord:
 
 
 def fresh_record(written: Written) -> FreshRecord:
-    return FreshRecord(written.image, written.offset, written.length, written.digests)
+    return FreshRecord(written.image, written.offset, written.length, written.digests, written.live)

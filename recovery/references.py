@@ -65,7 +65,11 @@ def verify_kept(state: OperationState, files: Mapping[int, File], wanted: Callab
 
 def _taken(step: LiveStep, image: int) -> list[tuple[int, int]]:
     """Host ranges that nobody referred to before the step."""
-    fresh = [(record.offset, record.length) for record in step.prepared.fresh if record.image == image]
+    fresh = [
+        (record.offset, record.length)
+        for record in step.prepared.fresh
+        if record.image == image and not record.live
+    ]
     tables = [
         (patch.offset, len(patch.after))
         for patch in step.prepared.allocate

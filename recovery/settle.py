@@ -89,7 +89,8 @@ def _rollback(path: str, environment: Environment, fenced: bool, adopt: bool) ->
             )
         if _removes(state):
             lost = _remove_created(pending)
-        elif state.started is not None and not state.started.undo and any(step.prepared.moves for step in state.steps):
+        elif state.started is not None and not state.started.undo and state.last_number:
+            # Once it has begun, data may lie in place that no step tells of yet.
             raise Impossible(
                 f"{path}: the {command} ran without keeping what it overwrote: finish it with 'safeimg resume {path}'"
             )

@@ -44,6 +44,7 @@ class Status:
     rolling_back: bool = False
     past_return: bool = False  # nothing but resume settles it any more
     undo: bool = False  # before-images are kept
+    removes: bool = False  # rollback removes what was made
     restored: int = 0  # bytes that a rollback writes back
 
 
@@ -165,6 +166,7 @@ def _described(image: str, log: str, found: find.LogFound, state: OperationState
         rolling_back=state.rolling_back,
         past_return=state.past_return,
         undo=begun is not None and begun.undo,
+        removes=begun is not None and bool(begun.created),
         restored=sum(before.length for step in state.steps for before in step.prepared.before),
     )
 

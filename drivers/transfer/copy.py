@@ -129,8 +129,8 @@ def join(pieces: Iterable[Written]) -> list[Written]:
     run: list[bytes] = []
     for piece in sorted(pieces):
         last = joined[-1] if joined else None
-        if (last is not None and last.image == piece.image and last.offset + last.length == piece.offset
-                and last.length % BLOCK == 0):
+        if (last is not None and (last.image, last.live) == (piece.image, piece.live)
+                and last.offset + last.length == piece.offset and last.length % BLOCK == 0):
             joined[-1] = last._replace(length=last.length + piece.length)
             run.append(piece.digests)
             continue

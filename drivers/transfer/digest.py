@@ -12,12 +12,14 @@ SIZE = 32  # bytes of one digest
 
 
 class Written(NamedTuple):
-    """Guest data that now lies in space which nobody references yet."""
+    """Guest data that now lies in space which nobody references yet, or in its final place where nobody needs what
+    was there."""
 
     image: int  # as steps number them: 0 is the home image
     offset: int
     length: int
     digests: bytes  # BLAKE3-256 of each started 64 KiB, joined; empty if none were made
+    live: bool = False  # the image's metadata refers to the space already
 
 
 def digests(buffer: Buffer) -> bytes:

@@ -234,7 +234,7 @@ STEP = StepPrepared(
     ),
     link=(PatchRecord(1, 65536, bytes(128), b"\xf5SiF" * 32),),
     moves=(MoveRecord(0, 4096, 10, 0, None), MoveRecord(0, 8192, 10, None, 512)),
-    fresh=(FreshRecord(0, 1 << 30, 65537, bytes(range(64))),),
+    fresh=(FreshRecord(0, 1 << 30, 65537, bytes(range(64)), False),),
     before=(BeforeRecord(0, 4096, 10, 4096, False, bytes(32)), BeforeRecord(0, 8192, 10, None, True, b"")),
     lengths=(LengthRecord(0, 10, 20),),
     unlinked=(UnlinkedRecord(0, 65536, 65536),),

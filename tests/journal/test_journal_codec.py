@@ -56,7 +56,7 @@ def patches(draw: st.DrawFn) -> ev.PatchRecord:
 @st.composite
 def fresh(draw: st.DrawFn) -> ev.FreshRecord:
     length = draw(st.integers(1, 200_000))
-    return ev.FreshRecord(draw(IMAGE), draw(OFFSET), length, b"d" * (32 * -(-length // 65536)))
+    return ev.FreshRecord(draw(IMAGE), draw(OFFSET), length, b"d" * (32 * -(-length // 65536)), draw(st.booleans()))
 
 
 FINISH = patches().filter(lambda patch: patch.before is not None).map(lambda patch: ev.FinishRecord(*patch))

@@ -63,6 +63,7 @@ class Scenario:
     images: tuple[tuple[str, str], ...]  # path and format of all images written
     created: bool = False  # the home image is made by the operation
     broken: bool = False  # the images are damaged, and the operation repairs them
+    kept: bool = True  # what is overwritten is, so that rollback is possible
 
     def prepare(self) -> SimulatedFileSystem:
         fs = SimulatedFileSystem()

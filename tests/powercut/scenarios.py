@@ -277,6 +277,14 @@ CONVERSIONS = [
         convert_to("/source.qcow2", "/target.vdi", "vdi", create=False, undo=True), "/target.vdi", None, NEW_VDI,
     ),
     Scenario(
+        "convert -n to vdi", _existing_vdi, convert_to("/source.qcow2", "/target.vdi", "vdi", create=False),
+        "/target.vdi", None, NEW_VDI, kept=False,
+    ),
+    Scenario(
+        "convert -n to qcow2", _existing_target, convert_to("/top.qcow2", "/target.qcow2", "qcow2", create=False),
+        "/target.qcow2", None, NEW_QCOW2, kept=False,
+    ),
+    Scenario(
         "convert -n --undo to qcow2", _existing_target,
         convert_to("/top.qcow2", "/target.qcow2", "qcow2", create=False, undo=True), "/target.qcow2", None, NEW_QCOW2,
     ),

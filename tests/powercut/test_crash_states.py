@@ -21,7 +21,7 @@ def test_crash_states(scenario: Scenario) -> None:
         if judge.counter.states % 30 == 0:
             judge.crash_again(state, seed=SEED, count=3)
     counter = judge.counter
-    assert counter.states >= 30 and counter.resumed and counter.rolled_back and counter.second
+    assert counter.states >= 30 and counter.resumed and (counter.rolled_back or not scenario.kept) and counter.second
 
 
 QUICK = ("before-images are not synced before the event that names them", "no fence", "no pointers beside participants")
