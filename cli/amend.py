@@ -77,12 +77,18 @@ def run(command: Command, arguments: Arguments) -> int:
     from safeimg.recovery.gate import begin_or_resume
 
     async def work(environment: Environment) -> None:
+        begun = False
+
         async def begin() -> None:
+            nonlocal begun
+            begun = True
             await amend(
                 environment, name, options, fmt=fmt, cache=cache, force=arguments.flag("force"), warn=warn_image
             )
 
         await begin_or_resume(name, environment, "amend", begin)
+        if not begun and "size" in ",".join(options):  # what was resumed had yet to change the size
+            await begin()
 
     with display(arguments) as shown:
         run_stoppable(arguments, shown, work, image=name, settings=Settings(writeback=cache != "unsafe"))

@@ -15,6 +15,7 @@ from safeimg.ops.change import Action, Changing, Settings
 from safeimg.ops.create_options import parse_amend_options
 from safeimg.ops.errors import Conflict
 from safeimg.ops.launch import Environment
+from safeimg.ops.resize import resize
 
 
 async def amend(
@@ -29,21 +30,33 @@ async def amend(
 ) -> None:
     """Changes what the option lists `given` (as of `-o`) ask for; `force` allows what may lose access to data.
 
-    Raises `UsageError` in qemu-img's words for what cannot be changed."""
+    The size is an operation of its own, behind that for the others: begun anew, an amendment that was interrupted in
+    between finds everything else as it should be. Raises `UsageError` in qemu-img's words for what cannot be."""
+    fs, secrets = environment.fs, environment.secrets
     values: dict[str, str] = {}
     erased: list[list[int]] = []
 
     def check(image: Image) -> None:
-        driver = lookup(image.format)
-        amending = amendable(driver)
-        values.update(parse_amend_options(amending.options, driver.create_options, given))
+        amending = amendable(lookup(image.format))
         amending.check(image, values, force=force)
         erased.extend([offset, length] for offset, length in amending.erased(image, values))
 
-    settings = {"values": values, "erased": erased}
-    await _amend.run(
-        environment, filename, settings, fmt=fmt, cache=cache, warn=warn, check=check, backing=True
-    )
+    layers = open_chain(fs, filename, format=fmt, force_share=True, secrets=secrets)
+    try:
+        driver, old = lookup(layers[0].format), layers[0].size
+        if driver.amending is not None:  # else it is refused once the image was opened for writing
+            values = parse_amend_options(driver.amending.options, driver.create_options, given)
+        size = int(values.get("size", old))
+        alone = size != old and len(values) == 1
+        if alone:
+            check(layers[0])
+    finally:
+        close_chain(layers)
+    if not alone:
+        settings = {"values": values, "erased": erased}
+        await _amend.run(environment, filename, settings, fmt=fmt, cache=cache, warn=warn, check=check)
+    if size != old:
+        await resize(environment, filename, lambda _: size, fmt=fmt, cache=cache, shrink=True, warn=warn)
 
 
 def image_driver(

@@ -20,6 +20,7 @@ from safeimg.ops.errors import Conflict
 from safeimg.ops.filling import STEP_BYTES
 from safeimg.ops.launch import Environment, Job, launch
 from safeimg.ops.rebase_safe import Rebase
+from safeimg.ops.repair import open_sound
 from safeimg.ops.session import refuse_pending_on, touched
 
 Warn = Callable[[str], None]
@@ -63,7 +64,10 @@ async def rebase(
         refuse_pending_on(fs, alone[0].file.path)
     finally:
         close_chain(alone)
-    layers = open_chain(fs, filename, format=fmt, write=True, cache=cache, warn=warn, secrets=secrets)
+    layers = await open_sound(
+        environment,
+        lambda: open_chain(fs, filename, format=fmt, write=True, cache=cache, warn=warn, secrets=secrets),
+    )
     try:
         old = len(layers) - 1
         if backing is not None:

@@ -28,6 +28,7 @@ from safeimg.ops.change import unlinked_by
 from safeimg.ops.errors import Conflict
 from safeimg.ops.filling import STEP_BYTES, Filler, grow
 from safeimg.ops.launch import Environment, Job, launch
+from safeimg.ops.repair import open_sound
 from safeimg.ops.session import refuse_pending_on, touched
 from safeimg.ops.steps import Step
 
@@ -160,7 +161,10 @@ async def resize(
         refuse_pending_on(fs, alone[0].file.path)
     finally:
         close_chain(alone)
-    layers = open_chain(fs, filename, format=fmt, write=True, cache=cache, warn=warn, secrets=secrets)
+    layers = await open_sound(
+        environment,
+        lambda: open_chain(fs, filename, format=fmt, write=True, cache=cache, warn=warn, secrets=secrets),
+    )
     try:
         old = layers[0].size
         new = size(old)

@@ -61,8 +61,8 @@ async def resumed(image: str | Blockdev, environment: Environment, command: str)
     if (log.declared.command, log.declared.arguments) == (command, environment.arguments):
         await resume(path, environment)
         return True
-    if (log.declared.command, log.declared.arguments) == (REPAIR, environment.arguments):
-        await resume(path, environment)  # what the command was about to begin with
+    if log.declared.arguments == environment.arguments and log.declared.command in (REPAIR, "resize"):
+        await resume(path, environment)  # which is a part of this command
     return False
 
 

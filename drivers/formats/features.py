@@ -46,8 +46,8 @@ class Amending(Protocol):
         ...
 
     def amendments(self, values: Mapping[str, str]) -> Sequence[Amendment]:
-        """What the options ask for, in the order of doing. Does not depend on the image: an interrupted command asks
-        again."""
+        """What the options ask for, in the order of doing; the size is not theirs. Does not depend on the image: an
+        interrupted command asks again."""
         ...
 
 

@@ -33,6 +33,7 @@ def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make("overlay", "-b", "new", "-F", "qcow2", "-o", "cluster_size=16k")
     make("unnamed", "-u", "-b", "new", "-F", "qcow2")
     make("prealloc", "-o", "preallocation=metadata")
+    make("outside", "-o", "data_file=data.raw,data_file_raw=on")
     make("lost", "-u", "-b", "missing", "-F", "raw")
     for name in ("new", "old", "wide", "zstd-used", "overlay"):
         qemu_io(folder, *pieces, name)
@@ -62,7 +63,9 @@ def both(folder: Path, line: str) -> Outcome:
 
 
 def info(path: Path) -> dict[str, object]:
-    done = subprocess.run(["qemu-img", "info", "-U", "--output=json", path], capture_output=True, check=True)
+    done = subprocess.run(
+        ["qemu-img", "info", "-U", "--output=json", path.name], cwd=path.parent, capture_output=True, check=True
+    )
     found: dict[str, object] = json.loads(done.stdout)
     return {name: found[name] for name in ("format-specific", "virtual-size")} | {
         "backing": found.get("backing-filename"), "snapshots": found.get("snapshots")
@@ -72,7 +75,7 @@ def info(path: Path) -> dict[str, object]:
 def content(path: Path, snapshot: str | None = None) -> bytes:
     out = path.with_name("content")
     chosen = [] if snapshot is None else ["-l", snapshot]
-    subprocess.run(["qemu-img", "convert", *chosen, "-O", "raw", path, out], check=True)
+    subprocess.run(["qemu-img", "convert", *chosen, "-O", "raw", path.name, out], cwd=path.parent, check=True)
     return out.read_bytes()
 
 
@@ -80,7 +83,7 @@ def same_images(folder: Path, name: str) -> None:
     ours, theirs = (folder / side / name for side in SIDES)
     assert info(ours) == info(theirs)
     assert content(ours) == content(theirs)
-    subprocess.run(["qemu-img", "check", "-q", ours], check=True)
+    subprocess.run(["qemu-img", "check", "-q", ours.name], cwd=ours.parent, check=True)
     leftovers = [path.name for path in ours.parent.iterdir() if ".safeimg" in path.name]
     assert not leftovers
 
@@ -133,6 +136,9 @@ amend -o backing_file= new
 amend -o backing_fmt=qcow2 overlay
 amend -o backing_file=x,lazy_refcounts=on overlay
 amend -o size=1000 new
+amend -o size=8M,compat=0.10 shot
+amend -o compat=0.10 outside
+amend -o data_file_raw=on,data_file=x new
 amend -o size=1X new
 amend -o size=-1 new
 amend -o ,compat=1.1 new
@@ -167,6 +173,10 @@ DONE = [
     ("zstd", ["compat=0.10"]),
     ("overlay", ["compat=0.10,backing_file=new,backing_fmt=qcow2", "compat=1.1"]),
     ("prealloc", ["compat=0.10"]),
+    ("new", ["size=5M,lazy_refcounts=on", "size=1M", "size=1M,compat=0.10", "size=6M,compat=1.1"]),
+    ("old", ["size=8M", "compat=1.1,size=4M"]),
+    ("shot", ["size=4M,compat=0.10"]),
+    ("outside", ["data_file_raw=on", "data_file_raw=off", "data_file_raw=off", "data_file=data.raw"]),
     ("shot", ["refcount_bits=2", "refcount_bits=4", "refcount_bits=1", "refcount_bits=16", "compat=0.10"]),
 ]
 

@@ -358,6 +358,7 @@ AMENDMENTS = [
     _amendment("refcount_bits, wider", "refcount_bits=64"),
     _amendment("refcount_bits, narrower", "refcount_bits=1"),
     _amendment("several", "compat=1.1,lazy_refcounts=on,refcount_bits=8", compat="0.10"),
+    _amendment("size", "size=300k"),
     _amendment("several, down", "compat=0.10,refcount_bits=16", refcount_bits="2"),
 ]
 

@@ -1,14 +1,15 @@
-"""What `amend -o` can change of a qcow2 image that exists. Implements `formats.features.Amending`.
+"""What `amend -o` can change of a qcow2 image that exists, but for its size. Implements `formats.features.Amending`.
 
 Each option is an amendment of its own; QEMU's order is kept: up to version 3 first, down to version 2 last.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
-from safeimg.drivers.errors import UnsupportedError, UsageError
+from safeimg.drivers.errors import UsageError
 from safeimg.drivers.formats.api import Changes, CreateOption, Image, Kind, Planner
 from safeimg.drivers.formats.features import Amendment
 from safeimg.drivers.formats.options import bool_option, number_option, size_option
@@ -20,11 +21,14 @@ from safeimg.drivers.formats.qcow2.header import (
     CORRUPT,
     DIRTY,
     EXT_BITMAPS,
+    EXT_DATA_FILE,
     EXTERNAL_DATA_FILE,
     HEADER_LENGTH,
     LAZY_REFCOUNTS,
+    RAW_EXTERNAL_DATA,
     ZLIB,
     ZSTD,
+    Extension,
     Header,
 )
 from safeimg.drivers.formats.qcow2.image import Qcow2Image
@@ -63,9 +67,9 @@ class Qcow2Amending:
         if any(name.startswith(PREFIX) for name in values):
             check_keys(own, values, force=force)
         version = _version(values, header.version)
-        if "data_file" in values:
+        if "data_file" in values and not header.has_data_file:
             raise UsageError("data-file can only be set for images that use an external data file")
-        if bool_option(path, values, "data_file_raw"):
+        if bool_option(path, values, "data_file_raw") and not header.data_file_is_raw:
             raise UsageError("data-file-raw cannot be set on existing images")
         bits = number_option(path, values, "refcount_bits", header.refcount_bits)
         if not 1 <= bits <= 64 or bits & (bits - 1):
@@ -81,8 +85,6 @@ class Qcow2Amending:
         size = size_option(path, values, "size", own.size)
         if size % 512:
             raise UsageError("The new size must be a multiple of 512")
-        if size != own.size:
-            raise UnsupportedError(f"{path}: amend -o size is not supported yet: use resize")
         if version < header.version:
             _check_downgrade(own, bits, size)
 
@@ -100,6 +102,10 @@ class Qcow2Amending:
             found.append(_upgrade)
         if "refcount_bits" in values:
             found.append(_RefcountBits(number_option("", values, "refcount_bits", 16)))
+        if "data_file" in values:
+            found.append(_DataFile(values["data_file"]))
+        if "data_file_raw" in values and not bool_option("", values, "data_file_raw"):
+            found.append(_not_raw)
         if "lazy_refcounts" in values:
             found.append(_LazyRefcounts(bool_option("", values, "lazy_refcounts")))
         if any(name.startswith(PREFIX) for name in values):
@@ -185,6 +191,29 @@ class _LazyRefcounts:
         if header.version > 2 and header.lazy_refcounts != self._lazy:
             own.switch(compatible_features=header.compatible_features ^ LAZY_REFCOUNTS)
             yield own.take()
+
+
+class _DataFile:
+    """Another name of the external data file, which is not looked at."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __call__(self, image: Image, planner: Planner) -> Iterable[Changes]:
+        own = own_planner(planner)
+        header = current_header(own)
+        extension = Extension(EXT_DATA_FILE, os.fsencode(self._name)) if self._name else None
+        if header.data_file != (self._name or None):
+            yield from rewrite_header(own, header.with_extension(extension, EXT_DATA_FILE))
+
+
+def _not_raw(image: Image, planner: Planner) -> Iterable[Changes]:
+    """The external data file need no longer be what the guest sees."""
+    own = own_planner(planner)
+    header = current_header(own)
+    if header.data_file_is_raw:
+        own.switch(autoclear_features=header.autoclear_features & ~RAW_EXTERNAL_DATA)
+        yield own.take()
 
 
 def _expand(image: Image, planner: Planner) -> Iterable[Changes]:

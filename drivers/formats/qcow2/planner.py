@@ -39,7 +39,8 @@ from safeimg.drivers.storage.api import File
 _FIELDS = {
     "size": (24, 8), "l1_size": (36, 4), "l1_table_offset": (40, 8), "refcount_table_offset": (48, 8),
     "refcount_table_clusters": (56, 4), "nb_snapshots": (60, 4), "snapshots_offset": (64, 8),
-    "incompatible_features": (72, 8), "compatible_features": (80, 8), "refcount_order": (96, 4),
+    "incompatible_features": (72, 8), "compatible_features": (80, 8), "autoclear_features": (88, 8),
+    "refcount_order": (96, 4),
 }
 
 MAX_HEADER_CLUSTERS = 1 << 16  # of a LUKS header: the rest of a hostile one is not looked at
