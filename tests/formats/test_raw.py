@@ -77,8 +77,10 @@ def test_growing_changes_the_length(tmp_path: Path) -> None:
     assert not planner.exposed(8192, 1 << 30)
     assert planner.resize(8192) == (Changes(length=8192),)
     assert planner.place(4096, 4096) == [Placement(4096, 4096, 4096, False)]
-    with pytest.raises(UnsupportedError, match="shrinking"):
-        planner.resize(4096)
+    assert planner.shrink(4096) == ()
+    assert planner.place(0, 4096) == [Placement(0, 4096, 0, False)]
+    with pytest.raises(ValueError, match="not in 0x1000"):
+        planner.place(4096, 1)
 
 
 @pytest.mark.parametrize("preallocation", ["off", "falloc", "full"])
