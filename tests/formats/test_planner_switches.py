@@ -7,12 +7,18 @@ import shutil
 from pathlib import Path
 
 import pytest
+import trio
 from planner_harness import Engine, check, guest, needs_qemu, qemu_io, run, snapshot_guest
 from safeimg.drivers.errors import UnsupportedError
 from safeimg.drivers.formats.api import Patch
+from safeimg.drivers.formats.chain import close_chain, open_chain
 from safeimg.drivers.formats.qcow2.driver import driver
 from safeimg.drivers.formats.qcow2.planner import Qcow2Planner
 from safeimg.drivers.storage.file import LocalFileSystem
+from safeimg.drivers.transfer.core import Settings, Transfer
+from safeimg.journal.history import MemoryHistory
+from safeimg.ops.launch import Environment
+from safeimg.ops.repair import open_sound
 
 pytestmark = needs_qemu
 
@@ -110,31 +116,22 @@ def dirty_image(folder: Path) -> Path:
     return path
 
 
-def test_hazard_18_a_dirty_image_is_refused_or_repaired_first(tmp_path: Path) -> None:
+def test_hazard_18_a_dirty_image_is_repaired_before_it_is_written(tmp_path: Path) -> None:
     path = dirty_image(tmp_path)
-    original = path.read_bytes()
-    assert original[79] & 1
+    assert path.read_bytes()[79] & 1
     engine = Engine(path, random.Random(2))
     with pytest.raises(UnsupportedError, match="qemu-img check -r all"):
         engine.planner.reserve(1)
-    engine.apply(engine.planner.repair_refcounts(), crashes=0)  # QEMU repairs what is dirty
-    assert not path.read_bytes()[79] & 1
-    check(path, leaks=True)
-    assert guest(path) == engine.model
-    engine.reserve(100)
-    engine.write(300 << 10, engine.rng.randbytes(200 << 10))
-    engine.apply(engine.planner.take())
-    engine.apply(engine.planner.release())
+    engine.image.close()
+    lines: list[str] = []
+    env = Environment(LocalFileSystem(), MemoryHistory(), Transfer(Settings(workers=1)), notice=lines.append)
+    opened = trio.run(open_sound, env, lambda: open_chain(env.fs, str(path), write=True))
+    assert not opened[0].header.is_dirty  # type: ignore[attr-defined]
+    close_chain(opened)
+    assert "Rebuilding refcount structure" in lines
     check(path, leaks=False)
     assert guest(path) == engine.model
-    engine.roll_back()
-    assert path.read_bytes()[:len(original)] == original
-
-
-def test_repairing_what_is_not_dirty_changes_nothing(tmp_path: Path) -> None:
-    path = tmp_path / "image.qcow2"
-    run("qemu-img", "create", "-q", "-f", "qcow2", path, "2M")
-    assert not Engine(path, random.Random(0)).planner.repair_refcounts()
+    assert [each.name for each in tmp_path.iterdir()] == [path.name]
 
 
 def test_fence_keeps_writers_away_and_comes_down(tmp_path: Path) -> None:

@@ -1,5 +1,4 @@
-"""Switches to new refcount structures: emptying a disk, making the emptied file small, repairing a dirty
-image.
+"""Switches to new refcount structures: emptying a disk, making the emptied file small, refcounts of another width.
 
 Refcounts are counted from what is referenced, complete with those of the new structures themselves;
 everything new goes into space that neither the old nor the new state uses, and one sector of the header makes
@@ -73,22 +72,6 @@ def compact(planner: Qcow2Planner) -> tuple[Changes, int, list[tuple[int, int]]]
     _write(planner, references, layout)
     end = references.end()
     return planner.take(), end << planner.header.cluster_bits, list(references.free_runs(end))
-
-
-def rebuild_refcounts(planner: Qcow2Planner) -> Changes:
-    """New refcounts for everything there is. The old structures stay counted until `release`, so that nothing
-    is put over them while the operation can still be rolled back."""
-    bits = planner.header.cluster_bits
-    blocks = sorted(refcount_blocks(planner))
-    references = count_everything(planner)
-    old = planner.refcounts
-    layout = _lay_out(planner, references, references, _end(planner), l1=False)
-    _write(planner, references, layout)
-    planner.unlink_clusters(old.table_offset >> bits, old.table_clusters)
-    for block in blocks:
-        planner.unlink_clusters(block >> bits, 1)
-    planner.trusted = True
-    return planner.take()
 
 
 def change_refcount_width(planner: Qcow2Planner, order: int) -> Changes:

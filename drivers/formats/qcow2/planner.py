@@ -55,7 +55,7 @@ class Qcow2Source(Protocol):
 
 
 class Qcow2Planner:
-    """Refuses dirty images (lazy refcounts: zero does not mean free) until `repair_refcounts` was planned."""
+    """Refuses dirty images (lazy refcounts: zero does not mean free): they have to be repaired first."""
 
     def __init__(self, image: Qcow2Source) -> None:
         header = image.header
@@ -206,14 +206,6 @@ class Qcow2Planner:
         return changes, length
 
     # Beyond api.Planner
-
-    def repair_refcounts(self) -> Changes:
-        """Makes the refcounts of a dirty image right, by one switch to new ones counted from what is
-        referenced; the dirty bit goes with it. A step of its own, before any other plan; empty if the image
-        is not dirty."""
-        if self.trusted:
-            return Changes()
-        return empty.rebuild_refcounts(self)
 
     def mark_dirty(self, ranges: Sequence[tuple[int, int]]) -> Changes:
         """Sets the bits of guest ranges (start, length) in every enabled persistent bitmap. A step of its
