@@ -11,12 +11,14 @@ STATES ?=
 RUNS ?= 3
 KILLS ?= 200
 SIZE ?= 1G
+LINES ?= 5000
+ONLY ?=
 FORMAT ?=
 CASES ?=
 PROGRAM ?=
 PACKAGES := cli drivers journal ops recovery
 
-.PHONY: help demo test lint bench crash-soak mutations kill-soak conformance clean
+.PHONY: help demo test lint bench crash-soak mutations kill-soak conformance differential clean
 
 help:
 	@echo "make demo        a commit killed twice: rolled back, then finished; two minutes at most"
@@ -27,6 +29,7 @@ help:
 	@echo "make mutations   the power-cut simulation on a protocol with deliberate faults: it has to catch each"
 	@echo "make kill-soak   real commits killed: KILLS=$(KILLS) SIZE=$(SIZE) SEED=$(SEED)"
 	@echo "make conformance QEMU's own tests with safeimg as qemu-img: FORMAT= (all) CASES= (all) JOBS=$(JOBS) PROGRAM= (safeimg)"
+	@echo "make differential  generated command lines, qemu-img's outcome against safeimg's: LINES=$(LINES) SEED=$(SEED) ONLY= (commands)"
 	@echo "make clean       removes what these made"
 
 $(STAMP): pyproject.toml .ci/setup
@@ -62,6 +65,9 @@ kill-soak: $(STAMP)
 conformance: $(STAMP)
 	@cd tests && ../$(BIN)/python -m conformance.run --jobs $(JOBS) --format "$(FORMAT)" --cases "$(CASES)" \
 		$(addprefix --program ,$(PROGRAM))
+
+differential: $(STAMP)
+	@cd tests && PYTHONPATH=cli ../$(BIN)/python -m differential.soak --lines $(LINES) --seed $(SEED) --commands "$(ONLY)"
 
 clean:
 	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

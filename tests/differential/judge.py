@@ -1,0 +1,171 @@
+"""One case in two folders, by qemu-img in one and by safeimg called as qemu-img in the other, and what differs."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import stat
+import subprocess
+from collections.abc import Sequence
+from dataclasses import replace
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+from differential import images
+from differential.lines import Line
+from twin import Outcome, qemu_img, safeimg
+
+# What depends on the moment, what a file occupies, and how often progress is shown.
+_ALWAYS = (
+    (r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d", "DATE"),
+    (r'"date-n?sec": \d+', '"date": 0'),
+    (r"(?m)^( *disk size: ).*", r"\1SIZE"),
+    (r'"actual-size": \d+', '"actual-size": 0'),
+    (r"( +\(\d+\.\d\d/100%\)\r)+", "PROGRESS\r"),
+)
+# Where things lie: it differs once an image has been changed, as another order of allocation explains.
+_PLACES = (
+    (r'"offset": \d+', '"offset": 0'),
+    (r"(?m)^(0x\S+ +|0 +)(0x\S+ +)0x\S+ +", r"\1\2PLACE "),
+    (r"Image end offset: \d+", "Image end offset: 0"),
+    (r'"image-end-offset": \d+', '"image-end-offset": 0'),
+    (r"\d+\.\d\d% fragmented", "N% fragmented"),
+    (r'("fragmented-clusters": \d+,?\s*)', ""),
+)
+
+
+class Bench:
+    """The kept set and two folders beside it; cases follow one another in it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.kept = folder / "kept"
+        self.sides = (folder / "one", folder / "two")
+        self.kept.mkdir()
+        images.build(self.kept)
+
+    def difference(self, case: Sequence[Line]) -> str:
+        """What differs after a case, first of all; empty if nothing does."""
+        mentioned = images.mentioned(word for line in case for word in line.words)
+        for side in self.sides:
+            shutil.rmtree(side, ignore_errors=True)
+            side.mkdir()
+            images.copy(self.kept, side, mentioned)
+        changed = False
+        for line in case:
+            before = _contents(self.sides[1])
+            expected = qemu_img(line.words, self.sides[0])
+            answer = safeimg(line.words, self.sides[1], name="qemu-img")
+            if wrong := _outcomes(self._masked(expected, changed), self._masked(answer, changed)):
+                return f"{line}\n{wrong}"
+            if expected.code and _contents(self.sides[1]) == before and self.files():
+                return ""  # safeimg takes back what has failed; qemu-img leaves it half done
+            changed = changed or bool(self._changed())
+        return self.files()
+
+    def shrunk(self, case: Sequence[Line]) -> list[Line]:
+        """The case without what it differs without, each line and each part tried once."""
+        best = list(case)
+        for index in reversed(range(len(case))):
+            without = best[:index] + best[index + 1 :]
+            if without and self.difference(without):
+                best = without
+        for index, line in enumerate(best):
+            for part in reversed(range(len(line.parts))):
+                smaller = replace(best[index], parts=best[index].parts[:part] + best[index].parts[part + 1 :])
+                shorter = [*best[:index], smaller, *best[index + 1 :]]
+                if self.difference(shorter):
+                    best = shorter
+        return best
+
+    def _masked(self, outcome: Outcome, changed: bool) -> tuple[int, str, str]:
+        stdout, stderr = (
+            self._mask(text.decode(errors="surrogateescape"), changed)
+            for text in (outcome.stdout, outcome.stderr)
+        )
+        return outcome.code, stdout, stderr
+
+    def _mask(self, text: str, changed: bool) -> str:
+        for side in self.sides:
+            text = text.replace(str(side), "FOLDER")
+        for pattern, shown in (*_ALWAYS, *(_PLACES if changed else ())):
+            text = re.sub(pattern, shown, text)
+        return text
+
+    def _changed(self) -> list[str]:
+        """The files that are not, in both folders, as they are in the kept set."""
+        names = sorted({path.name for side in self.sides for path in side.iterdir()})
+        return [
+            name for name in names if not all(_same(side / name, self.kept / name) for side in self.sides)
+        ]
+
+    def files(self) -> str:
+        """What differs in the files of the two folders, first of all."""
+        listed = [sorted(path.name for path in side.iterdir()) for side in self.sides]
+        if listed[0] != listed[1]:
+            return f"files: qemu-img has {listed[0]}, safeimg has {listed[1]}"
+        for name in self._changed():
+            one, two = (side / name for side in self.sides)
+            modes = [stat.S_IMODE(path.stat().st_mode) for path in (one, two)]
+            if modes[0] != modes[1]:
+                return f"{name}: mode {modes[0]:o}, not {modes[1]:o}"
+            if one.read_bytes() != two.read_bytes() and (wrong := self._image(name)):
+                return f"{name}: {wrong}"
+        return ""
+
+    def _image(self, name: str) -> str:
+        """What qemu-img finds different in the two files of a name."""
+        both = [side / name for side in self.sides]
+        texts = [self._mask(json.dumps(_info(path), indent=1, sort_keys=True), True) for path in both]
+        if texts[0] != texts[1]:
+            return f"info of qemu-img's:\n{texts[0]}\ninfo of safeimg's:\n{texts[1]}"
+        checks = [_check(path) for path in both]
+        if checks[0] != checks[1]:
+            return f"check of qemu-img's: {checks[0]}\ncheck of safeimg's: {checks[1]}"
+        compared = _run("compare", "-U", *map(str, both))
+        if compared.returncode == 1:
+            return compared.stdout.decode(errors="replace").strip()
+        return ""
+
+
+def _contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: blake2b(path.read_bytes()).digest() for path in folder.iterdir() if path.is_file()}
+
+
+def _same(one: Path, two: Path) -> bool:
+    if not (one.is_file() and two.is_file()):
+        return False
+    return one.stat().st_size == two.stat().st_size and one.read_bytes() == two.read_bytes()
+
+
+def _outcomes(expected: tuple[int, str, str], answer: tuple[int, str, str]) -> str:
+    if expected == answer:
+        return ""
+    return "\n".join(
+        f"  {name}: qemu-img {wanted!r}\n  {' ' * len(name)}  safeimg  {got!r}"
+        for name, wanted, got in zip(("exit", "stdout", "stderr"), expected, answer, strict=True)
+        if wanted != got
+    )
+
+
+def _info(path: Path) -> Any:
+    done = _run("info", "-U", "--output=json", str(path))
+    return json.loads(done.stdout) if done.returncode == 0 else done.stderr.decode(errors="replace")
+
+
+def _check(path: Path) -> tuple[int, dict[str, int]]:
+    """The exit code and the counts of what is wrong."""
+    done = _run("check", "-U", "--output=json", str(path))
+    try:
+        found = json.loads(done.stdout)
+    except ValueError:
+        found = {}
+    return done.returncode, {
+        key: found[key] for key in ("leaks", "corruptions", "check-errors") if key in found
+    }
+
+
+def _run(*arguments: str) -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run(["qemu-img", *arguments], capture_output=True, timeout=120, env=os.environ)

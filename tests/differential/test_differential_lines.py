@@ -1,0 +1,75 @@
+"""A slice of the differential soak; `make differential` does it at length."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from random import Random
+
+import pytest
+from differential import soak
+from differential.judge import Bench
+from differential.lines import Generator, Line
+from twin import qemu_img, qemu_io
+
+pytestmark = pytest.mark.skipif(
+    shutil.which("qemu-img") is None or shutil.which("qemu-io") is None,
+    reason="qemu-img and qemu-io are not installed",
+)
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3, 4])
+def test_generated_lines_have_the_same_outcome(
+    seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SAFEIMG_STATE_DIR", "")  # put back afterwards: the soak sets its own
+    assert not soak.run(tmp_path, lines=25, seed=seed, chosen=soak.known(), shrink=False)
+
+
+def test_the_same_seed_makes_the_same_lines() -> None:
+    one, two = (list(soak.cases(7, 40, soak.known())) for _ in range(2))
+    assert one == two
+    assert one != list(soak.cases(8, 40, soak.known()))
+
+
+def test_a_line_can_be_written_down_and_read_again() -> None:
+    generator = Generator(Random(1))
+    for _ in range(50):
+        line = generator.line()
+        assert Line.parse(str(line)).words == line.words
+
+
+def test_the_judge_bites(tmp_path: Path) -> None:
+    """What qemu-img has made in both folders is the same; then one thing is changed in the second."""
+    bench = Bench(tmp_path)
+    line = Line.parse("create -q -f qcow2 new.qcow2 1M")
+
+    def made() -> Path:
+        for side in bench.sides:
+            shutil.rmtree(side, ignore_errors=True)
+            side.mkdir()
+            assert qemu_img(line.words, side).code == 0
+        return bench.sides[1]
+
+    made()
+    assert bench.files() == ""
+    (made() / "more").touch()
+    assert bench.files().startswith("files: ")
+    (made() / "new.qcow2").chmod(0o600)
+    assert "mode" in bench.files()
+    qemu_io(made(), "-c", "write -P 1 0 64k", "new.qcow2")
+    assert "Content mismatch" in bench.files()
+    qemu_img(["resize", "new.qcow2", "2M"], made())
+    assert "virtual-size" in bench.files()
+    with (made() / "new.qcow2").open("r+b") as file:
+        file.seek(2 * 65536 + 2 * 3)
+        file.write(b"\0\0")  # a cluster in use without a reference
+    assert '"corruptions": 1' in bench.files() or "'corruptions': 1" in bench.files()
+
+
+def test_an_outcome_that_differs_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = Bench(tmp_path)
+    monkeypatch.setattr("differential.judge.safeimg", lambda *_, **__: qemu_img(["--version"], tmp_path))
+    case = [Line.parse("info -f raw disk.raw"), Line.parse("info --output json --backing-chain mid.qcow2")]
+    assert "stdout: qemu-img" in bench.difference(case)
+    assert [str(line) for line in bench.shrunk(case)] == ["info"]
