@@ -6,7 +6,7 @@ from safeimg.cli.common import filesystem, image_name, warn_image
 from safeimg.cli.errors import CommandError, usage
 from safeimg.cli.options import Command, Option
 from safeimg.cli.parser import Arguments
-from safeimg.cli.progress import display
+from safeimg.cli.progress import Display, display
 from safeimg.cli.running import run_stoppable
 from safeimg.cli.shared import (
     CACHE,
@@ -59,6 +59,11 @@ def run(command: Command, arguments: Arguments) -> int:
     options: list[str] = arguments.all("options")
     if not options:
         raise usage("Must specify options (-o)")
+    with display(arguments) as shown:
+        return _amend(arguments, options, shown)
+
+
+def _amend(arguments: Arguments, options: list[str], shown: Display) -> int:
     words, fmt = arguments.positional, arguments.last("format")
     from safeimg.ops.create_options import asks_for_help
 
@@ -90,9 +95,8 @@ def run(command: Command, arguments: Arguments) -> int:
         if not begun and "size" in ",".join(options):  # what was resumed had yet to change the size
             await begin()
 
-    with display(arguments) as shown:
-        run_stoppable(arguments, shown, work, image=name, settings=Settings(writeback=cache != "unsafe"))
-        shown.finish()
+    run_stoppable(arguments, shown, work, image=name, settings=Settings(writeback=cache != "unsafe"))
+    shown.finish()
     return 0
 
 

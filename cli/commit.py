@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from safeimg.cli.common import image_name
+from safeimg.cli.common import image_name, warn_image
 from safeimg.cli.errors import usage
 from safeimg.cli.options import Command, Option
 from safeimg.cli.parser import Arguments
@@ -84,6 +84,7 @@ def run(command: Command, arguments: Arguments) -> int:
                 drop=arguments.flag("drop"),
                 cache=cache,
                 undo=not arguments.flag("no-undo"),
+                warn=warn_image,
             )
 
         await begin_or_resume(name, environment, "commit", begin)

@@ -57,6 +57,7 @@ def run(command: Command, arguments: Arguments) -> int:
     length = size("image size", arguments.positional[1]) if len(arguments.positional) > 1 else None
     if len(arguments.positional) > 2:
         raise usage(f"Unexpected argument: {arguments.positional[2]}")
+    from safeimg.drivers.errors import FormatNotSaid
     from safeimg.ops.create import Request, create
 
     request = Request(
@@ -69,13 +70,16 @@ def run(command: Command, arguments: Arguments) -> int:
         arguments.flag("unsafe"),
         secrets=arguments.secrets,
     )
-    create(
-        filesystem(),
-        request,
-        say=lambda line: None if arguments.flag("quiet") else print_text(line),
-        supersede=_supersede,
-        warn=warn,
-    )
+    try:
+        create(
+            filesystem(),
+            request,
+            say=lambda line: None if arguments.flag("quiet") else print_text(line),
+            supersede=_supersede,
+            warn=warn,
+        )
+    except FormatNotSaid as error:
+        raise CommandError(str(error), end="") from error
     return 0
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 
 class CommandError(Exception):
     """Ends a command. Each of `messages` is printed behind the program's name; `hint` adds qemu-img's pointer
-    to the help, as it does for mistakes in the syntax."""
+    to the help, as it does for mistakes in the syntax; `end` is what the last message ends with."""
 
-    def __init__(self, *messages: str, code: int = 1, hint: bool = False) -> None:
+    def __init__(self, *messages: str, code: int = 1, hint: bool = False, end: str = "\n") -> None:
+        self.end = end
         self.messages = messages
         self.code = code
         self.hint = hint

@@ -72,7 +72,10 @@ def dispatch(words: list[str]) -> int:
         if own.flag("object"):
             own.secrets = store(own.all("object"))
     except CommandError as error:
-        raise CommandError(*error.messages, code=2, hint=error.hint) if command.new else error from None
+        # 1 means to say that images differ; qemu-img says it all the same where the syntax is wrong.
+        if command.new or (command.name == "compare" and not error.hint):
+            raise CommandError(*error.messages, code=2, hint=error.hint) from None
+        raise
     if asked == "help":
         return show_help(command)
     return int(module(name).run(command, own))
@@ -101,8 +104,9 @@ def _fail(error: CommandError) -> int:
     """Prints the messages: before what waits to be printed on stdout, as in qemu-img, where that is not a terminal."""
     name = program_name()
     try:
-        for message in error.messages:
-            print(f"{name}: {message}", file=sys.stderr)
+        lines = "\n".join(f"{name}: {message}" for message in error.messages)
+        if lines:
+            print(lines, end=error.end, file=sys.stderr)
         if error.hint:
             print(f"Try '{name} --help' for more information", file=sys.stderr)
     except BrokenPipeError:

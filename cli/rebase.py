@@ -6,7 +6,7 @@ from safeimg.cli.common import image_name, warn_image
 from safeimg.cli.errors import CommandError, usage
 from safeimg.cli.options import Command, Option
 from safeimg.cli.parser import Arguments
-from safeimg.cli.progress import display
+from safeimg.cli.progress import Display, display
 from safeimg.cli.running import run_stoppable
 from safeimg.cli.shared import (
     BACKING_FORMAT,
@@ -68,6 +68,13 @@ def run(command: Command, arguments: Arguments) -> int:
     unsafe = arguments.flag("unsafe")
     if backing is None and not unsafe:
         raise usage("Must specify backing file (-b) or use unsafe mode (-u)")
+    with display(arguments) as shown:
+        shown.report(0, 1)  # as qemu-img, before it looks at anything
+        _rebase(arguments, backing, unsafe, shown)
+    return 0
+
+
+def _rebase(arguments: Arguments, backing: str | None, unsafe: bool, shown: Display) -> None:
     name, fmt = image_name(arguments, arguments.positional[0], arguments.last("format"))
     cache = cache_mode(arguments.last("cache", "writeback"), "Invalid cache option")
     cache_mode(arguments.last("source-cache", "writeback"), "Invalid source cache option")
@@ -95,7 +102,5 @@ def run(command: Command, arguments: Arguments) -> int:
         await begin_or_resume(name, environment, "rebase", begin)
 
     settings = Settings(rate=arguments.last("rate") or None, writeback=cache != "unsafe")
-    with display(arguments) as shown:
-        run_stoppable(arguments, shown, work, image=name, settings=settings)
-        shown.finish()
-    return 0
+    run_stoppable(arguments, shown, work, image=name, settings=settings)
+    shown.finish()

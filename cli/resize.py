@@ -60,17 +60,17 @@ COMMANDS = (
 
 
 def run(command: Command, arguments: Arguments) -> int:
-    if len(arguments.positional) != 2:
-        raise usage("Expecting image file name and size")
-    wanted = _size(arguments.positional[1])
     preallocation = arguments.last("preallocation", "off")
-    name, fmt = image_name(arguments, arguments.positional[0], arguments.last("format"))
-    from safeimg.ops.launch import Environment
     from safeimg.ops.resize import PREALLOCATIONS, ShrinkRefused, resize
-    from safeimg.recovery.gate import begin_or_resume
 
     if preallocation not in PREALLOCATIONS:
         raise CommandError(f"Invalid preallocation mode '{preallocation}'")
+    if len(arguments.positional) != 2:
+        raise usage("Expecting image file name and size")
+    wanted = _size(arguments.positional[1])
+    name, fmt = image_name(arguments, arguments.positional[0], arguments.last("format"))
+    from safeimg.ops.launch import Environment
+    from safeimg.recovery.gate import begin_or_resume
 
     async def work(environment: Environment) -> None:
         async def begin() -> None:

@@ -71,6 +71,10 @@ class UsageError(DriverError):
     """An option or argument that makes no sense, in qemu-img's words."""
 
 
+class FormatNotSaid(UsageError):
+    """A backing image without its format; qemu-img leaves the line open behind what it found."""
+
+
 class CheckFailed(DriverError):
     """A check has no result, for `reason`, in the system's words. `messages`: lines of the report until then;
     `problem`: what is wrong with the image, in QEMU's words, if it said so."""

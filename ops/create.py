@@ -7,7 +7,7 @@ import posixpath
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from safeimg.drivers.errors import DriverError, FormatError, StorageError, UsageError
+from safeimg.drivers.errors import DriverError, FormatError, FormatNotSaid, StorageError, UsageError
 from safeimg.drivers.formats.api import Driver
 from safeimg.drivers.formats.chain import OpenError, backing_filename, close_chain, local_path, open_chain
 from safeimg.drivers.formats.registry import lookup, names
@@ -52,6 +52,8 @@ def create(
     `DriverError` whose message is qemu-img's, the file's name in front, and `SomethingPending`."""
     try:
         _create(fs, request, say, supersede, warn)
+    except FormatNotSaid as error:
+        raise FormatNotSaid(f"{request.filename}: {error}") from error
     except DriverError as error:
         raise UsageError(f"{request.filename}: {_reason(error, request)}") from error
 
@@ -150,7 +152,7 @@ def _look_at_backing(
             if target is not None and (status.device, status.inode) == (target.device, target.inode):
                 raise UsageError(_OWN_BACKING)
         if backing_format is None:
-            raise UsageError(
+            raise FormatNotSaid(
                 f"Backing file specified without backing format\nDetected format of {layers[0].format}."
             )
         return layers[0].size

@@ -92,7 +92,9 @@ def _parse(
     values: dict[str, str] = {}
     for name, value in split_options(",".join(given)):
         if name not in known:
-            later = "\nThis option is only supported for image creation" if name in only_created else ""
+            unknown = [each for each, _ in split_options(",".join(given)) if each not in known]
+            created = all(each in only_created for each in unknown)
+            later = "\nThis option is only supported for image creation" if created else ""
             raise UsageError(f"Invalid parameter '{name}'{later}")
         values[name] = _checked(known[name], value, warn)
     return values

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import stat
@@ -124,6 +123,8 @@ class Bench:
         checks = [_check(path) for path in both]
         if checks[0] != checks[1]:
             return f"check of qemu-img's: {checks[0]}\ncheck of safeimg's: {checks[1]}"
+        # An external data file is looked for in the current folder: where it is not found, it is compared as a file
+        # of its own, in which the guest's bytes lie where the guest has them.
         compared = _run("compare", "-U", *map(str, both))
         if compared.returncode == 1:
             return compared.stdout.decode(errors="replace").strip()
@@ -151,13 +152,13 @@ def _outcomes(expected: tuple[int, str, str], answer: tuple[int, str, str]) -> s
 
 
 def _info(path: Path) -> Any:
-    done = _run("info", "-U", "--output=json", str(path))
+    done = _run("info", "-U", "--output=json", path.name, folder=path.parent)
     return json.loads(done.stdout) if done.returncode == 0 else done.stderr.decode(errors="replace")
 
 
 def _check(path: Path) -> tuple[int, dict[str, int]]:
     """The exit code and the counts of what is wrong."""
-    done = _run("check", "-U", "--output=json", str(path))
+    done = _run("check", "-U", "--output=json", path.name, folder=path.parent)
     try:
         found = json.loads(done.stdout)
     except ValueError:
@@ -167,5 +168,5 @@ def _check(path: Path) -> tuple[int, dict[str, int]]:
     }
 
 
-def _run(*arguments: str) -> subprocess.CompletedProcess[bytes]:
-    return subprocess.run(["qemu-img", *arguments], capture_output=True, timeout=120, env=os.environ)
+def _run(*arguments: str, folder: Path | None = None) -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run(["qemu-img", *arguments], capture_output=True, timeout=120, cwd=folder)

@@ -191,9 +191,12 @@ class Generator:
     def rebase(self) -> list[Part]:
         image = self.rng.choice(("mid.qcow2", "top.qcow2", "on-raw.qcow2", "on-vdi.qcow2", self.image()))
         backing = self.rng.choice(("", "plain.qcow2", self.image()))
+        # Not with a wrong format: qemu-img takes a file of the old chain for what it is there, and changes the content.
+        said = ("-F", self.rng.choice((format_of(backing), format_of(backing), "foo", "")))
+        if self.maybe(0.15):
+            said = ()
         return [self.said("-f", image), self.flag("-u"), self.flag("-p", chance=0.1), self.flag("-q", chance=0.1),
-                self.of("-t", CACHES, 0.1), self.of("-T", CACHES, 0.1), ("-b", backing),
-                self.said("-F", backing, 0.85), (image,)]  # fmt: skip
+                self.of("-t", CACHES, 0.1), self.of("-T", CACHES, 0.1), ("-b", backing), said, (image,)]  # fmt: skip
 
     def resize(self) -> list[Part]:
         image = self.image()
