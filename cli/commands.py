@@ -20,6 +20,7 @@ _MODULES = {
     "map": "map",
     "convert": "convert",
     "dd": "dd",
+    "bench": "bench",
     "measure": "measure",
     "commit": "commit",
     "snapshot": "snapshot",
