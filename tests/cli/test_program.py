@@ -54,6 +54,18 @@ def test_nothing_heavy_is_imported(disk: Path, command: str) -> None:
     assert done.stdout
 
 
+def test_a_change_of_metadata_needs_no_numpy(disk: Path) -> None:
+    """Not even where the history is written: sqlite_utils would import it."""
+    code = (
+        "import sys; from safeimg.cli.main import guarded; sys.argv = ['safeimg', *sys.argv[1:]]; "
+        "code = guarded(sys.argv); print([name for name in ('sqlite_utils', 'numpy') if name in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, "bitmap", "--add", "disk.qcow2", "b"], cwd=disk, capture_output=True, timeout=60
+    )
+    assert done.stdout.decode().splitlines() == ["['sqlite_utils']"], done.stderr
+
+
 def test_names(tmp_path: Path) -> None:
     assert run(tmp_path, "--foo").stderr.startswith(
         b"safeimg: unrecognized option '--foo'\nTry 'safeimg --help'"
