@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 from safeimg.cli.common import filesystem, print_text
 from safeimg.cli.errors import CommandError, usage
 from safeimg.cli.options import Argument, Command, Option
@@ -74,13 +76,19 @@ def run(command: Command, arguments: Arguments) -> int:
         create(
             filesystem(),
             request,
-            say=lambda line: None if arguments.flag("quiet") else print_text(line),
+            say=lambda line: None if arguments.flag("quiet") else _say(line),
             supersede=_supersede,
             warn=warn,
         )
     except FormatNotSaid as error:
         raise CommandError(str(error), end="") from error
     return 0
+
+
+def _say(line: str) -> None:
+    """At once: before what may be printed on stderr."""
+    print_text(line)
+    sys.stdout.flush()
 
 
 def _supersede(path: str) -> None:

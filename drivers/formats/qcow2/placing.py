@@ -129,6 +129,7 @@ class Placer:
                          placements: list[Placement]) -> None:
         """Places in new clusters instead of the old ones, if there are any."""
         wanted = self._wanted(cluster, old, start, end)
+        self._planner.tables.prepare(cluster)
         for number, entry in enumerate(old, cluster):
             if entry:
                 self._planner.tables.unlink(number, entry)
@@ -184,10 +185,13 @@ class Placer:
         """Makes left…right, in one guest cluster, zero."""
         tables, l2 = self._planner.tables, self._l2
         first, behind = self._touched(cluster, left, right)
-        missing = mask_of(first, behind) & ~tables.reads_zero(cluster, entry)
+        inside = self._covered(cluster, left, right)
+        touched = mask_of(first, behind)
+        missing = touched & ~tables.reads_zero(cluster, entry)
+        if self._planner.header.version > 2:  # as QEMU: what was made zero is marked so, not left to the images below
+            missing |= touched & inside & ~tables.says_zero(entry)
         if not missing:
             return
-        inside = self._covered(cluster, left, right)
         if inside == l2.every and self._zero_entry is not None:
             tables.unlink(cluster, entry)
             tables.put(cluster, [self._zero_entry])

@@ -124,6 +124,7 @@ class Qcow2Planner:
         if start % size or not 0 < stored < size:
             raise ValueError(f"not a compressed cluster: {stored} bytes for guest offset {start:#x}")
         cluster, ((entry,),) = start // size, [entries for _cluster, entries in self.tables.entries(start, 1)]
+        self.tables.prepare(cluster)
         offset = self._packer.place(stored)
         if offset >= min(1 << compressed_shift(self.header.cluster_bits), MAX_HOST_OFFSET):
             raise UnsupportedError(f"{self.path}: {offset:#x} is too far for compressed clusters this large")

@@ -68,6 +68,13 @@ class ActiveTables:
             cluster += count
         return found
 
+    def prepare(self, cluster: int) -> None:
+        """Makes the L2 table that a guest cluster's entry goes to. Before places for data are taken, so that these
+        follow each other in the file, as QEMU's do."""
+        l1_index = cluster // self._l2.entries
+        if l1_index not in self._own:
+            self._own_table(l1_index)
+
     def put(self, cluster: int, entries: Sequence[int]) -> None:
         """Replaces the L2 entries of guest clusters that lie in one L2 table."""
         l1_index, l2_index = divmod(cluster, self._l2.entries)
@@ -128,6 +135,10 @@ class ActiveTables:
         self.standard(cluster, entry)
         allocated, zeroes = self._l2.masks(entry)
         return zeroes if self._planner.header.backing_file is not None else self._l2.every & ~allocated
+
+    def says_zero(self, entry: int) -> int:
+        """The subclusters (a mask) that an entry itself calls zero, whatever lies below."""
+        return 0 if entry & COMPRESSED else self._l2.masks(entry)[1]
 
     def unlink(self, cluster: int, entry: int) -> None:
         """Records the references that go with a guest cluster's entry when it is replaced."""
