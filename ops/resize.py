@@ -206,7 +206,9 @@ def open_layers(fs: FileSystem, home: str, state: OperationState, secrets: Secre
 
 def make_job(layers: list[Image], state: OperationState, transfer: Transfer) -> Job:
     """See `registry.Reopener`."""
-    return _job(layers, _settings(layers[0].file.path, state), transfer, unlinked=unlinked_by(state))
+    released = isinstance(state.cursor, dict) and state.cursor.get("phase") in ("trim", "end")
+    unlinked = () if released else unlinked_by(state)  # what is freed may lie beyond the end of a file that was cut
+    return _job(layers, _settings(layers[0].file.path, state), transfer, unlinked=unlinked)
 
 
 def _settings(home: str, state: OperationState) -> dict[str, Any]:
