@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from safeimg.drivers.errors import UnsupportedError
 from safeimg.drivers.formats.api import CheckResult, Image
-from safeimg.drivers.formats.chain import OpenError, close_chain, open_chain
+from safeimg.drivers.formats.chain import OpenError, close_chain, open_chain, refuse_locked
 from safeimg.drivers.formats.naming import Blockdev
 from safeimg.drivers.formats.registry import lookup
 from safeimg.drivers.secrets import NO_SECRETS, Secrets
@@ -36,6 +36,7 @@ def check(
         fs, filename, format=fmt, cache=cache, force_share=force_share, repair=only_top, secrets=secrets
     )
     try:
+        refuse_locked(layers[0], filename)
         return Checked(layers[0].format, checked(layers[0], filename))
     finally:
         close_chain(layers)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, TypeVar
 import trio
 from safeimg.drivers.errors import DriverError, NotClosed, UnsupportedError
 from safeimg.drivers.formats.api import CheckResult, Image, Patch
-from safeimg.drivers.formats.chain import OpenError, close_chain, open_chain
+from safeimg.drivers.formats.chain import OpenError, close_chain, open_chain, refuse_locked
 from safeimg.drivers.formats.features import Repair, Repairing
 from safeimg.drivers.formats.naming import Blockdev, are_options, lasting, recalled
 from safeimg.drivers.formats.registry import lookup
@@ -98,6 +98,7 @@ async def repair(
     fs, secrets = environment.fs, environment.secrets
     layers = open_chain(fs, filename, format=fmt, cache=cache, force_share=True, repair=only_top, secrets=secrets)
     try:
+        refuse_locked(layers[0], filename)
         refuse_pending_on(fs, layers[0].file.path)
         if lookup(layers[0].format).repairing is None:
             return Repaired(layers[0].format, None, None)

@@ -34,6 +34,8 @@ from safeimg.drivers.secrets import NO_SECRETS, Secrets
 from safeimg.drivers.storage import locks
 from safeimg.drivers.storage.api import File, FileStat, FileSystem
 
+NO_SECRET = "Parameter 'encrypt.key-secret' is required for cipher"
+
 
 class OpenError(DriverError):
     """An image could not be opened; the message is QEMU's. `__cause__` holds the error behind it, if any."""
@@ -97,6 +99,17 @@ def open_chain(
     except BaseException:
         close_chain(images)
         raise
+
+
+def refuse_locked(image: Image, filename: str | Blockdev) -> None:
+    """Raises `OpenError` if `image`, opened with `repair`, is encrypted and its secret was not given."""
+    if _is_locked(image):
+        text = filename if isinstance(filename, str) else filename.text
+        raise OpenError(f"Could not open '{text}': {NO_SECRET}")
+
+
+def _is_locked(image: Image) -> bool:
+    return image.cipher is not None and not image.cipher.ready
 
 
 def close_chain(images: list[Image]) -> None:
@@ -243,9 +256,9 @@ class _Opener:
         except BaseException:
             file.close()
             raise
-        if image.cipher is not None and not image.cipher.ready and not (self.inspect or repair):
+        if _is_locked(image) and not (self.inspect or repair):
             image.close()
-            raise SecretMissing("Parameter 'encrypt.key-secret' is required for cipher")
+            raise SecretMissing(NO_SECRET)
         return image
 
     def _open_beside(self, access: Access, values: Mapping[str, Any]) -> File:
