@@ -11,11 +11,12 @@ import errno
 import os
 import re
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from safeimg.drivers.errors import StorageError, SyncFailed, UsageError
-from safeimg.drivers.storage.api import Buffer, File, FileStat, Span
+from safeimg.drivers.storage.api import Buffer, File, FileStat
+from safeimg.drivers.storage.layer import FileLayer
 from safeimg.drivers.storage.virtual import UNKNOWN
 
 SECTOR = 512
@@ -130,11 +131,11 @@ def _flag(settings: Mapping[str, object], name: str) -> bool:
     return value in (True, "on")
 
 
-class Blkdebug:
+class Blkdebug(FileLayer):
     """Implements `api.File`: another file, with requests that fail."""
 
     def __init__(self, file: File, rules: list[Rule]) -> None:
-        self._file = file
+        super().__init__(file)
         self._rules = rules
         self._state = 1
         self._lock = threading.Lock()
@@ -156,21 +157,6 @@ class Blkdebug:
                 self._rules.remove(failed)
         error = OSError(failed.code, os.strerror(failed.code))
         raise (SyncFailed if request == "flush" else StorageError)(self.path, request, error)
-
-    @property
-    def path(self) -> str:
-        return self._file.path
-
-    @property
-    def writable(self) -> bool:
-        return self._file.writable
-
-    @property
-    def alignment(self) -> int:
-        return self._file.alignment
-
-    def length(self) -> int:
-        return self._file.length()
 
     def pread(self, offset: int, length: int) -> bytes:
         """Metadata is read so."""
@@ -197,15 +183,6 @@ class Blkdebug:
             return  # a hint that is not taken
         self._file.discard(offset, length)
 
-    def preallocate(self, offset: int, length: int, *, keep_size: bool) -> None:
-        self._file.preallocate(offset, length, keep_size=keep_size)
-
-    def truncate(self, length: int) -> None:
-        self._file.truncate(length)
-
-    def spans(self, offset: int, length: int) -> Iterator[Span]:
-        return self._file.spans(offset, length)
-
     def sync(self) -> None:
         self._request("flush_to_disk", "flush")
         self._file.sync()
@@ -214,21 +191,6 @@ class Blkdebug:
         self._request("flush_to_disk", "flush")
         self._file.sync_all()
 
-    def start_writeback(self, offset: int, length: int) -> None:
-        self._file.start_writeback(offset, length)
-
     def stat(self) -> FileStat:
         """Of the file below, without the space it takes, as in QEMU."""
         return replace(self._file.stat(), allocated=UNKNOWN)
-
-    def get_attribute(self, name: str) -> bytes | None:
-        return self._file.get_attribute(name)
-
-    def set_attribute(self, name: str, value: bytes) -> bool:
-        return self._file.set_attribute(name, value)
-
-    def remove_attribute(self, name: str) -> None:
-        self._file.remove_attribute(name)
-
-    def close(self) -> None:
-        self._file.close()

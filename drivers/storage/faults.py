@@ -28,6 +28,7 @@ from typing import NamedTuple
 from safeimg.drivers.errors import StorageError, SyncFailed
 from safeimg.drivers.storage import locks
 from safeimg.drivers.storage.api import Buffer, File, FileStat, FileSystem, Span
+from safeimg.drivers.storage.layer import FileLayer
 
 SYNCS = frozenset({"sync", "sync_all", "sync_directory"})
 CHANGES = SYNCS | {"create", "pwrite", "write_zeroes", "preallocate", "truncate", "rename", "unlink"}
@@ -86,25 +87,13 @@ class Faults:
             raise (SyncFailed if kind in SYNCS else StorageError)(path, kind, error)
 
 
-class FaultyFile:
+class FaultyFile(FileLayer):
     """A file whose calls fail as `faults` says."""
 
     def __init__(self, file: File, faults: Faults) -> None:
-        self._file = file
+        super().__init__(file)
         self._faults = faults
         self._sync_failure: SyncFailed | None = None
-
-    @property
-    def path(self) -> str:
-        return self._file.path
-
-    @property
-    def writable(self) -> bool:
-        return self._file.writable
-
-    @property
-    def alignment(self) -> int:
-        return self._file.alignment
 
     def _check_change(self, kind: str) -> None:
         if self._sync_failure is not None:
@@ -114,9 +103,6 @@ class FaultyFile:
         except SyncFailed as error:
             self._sync_failure = error
             raise
-
-    def length(self) -> int:
-        return self._file.length()
 
     def pread(self, offset: int, length: int) -> bytes:
         self._faults.check("pread", self.path)
@@ -142,9 +128,6 @@ class FaultyFile:
         self._check_change("write_zeroes")
         self._file.write_zeroes(offset, length, unmap=unmap)
 
-    def discard(self, offset: int, length: int) -> None:
-        self._file.discard(offset, length)
-
     def preallocate(self, offset: int, length: int, *, keep_size: bool) -> None:
         self._check_change("preallocate")
         self._file.preallocate(offset, length, keep_size=keep_size)
@@ -165,29 +148,11 @@ class FaultyFile:
         self._check_change("sync_all")
         self._file.sync_all()
 
-    def start_writeback(self, offset: int, length: int) -> None:
-        self._file.start_writeback(offset, length)
-
-    def stat(self) -> FileStat:
-        return self._file.stat()
-
-    def get_attribute(self, name: str) -> bytes | None:
-        return self._file.get_attribute(name)
-
-    def set_attribute(self, name: str, value: bytes) -> bool:
-        return self._file.set_attribute(name, value)
-
-    def remove_attribute(self, name: str) -> None:
-        self._file.remove_attribute(name)
-
     def lock(self, claim: locks.Claim) -> None:
         locks.lock(self._file, claim)
 
     def try_lock(self) -> bool:
         return locks.try_lock(self._file)
-
-    def close(self) -> None:
-        self._file.close()
 
 
 class FaultyFileSystem:

@@ -4,27 +4,20 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Iterator
-from typing import NoReturn
 
 from safeimg.drivers.errors import StorageError
-from safeimg.drivers.storage.api import Buffer, File, FileStat, Span
+from safeimg.drivers.storage.api import File, FileStat, Span
+from safeimg.drivers.storage.virtual import VirtualFile
 
 
-class Window:
+class Window(VirtualFile):
     """Implements `api.File`. Without a size it reaches to the end of the file."""
 
     def __init__(self, file: File, offset: int, size: int | None) -> None:
+        super().__init__(file.path)
         self._file = file
         self._offset = offset
         self._size = size
-
-    @property
-    def path(self) -> str:
-        return self._file.path
-
-    @property
-    def writable(self) -> bool:
-        return False
 
     @property
     def alignment(self) -> int:
@@ -33,50 +26,29 @@ class Window:
     def length(self) -> int:
         return max(self._file.length() - self._offset, 0) if self._size is None else self._size
 
-    def _clipped(self, offset: int, length: int) -> int:
+    def _inside(self, offset: int, length: int) -> int:
         """How much of a range lies inside."""
         if offset < 0:
             raise StorageError(self.path, "read", OSError(errno.EINVAL, "Invalid argument"))
         return length if self._size is None else max(min(length, self._size - offset), 0)
 
     def pread(self, offset: int, length: int) -> bytes:
-        inside = self._clipped(offset, length)
+        inside = self._inside(offset, length)
         return self._file.pread(self._offset + offset, inside) if inside else b""
 
     def pread_into(self, offset: int, buffer: memoryview) -> int:
-        inside = self._clipped(offset, len(buffer))
+        inside = self._inside(offset, len(buffer))
         return self._file.pread_into(self._offset + offset, buffer[:inside]) if inside else 0
 
     def spans(self, offset: int, length: int) -> Iterator[Span]:
-        for span in self._file.spans(self._offset + offset, self._clipped(offset, length)):
+        for span in self._file.spans(self._offset + offset, self._inside(offset, length)):
             yield span._replace(start=span.start - self._offset)
-
-    def _refuse(self) -> NoReturn:
-        raise StorageError(self.path, "write", OSError(errno.EBADF, "open for reading only"))
-
-    def pwrite(self, offset: int, data: Buffer) -> None:
-        self._refuse()
-
-    def write_zeroes(self, offset: int, length: int, *, unmap: bool) -> None:
-        self._refuse()
-
-    def discard(self, offset: int, length: int) -> None:
-        """A hint that is not taken."""
-
-    def preallocate(self, offset: int, length: int, *, keep_size: bool) -> None:
-        self._refuse()
-
-    def truncate(self, length: int) -> None:
-        self._refuse()
 
     def sync(self) -> None:
         self._file.sync()
 
     def sync_all(self) -> None:
         self._file.sync_all()
-
-    def start_writeback(self, offset: int, length: int) -> None:
-        """Nothing was written."""
 
     def stat(self) -> FileStat:
         """Of the whole file: what identifies it."""
