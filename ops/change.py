@@ -25,8 +25,9 @@ from safeimg.journal.state import OperationState
 from safeimg.ops.errors import Conflict
 from safeimg.ops.launch import Environment, Job, launch
 from safeimg.ops.moving import write_fresh
-from safeimg.ops.repair import open_sound
-from safeimg.ops.session import DATA_FILE, refuse_pending_on, touched
+from safeimg.ops.reopening import reopen_home, started_settings, unlinked_by
+from safeimg.ops.repair import open_to_change
+from safeimg.ops.session import DATA_FILE, touched
 from safeimg.ops.steps import Move, Step
 
 Action = Callable[[Image, Planner], Iterable[Changes]]
@@ -136,16 +137,8 @@ class Changing:
         to do (False); `backing` refuses an image whose backing image is not there. Raises what opening raises,
         `SomethingPending`, `OperationPaused`."""
         fs, secrets = environment.fs, environment.secrets
-        layers = open_chain(fs, filename, format=fmt, backing=backing, force_share=True, secrets=secrets)
-        try:
-            refuse_pending_on(fs, layers[0].file.path)
-        finally:
-            close_chain(layers)
-        layers = await open_sound(
-            environment,
-            lambda: open_chain(
-                fs, filename, format=fmt, write=True, cache=cache, backing=False, warn=warn, secrets=secrets
-            ),
+        layers = await open_to_change(
+            environment, filename, fmt=fmt, cache=cache, warn=warn, backing=False, present=backing
         )
         try:
             for name, source_format in sources:
@@ -163,10 +156,7 @@ class Changing:
     def open_layers(self, fs: FileSystem, home: str, state: OperationState, secrets: Secrets) -> list[Image]:
         """See `registry.Reopener`."""
         settings = _settings(home, state)
-        layers = open_chain(
-            fs, recalled(settings["options"], home), format=settings["format"], write=True, cache=settings["cache"],
-            backing=False, repair=True, secrets=secrets,
-        )  # fmt: skip
+        layers = reopen_home(fs, home, settings, secrets)
         try:
             folder = os.path.dirname(fs.resolve(home))
             paths = [image.path for image in state.declared.images if image.role == SOURCE]
@@ -203,17 +193,9 @@ def _erased(home: str, settings: Settings) -> list[tuple[int, int]]:
     return [(offset, length) for offset, length in found]
 
 
-def unlinked_by(state: OperationState) -> list[tuple[int, int]]:
-    """Host ranges (offset, length) that the steps so far took a reference from."""
-    return [(piece.offset, piece.length) for step in state.steps for piece in step.prepared.unlinked]
-
-
 def _settings(home: str, state: OperationState) -> Settings:
     """What the operation was started with, checked: it comes from a file."""
-    settings = {} if state.started is None else state.started.settings
-    for name in ("cache", "format"):
-        if not isinstance(settings.get(name), str):
-            raise Conflict(f"{home}: the log does not say with which '{name}' the operation was started")
+    settings = started_settings(home, state, {"cache": str, "format": str})
     sources = settings.get("sources")
     images = [image.role for image in state.declared.images if image.role != DATA_FILE]
     if (

@@ -15,11 +15,11 @@ from safeimg.drivers.secrets import NO_SECRETS, Secrets
 from safeimg.drivers.storage.api import FileSystem
 from safeimg.drivers.transfer.core import Transfer
 from safeimg.journal.state import OperationState
-from safeimg.ops.change import unlinked_by
 from safeimg.ops.commit import Commit
 from safeimg.ops.errors import Conflict
 from safeimg.ops.filling import STEP_BYTES
 from safeimg.ops.launch import Environment, Job, launch
+from safeimg.ops.reopening import started_settings, unlinked_by
 from safeimg.ops.repair import open_sound
 from safeimg.ops.session import DATA_FILE, refuse_pending_on, touched
 
@@ -119,11 +119,8 @@ def make_job(layers: list[Image], state: OperationState, transfer: Transfer) -> 
 
 def _settings(home: str, state: OperationState) -> dict[str, Any]:
     """What the operation was started with, checked: it comes from a file."""
-    settings = {} if state.started is None else state.started.settings
     kinds = {"base": int, "drop": bool, "cache": str, "format": str, "step": int}
-    for name, kind in kinds.items():
-        if not isinstance(settings.get(name), kind):
-            raise Conflict(f"{home}: the log does not say with which '{name}' the commit was started")
+    settings = started_settings(home, state, kinds, "commit")
     images = [image for image in state.declared.images if image.role != DATA_FILE]
     if len(images) != settings["base"] + 1 or settings["base"] < 1 or settings["step"] < 1 or (
         not are_options(settings.get("options"))

@@ -27,6 +27,7 @@ from safeimg.ops.convert_steps import Convert, Policy
 from safeimg.ops.convert_write import Compress
 from safeimg.ops.errors import Conflict
 from safeimg.ops.launch import Job
+from safeimg.ops.reopening import started_settings, unlinked_by
 from safeimg.ops.session import DATA_FILE, data_index, touched
 
 _KINDS: dict[str, type | tuple[type, ...]] = {
@@ -72,8 +73,7 @@ def open_layers(fs: FileSystem, home: str, state: OperationState, secrets: Secre
 def make_job(layers: list[Image], state: OperationState, transfer: Transfer) -> Job:
     """See `registry.Reopener`."""
     settings = _settings(layers[0].file.path, state)
-    unlinked = [(piece.offset, piece.length) for step in state.steps for piece in step.prepared.unlinked]
-    return job_of(layers, settings, transfer, unlinked=unlinked)
+    return job_of(layers, settings, transfer, unlinked=unlinked_by(state))
 
 
 def job_of(layers: Sequence[Image], settings: dict[str, Any], transfer: Transfer, *,
@@ -133,10 +133,7 @@ def compressor(target: Image) -> Compress:
 
 def _settings(home: str, state: OperationState) -> dict[str, Any]:
     """What the operation was started with, checked: it comes from a file."""
-    settings = {} if state.started is None else state.started.settings
-    for name, kind in _KINDS.items():
-        if not isinstance(settings.get(name), kind):
-            raise Conflict(f"{home}: the log does not say with which '{name}' the convert was started")
+    settings = started_settings(home, state, _KINDS, "convert")
     layers, formats = settings["layers"], settings["formats"]
     if (
         len(layers) < 2

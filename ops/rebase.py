@@ -9,19 +9,20 @@ from typing import Any
 from safeimg.drivers.errors import DriverError, UsageError
 from safeimg.drivers.formats.api import Changes, Image, Planner
 from safeimg.drivers.formats.chain import backing_filename, close_chain, open_chain
-from safeimg.drivers.formats.naming import Blockdev, are_options, lasting, recalled
+from safeimg.drivers.formats.naming import Blockdev, are_options, lasting
 from safeimg.drivers.formats.registry import lookup
 from safeimg.drivers.secrets import Secrets
 from safeimg.drivers.storage.api import FileSystem
 from safeimg.drivers.transfer.core import Transfer
 from safeimg.journal.state import OperationState
-from safeimg.ops.change import Action, Changing, Settings, unlinked_by
+from safeimg.ops.change import Action, Changing, Settings
 from safeimg.ops.errors import Conflict
 from safeimg.ops.filling import STEP_BYTES
 from safeimg.ops.launch import Environment, Job, launch
 from safeimg.ops.rebase_safe import Rebase
-from safeimg.ops.repair import open_sound
-from safeimg.ops.session import refuse_pending_on, touched
+from safeimg.ops.reopening import reopen_home, started_settings, unlinked_by
+from safeimg.ops.repair import open_to_change
+from safeimg.ops.session import touched
 
 Warn = Callable[[str], None]
 
@@ -58,16 +59,7 @@ async def rebase(
     """Changes the backing image (None: to none); what the new one does not show the same is copied before.
 
     Raises what opening raises, `UsageError` in qemu-img's words, `SomethingPending`, `OperationPaused`."""
-    fs, secrets = environment.fs, environment.secrets
-    alone = open_chain(fs, filename, format=fmt, backing=False, force_share=True, secrets=secrets)
-    try:
-        refuse_pending_on(fs, alone[0].file.path)
-    finally:
-        close_chain(alone)
-    layers = await open_sound(
-        environment,
-        lambda: open_chain(fs, filename, format=fmt, write=True, cache=cache, warn=warn, secrets=secrets),
-    )
+    layers = await open_to_change(environment, filename, fmt=fmt, cache=cache, warn=warn, backing=True)
     try:
         old = len(layers) - 1
         if backing is not None:
@@ -76,7 +68,7 @@ async def rebase(
         settings = {
             "safe": True, "backing": backing, "backing_format": backing_format, "old": old,
             "new": len(layers) - 1 - old, "cache": cache, "format": layers[0].format,
-            "options": lasting(filename, fs.resolve), "step": step_bytes,
+            "options": lasting(filename, environment.fs.resolve), "step": step_bytes,
         }  # fmt: skip
         await launch(_job(layers, settings, environment.transfer), environment)
     finally:
@@ -130,10 +122,7 @@ def open_layers(fs: FileSystem, home: str, state: OperationState, secrets: Secre
     if state.started is None or not state.started.settings.get("safe"):
         return _unsafe.open_layers(fs, home, state, secrets)
     settings = _settings(home, state)
-    layers = open_chain(
-        fs, recalled(settings["options"], home), format=settings["format"], write=True, cache=settings["cache"],
-        backing=False, repair=True, secrets=secrets,
-    )  # fmt: skip
+    layers = reopen_home(fs, home, settings, secrets)
     try:
         # The overlay may name either backing image by now.
         for count in (settings["old"], settings["new"]):
@@ -159,11 +148,8 @@ def make_job(layers: list[Image], state: OperationState, transfer: Transfer) -> 
 
 def _settings(home: str, state: OperationState) -> dict[str, Any]:
     """What the operation was started with, checked: it comes from a file."""
-    settings = {} if state.started is None else state.started.settings
     kinds = {"old": int, "new": int, "cache": str, "format": str, "step": int}
-    for name, kind in kinds.items():
-        if not isinstance(settings.get(name), kind):
-            raise Conflict(f"{home}: the log does not say with which '{name}' the rebase was started")
+    settings = started_settings(home, state, kinds, "rebase")
     _names(settings)
     old, new, step = settings["old"], settings["new"], settings["step"]
     if min(old, new) < 0 or step < 1 or not are_options(settings.get("options")) or (

@@ -17,7 +17,7 @@ from safeimg.drivers.errors import DriverError, NotClosed, UnsupportedError
 from safeimg.drivers.formats.api import CheckResult, Image, Patch
 from safeimg.drivers.formats.chain import OpenError, close_chain, open_chain, refuse_locked
 from safeimg.drivers.formats.features import Repair, Repairing
-from safeimg.drivers.formats.naming import Blockdev, are_options, lasting, recalled
+from safeimg.drivers.formats.naming import Blockdev, are_options, lasting
 from safeimg.drivers.formats.registry import lookup
 from safeimg.drivers.secrets import Secrets
 from safeimg.drivers.storage.api import FileSystem
@@ -26,6 +26,7 @@ from safeimg.journal.state import OperationState
 from safeimg.ops.check import only_top
 from safeimg.ops.errors import Conflict
 from safeimg.ops.launch import Environment, Job, launch
+from safeimg.ops.reopening import reopen_home, started_settings
 from safeimg.ops.session import refuse_pending_on, touched
 from safeimg.ops.steps import Step
 
@@ -148,13 +149,37 @@ async def open_sound(environment: Environment, open_it: Callable[[], Opened]) ->
                 environment.notice(line)
 
 
+async def open_to_change(
+    environment: Environment,
+    filename: str | Blockdev,
+    *,
+    fmt: str | None,
+    cache: str,
+    warn: Callable[[str], None] | None,
+    backing: bool,
+    present: bool = False,
+) -> list[Image]:
+    """The image for writing, sound, with its backing images if `backing`; they have to be there if `present`.
+
+    It is opened twice: what is pending on it is refused before its fence would, in less helpful words. Raises what
+    opening raises, `SomethingPending`."""
+    fs, secrets = environment.fs, environment.secrets
+    found = open_chain(fs, filename, format=fmt, backing=present, force_share=True, secrets=secrets)
+    try:
+        refuse_pending_on(fs, found[0].file.path)
+    finally:
+        close_chain(found)
+    return await open_sound(
+        environment,
+        lambda: open_chain(
+            fs, filename, format=fmt, write=True, cache=cache, backing=backing, warn=warn, secrets=secrets
+        ),
+    )
+
+
 def open_layers(fs: FileSystem, home: str, state: OperationState, secrets: Secrets) -> list[Image]:
     """See `registry.Reopener`."""
-    settings = _settings(home, state)
-    return open_chain(
-        fs, recalled(settings["options"], home), format=settings["format"], write=True, cache=settings["cache"],
-        backing=False, repair=True, secrets=secrets,
-    )  # fmt: skip
+    return reopen_home(fs, home, _settings(home, state), secrets)
 
 
 def make_job(layers: list[Image], state: OperationState, transfer: Transfer) -> Job:
@@ -178,10 +203,8 @@ def _repairing(image: Image) -> Repairing:
 
 def _settings(home: str, state: OperationState) -> dict[str, Any]:
     """What the operation was started with, checked: it comes from a file."""
-    settings = {} if state.started is None else state.started.settings
-    for name, kind in {"cache": str, "format": str, "errors": bool, "marked": bool}.items():
-        if not isinstance(settings.get(name), kind):
-            raise Conflict(f"{home}: the log does not say with which '{name}' the operation was started")
+    kinds = {"cache": str, "format": str, "errors": bool, "marked": bool}
+    settings = started_settings(home, state, kinds)
     if len(state.declared.images) != 1 or not are_options(settings.get("options")):
         raise Conflict(f"{home}: the log's images do not fit a {state.declared.command}")
-    return dict(settings)
+    return settings

@@ -14,8 +14,8 @@ from typing import Any
 import trio
 from safeimg.drivers.errors import UsageError
 from safeimg.drivers.formats.api import Image, Patch, Placement
-from safeimg.drivers.formats.chain import close_chain, open_chain
-from safeimg.drivers.formats.naming import Blockdev, are_options, lasting, recalled
+from safeimg.drivers.formats.chain import close_chain
+from safeimg.drivers.formats.naming import Blockdev, are_options, lasting
 from safeimg.drivers.formats.registry import lookup
 from safeimg.drivers.secrets import Secrets
 from safeimg.drivers.storage.api import FileSystem
@@ -24,12 +24,12 @@ from safeimg.drivers.transfer.core import Transfer
 from safeimg.drivers.transfer.target import Target
 from safeimg.drivers.transfer.view import View
 from safeimg.journal.state import OperationState
-from safeimg.ops.change import unlinked_by
 from safeimg.ops.errors import Conflict
 from safeimg.ops.filling import STEP_BYTES, Filler, grow
 from safeimg.ops.launch import Environment, Job, launch
-from safeimg.ops.repair import open_sound
-from safeimg.ops.session import refuse_pending_on, touched
+from safeimg.ops.reopening import reopen_home, started_settings, unlinked_by
+from safeimg.ops.repair import open_to_change
+from safeimg.ops.session import touched
 from safeimg.ops.steps import Step
 
 PREALLOCATIONS = ("off", "metadata", "falloc", "full")
@@ -155,16 +155,7 @@ async def resize(
 ) -> None:
     """Makes the virtual disk `size(present size)` bytes large. Raises what opening raises, `UsageError` in qemu-img's
     words, `SomethingPending`, `OperationPaused`."""
-    fs, secrets = environment.fs, environment.secrets
-    alone = open_chain(fs, filename, format=fmt, backing=False, force_share=True, secrets=secrets)
-    try:
-        refuse_pending_on(fs, alone[0].file.path)
-    finally:
-        close_chain(alone)
-    layers = await open_sound(
-        environment,
-        lambda: open_chain(fs, filename, format=fmt, write=True, cache=cache, warn=warn, secrets=secrets),
-    )
+    layers = await open_to_change(environment, filename, fmt=fmt, cache=cache, warn=warn, backing=True)
     try:
         old = layers[0].size
         new = size(old)
@@ -172,7 +163,7 @@ async def resize(
         if new != old:
             settings = {
                 "old": old, "new": new, "preallocation": preallocation, "cache": cache,
-                "format": layers[0].format, "options": lasting(filename, fs.resolve), "step": step_bytes,
+                "format": layers[0].format, "options": lasting(filename, environment.fs.resolve), "step": step_bytes,
             }
             await launch(_job(layers, settings, environment.transfer), environment)
     finally:
@@ -197,11 +188,7 @@ def _check(image: Image, old: int, new: int, preallocation: str, *, shrink: bool
 
 def open_layers(fs: FileSystem, home: str, state: OperationState, secrets: Secrets) -> list[Image]:
     """See `registry.Reopener`."""
-    settings = _settings(home, state)
-    return open_chain(
-        fs, recalled(settings["options"], home), format=settings["format"], write=True, cache=settings["cache"],
-        repair=True, secrets=secrets,
-    )  # fmt: skip
+    return reopen_home(fs, home, _settings(home, state), secrets, backing=True)
 
 
 def make_job(layers: list[Image], state: OperationState, transfer: Transfer) -> Job:
@@ -213,11 +200,8 @@ def make_job(layers: list[Image], state: OperationState, transfer: Transfer) -> 
 
 def _settings(home: str, state: OperationState) -> dict[str, Any]:
     """What the operation was started with, checked: it comes from a file."""
-    settings = {} if state.started is None else state.started.settings
     kinds = {"old": int, "new": int, "preallocation": str, "cache": str, "format": str, "step": int}
-    for name, kind in kinds.items():
-        if not isinstance(settings.get(name), kind):
-            raise Conflict(f"{home}: the log does not say with which '{name}' the resize was started")
+    settings = started_settings(home, state, kinds, "resize")
     if min(settings["old"], settings["new"]) < 0 or settings["step"] < 1 or not are_options(settings.get("options")):
         raise Conflict(f"{home}: the log's sizes do not fit a resize")
     return settings
