@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-
 from safeimg.cli.common import image_name, warn_image
 from safeimg.cli.errors import CommandError
 from safeimg.cli.options import Argument, Command, Option
@@ -11,7 +9,7 @@ from safeimg.cli.parser import Arguments
 from safeimg.cli.progress import display
 from safeimg.cli.running import run_stoppable
 from safeimg.cli.shared import HELP, IMAGE, IMAGE_OPTS, JOURNAL, NO_JOURNAL, OBJECT, SHORT_FORMAT
-from safeimg.cli.values import size
+from safeimg.cli.values import complain, size
 
 
 def _granularity(text: str) -> int:
@@ -102,7 +100,7 @@ def run(command: Command, arguments: Arguments) -> int:
                 source=source,
                 source_format=source_format,
                 warn=warn_image,
-                complain=_complain,
+                complain=complain,
             )
 
         await begin_or_resume(name, environment, "bitmap", begin)
@@ -129,9 +127,3 @@ def _check(
         raise CommandError("-F only supported with -b")
     if len(arguments.positional) != 2:
         raise CommandError("Expecting filename and bitmap name")
-
-
-def _complain(message: str) -> None:
-    from safeimg.cli.main import program_name
-
-    print(f"{program_name()}: {message}", file=sys.stderr)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-
 from safeimg.cli.common import image_name
 from safeimg.cli.errors import CommandError
 from safeimg.cli.options import Argument, Command, Option
@@ -11,7 +9,7 @@ from safeimg.cli.parser import Arguments
 from safeimg.cli.progress import display
 from safeimg.cli.running import run_stoppable
 from safeimg.cli.shared import FORCE_SHARE, HELP, IMAGE_OPTS, JOURNAL, NO_JOURNAL, OBJECT, SHORT_FORMAT
-from safeimg.cli.values import size
+from safeimg.cli.values import complain, size
 
 MAX_BLOCK = (1 << 31) - 1
 
@@ -77,7 +75,7 @@ def run(command: Command, arguments: Arguments) -> int:
         if not await resumed(target, environment, "dd"):
             await convert(
                 environment, request, supersede=lambda path: supersede(path, environment, "dd"),
-                complain=_complain,
+                complain=complain,
             )  # fmt: skip
 
     settings = Settings(workers=sensible_workers(8), writeback=True)
@@ -98,9 +96,3 @@ def _operand(word: str) -> tuple[str, str | int]:
     if name in ("count", "skip"):
         return name, size(name, value)
     raise CommandError(f"unrecognized operand {name}")
-
-
-def _complain(message: str) -> None:
-    from safeimg.cli.main import program_name
-
-    print(f"{program_name()}: {message}", file=sys.stderr)

@@ -27,10 +27,15 @@ def size(what: str, text: str, *, maximum: int = MAX_SIZE) -> int:
     return value
 
 
-def warn(message: str) -> None:
+def complain(message: str) -> None:
+    """An error that does not end the command by itself, as qemu-img prints it."""
     from safeimg.cli.main import program_name
 
-    print(f"{program_name()}: warning: {message}", file=sys.stderr)
+    print(f"{program_name()}: {message}", file=sys.stderr)
+
+
+def warn(message: str) -> None:
+    complain(f"warning: {message}")
 
 
 def trace(text: str) -> str:

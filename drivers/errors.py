@@ -55,6 +55,9 @@ class NotClosed(UnsupportedError):
 class SecretMissing(DriverError):
     """Guest data is encrypted, and nobody gave what it takes to read or write it. The message is QEMU's."""
 
+    def __init__(self) -> None:
+        super().__init__("Parameter 'encrypt.key-secret' is required for cipher")
+
 
 class RefusedError(UnsupportedError):
     """An image does not allow a change. QEMU's message names `errno` if there is one, and tells the `problem` in a

@@ -79,10 +79,6 @@ class Luks:
         """Of one slot's key material, whole sectors."""
         return -(-self.key_bytes * STRIPES // SECTOR) * SECTOR
 
-    def slot_field(self, index: int) -> int:
-        """Where slot `index` lies in the header."""
-        return _HEADER.size + index * _SLOT.size
-
     def pack(self) -> bytes:
         mode = f"{self.mode}-{self.ivgen}" + ("" if self.ivgen_hash is None else f":{self.ivgen_hash}")
         fixed = _HEADER.pack(

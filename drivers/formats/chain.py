@@ -34,8 +34,6 @@ from safeimg.drivers.secrets import NO_SECRETS, Secrets
 from safeimg.drivers.storage import locks
 from safeimg.drivers.storage.api import File, FileStat, FileSystem
 
-NO_SECRET = "Parameter 'encrypt.key-secret' is required for cipher"
-
 
 class OpenError(DriverError):
     """An image could not be opened; the message is QEMU's. `__cause__` holds the error behind it, if any."""
@@ -105,7 +103,7 @@ def refuse_locked(image: Image, filename: str | Blockdev) -> None:
     """Raises `OpenError` if `image`, opened with `repair`, is encrypted and its secret was not given."""
     if _is_locked(image):
         text = filename if isinstance(filename, str) else filename.text
-        raise OpenError(f"Could not open '{text}': {NO_SECRET}")
+        raise OpenError(f"Could not open '{text}': {SecretMissing()}")
 
 
 def _is_locked(image: Image) -> bool:
@@ -258,7 +256,7 @@ class _Opener:
             raise
         if _is_locked(image) and not (self.inspect or repair):
             image.close()
-            raise SecretMissing(NO_SECRET)
+            raise SecretMissing
         return image
 
     def _open_beside(self, access: Access, values: Mapping[str, Any]) -> File:

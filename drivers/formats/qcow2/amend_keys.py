@@ -12,10 +12,10 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
-from safeimg.drivers.errors import FormatError, UsageError
+from safeimg.drivers.errors import FormatError, SecretMissing, UsageError
 from safeimg.drivers.formats.api import Changes, Image, Planner
 from safeimg.drivers.formats.qcow2.driver import own_image, own_planner
-from safeimg.drivers.formats.qcow2.encryption import HostSectors, read_luks, read_material, secret_missing
+from safeimg.drivers.formats.qcow2.encryption import HostSectors, read_luks, read_material
 from safeimg.drivers.formats.qcow2.header import EXT_ENCRYPTION, LUKS, EncryptionHeader
 from safeimg.drivers.formats.qcow2.image import Qcow2Image
 from safeimg.drivers.formats.qcow2.rewrite import current_header, rewrite_header
@@ -128,7 +128,7 @@ class Keys:
     def __call__(self, image: Image, planner: Planner) -> Iterator[Changes]:
         own, plan = own_image(image), own_planner(planner)
         if not isinstance(own.cipher, HostSectors):
-            raise secret_missing()
+            raise SecretMissing
         size = own.header.cluster_size
         content = self._content(own, own.cipher.key)
         clusters = -(-len(content) // size)

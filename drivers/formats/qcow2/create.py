@@ -66,7 +66,7 @@ CHUNK = 1 << 20
 MAX_SIZE = (1 << 63) - (1 << 30)  # bytes of any disk, to QEMU
 DEFAULT_CLUSTER_SIZE = 65536
 
-_VERSIONS = {"1.1": 3, "v3": 3, "0.10": 2, "v2": 2}
+VERSIONS = {"1.1": 3, "v3": 3, "0.10": 2, "v2": 2}
 _NEWER = "compatibility level 1.1 and above (use version=v3 or greater)"
 
 
@@ -181,7 +181,7 @@ def _header(path: str, size: int, options: Mapping[str, str]) -> Header:
     cluster_size = size_option(path, options, "cluster_size", DEFAULT_CLUSTER_SIZE)
     if not 512 <= cluster_size <= 2 << 20 or cluster_size & (cluster_size - 1):
         raise UsageError(f"{path}: Cluster size must be a power of two between 512 and 2048k")
-    version = _VERSIONS[choice_option(path, options, "compat", tuple(_VERSIONS), "version")]
+    version = VERSIONS[choice_option(path, options, "compat", tuple(VERSIONS), "version")]
     zstd = choice_option(path, options, "compression_type", ("zlib", "zstd"), "compression-type") == "zstd"
     extended_l2 = bool_option(path, options, "extended_l2")
     if extended_l2 and version < 3:

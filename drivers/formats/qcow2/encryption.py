@@ -29,7 +29,7 @@ class Locked:
     ready = False
 
     def encrypt(self, buffer: memoryview, host: int, guest: int) -> NoReturn:
-        raise secret_missing()
+        raise SecretMissing
 
     decrypt = encrypt
 
@@ -63,10 +63,6 @@ class GuestSectors:
 
     def decrypt(self, buffer: memoryview, host: int, guest: int) -> None:
         self._sectors.decrypt(buffer, guest // SECTOR)
-
-
-def secret_missing() -> SecretMissing:
-    return SecretMissing("Parameter 'encrypt.key-secret' is required for cipher")
 
 
 def read_luks(file: File, header: Header) -> Luks:
@@ -129,6 +125,6 @@ def new_encryption(path: str, options: Mapping[str, str], secrets: Secrets) -> t
 
     wanted = luks.choice(given)
     if "key-secret" not in given:
-        raise secret_missing()
+        raise SecretMissing
     password = secrets.password(given["key-secret"])
     return (AES, b"") if kind == "aes" else (LUKS, luks.create(wanted, password)[1])

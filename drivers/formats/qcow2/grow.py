@@ -26,12 +26,8 @@ if TYPE_CHECKING:
 def prepare_resize(planner: Qcow2Planner, size: int) -> Sequence[Changes]:
     """An L1 table that is large enough for `size` bytes, which may be planned for from now on. Each of the
     changes is a step of its own; the virtual disk stays as it is."""
-    planner.ready()
     header = planner.header
-    if size % 512:
-        raise UsageError("The new size must be a multiple of 512")
-    if header.version == 2 and header.nb_snapshots:
-        raise UnsupportedError("Can't resize a v2 image which has snapshots")
+    _check(planner, size)
     if size < planner.size:
         raise ValueError(f"{planner.path}: {size} bytes are less than {planner.size}")
     changes: list[Changes] = []
@@ -83,11 +79,7 @@ def resize(planner: Qcow2Planner, size: int) -> Sequence[Changes]:
 def shrink(planner: Qcow2Planner, size: int) -> Sequence[Changes]:
     """The virtual size becomes smaller by the last of the changes, each a step of its own. What lay behind is still
     mapped: see `forget`."""
-    planner.ready()
-    if size % 512:
-        raise UsageError("The new size must be a multiple of 512")
-    if planner.header.version == 2 and planner.header.nb_snapshots:
-        raise UnsupportedError("Can't resize a v2 image which has snapshots")
+    _check(planner, size)
     for bitmap in planner.bitmaps:
         _check_bitmap(planner, bitmap, size)
     planner.size = size
@@ -159,6 +151,15 @@ def _exposed_in(planner: Qcow2Planner, cluster: int, entry: int, start: int, end
             right = left if is_zero else min(right, visible)
         if left < right:
             yield left, right
+
+
+def _check(planner: Qcow2Planner, size: int) -> None:
+    """Refuses what cannot have this size or any other."""
+    planner.ready()
+    if size % 512:
+        raise UsageError("The new size must be a multiple of 512")
+    if planner.header.version == 2 and planner.header.nb_snapshots:
+        raise UnsupportedError("Can't resize a v2 image which has snapshots")
 
 
 def _check_bitmap(planner: Qcow2Planner, bitmap: Bitmap, size: int) -> None:

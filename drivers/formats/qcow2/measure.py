@@ -4,21 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from safeimg.drivers.errors import UsageError
+from safeimg.drivers.errors import SecretMissing, UsageError
 from safeimg.drivers.formats.api import Image
 from safeimg.drivers.formats.features import Measured
 from safeimg.drivers.formats.options import bool_option, number_option, size_option
 from safeimg.drivers.formats.qcow2.bitmaps import Bitmap, table_entries
-from safeimg.drivers.formats.qcow2.create import DEFAULT_CLUSTER_SIZE
-from safeimg.drivers.formats.qcow2.encryption import secret_missing
+from safeimg.drivers.formats.qcow2.create import DEFAULT_CLUSTER_SIZE, VERSIONS
 from safeimg.drivers.formats.qcow2.header import MAX_L1_BYTES
 from safeimg.drivers.formats.qcow2.image import Qcow2Image
+from safeimg.drivers.formats.qcow2.l2 import EXTENDED_MIN_CLUSTER_BITS
 from safeimg.drivers.secrets import Secrets
 
 SECTOR = 512
-_VERSIONS = {"1.1": 3, "v3": 3, "0.10": 2, "v2": 2}
 _PREALLOCATIONS = ("off", "metadata", "falloc", "full")
-_MIN_EXTENDED_CLUSTER = 16384
+_MIN_EXTENDED_CLUSTER = 1 << EXTENDED_MIN_CLUSTER_BITS
 _DIRECTORY_ENTRY = 24  # bytes of a bitmap's entry in the directory, without its name
 
 
@@ -39,7 +38,7 @@ class Qcow2Measuring:
         preallocation = options.get("preallocation", "off")
         if preallocation not in _PREALLOCATIONS:
             raise UsageError(f"invalid parameter value: {preallocation}")
-        version = _VERSIONS.get(options.get("compat", "1.1"))
+        version = VERSIONS.get(options.get("compat", "1.1"))
         if version is None:
             raise UsageError(f"Invalid compatibility level: '{options['compat']}'")
         refcount_bits = _refcount_bits(options, version)
@@ -85,7 +84,7 @@ def _luks_bytes(options: Mapping[str, str], secrets: Secrets) -> int:
     prefix = "encrypt."
     wanted = luks.choice({name[len(prefix) :]: value for name, value in options.items() if name.startswith(prefix)})
     if "encrypt.key-secret" not in options:
-        raise secret_missing()
+        raise SecretMissing
     secrets.password(options["encrypt.key-secret"])
     return luks.header_bytes(wanted)
 

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 
 from safeimg.drivers.errors import FormatError
 from safeimg.drivers.formats.api import Patch, Placement
+from safeimg.drivers.formats.placements import add_placement
 from safeimg.drivers.formats.qcow2.entries import COMPRESSED, COPIED
-from safeimg.drivers.formats.qcow2.placing import add_placement, mask_of
+from safeimg.drivers.formats.qcow2.placing import mask_of
 
 if TYPE_CHECKING:
     from safeimg.drivers.formats.qcow2.planner import Qcow2Planner

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from safeimg.drivers.formats.api import Patch, Placement
+from safeimg.drivers.formats.placements import add_placement
 from safeimg.drivers.formats.qcow2.entries import COMPRESSED, COPIED, OFFSET_MASK
 from safeimg.drivers.formats.qcow2.l2 import runs
 
@@ -259,14 +260,3 @@ def mask_of(first: int, behind: int) -> int:
 
 def _lowest(mask: int) -> int:
     return (mask & -mask).bit_length() - 1
-
-
-def add_placement(placements: list[Placement], new: Placement) -> None:
-    """Appends a placement, joined to the last one if it continues it in the guest and in the file."""
-    if placements:
-        last = placements[-1]
-        joins = last.start + last.length == new.start and last.offset + last.length == new.offset
-        if joins and last.fresh == new.fresh:
-            placements[-1] = last._replace(length=last.length + new.length)
-            return
-    placements.append(new)

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from safeimg.drivers.errors import UnsupportedError
 from safeimg.drivers.formats.api import Changes, Placement
 from safeimg.drivers.formats.metadata import MetadataView, Phase
+from safeimg.drivers.formats.placements import add_placement
 from safeimg.drivers.formats.plain import PlainPlanner
 from safeimg.drivers.formats.vdi.header import BLOCK, BLOCKS_ALLOCATED_OFFSET, DISCARDED, ENTRY, SECTOR
 from safeimg.drivers.formats.vdi.image import VdiImage
@@ -55,7 +56,7 @@ class VdiPlanner(PlainPlanner):
             if place is None:
                 begin = block * BLOCK
                 place = Placement(begin, min(BLOCK, self._size - begin), self._allocate(block), True)
-            _add(placements, place)
+            add_placement(placements, place)
         return placements
 
     def zero(self, start: int, length: int) -> Sequence[Placement]:
@@ -63,7 +64,7 @@ class VdiPlanner(PlainPlanner):
         for block, low, high in self._blocks(start, length):
             place = self._present(block, low, high)
             if place is not None:
-                _add(placements, place)
+                add_placement(placements, place)
         return placements
 
     def prepare_resize(self, size: int) -> Sequence[Changes]:
@@ -116,16 +117,3 @@ class VdiPlanner(PlainPlanner):
 
     def _host(self, number: int) -> int:
         return self._header.data_offset + number * BLOCK
-
-
-def _add(placements: list[Placement], new: Placement) -> None:
-    """Appends a placement, joined to the last one if it continues it in the guest and in the file."""
-    last = placements[-1] if placements else None
-    if (
-        last is not None
-        and (last.start + last.length, last.offset + last.length) == (new.start, new.offset)
-        and last.fresh == new.fresh
-    ):
-        placements[-1] = last._replace(length=last.length + new.length)
-    else:
-        placements.append(new)
