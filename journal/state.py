@@ -69,6 +69,7 @@ class OperationState:
     steps: list[LiveStep] = field(default_factory=list)  # oldest first
     last_number: int = 0
     longest: dict[int, int] = field(default_factory=dict)  # by image: the greatest file length any step asked for
+    cut: dict[int, int] = field(default_factory=dict)  # by image: the least file length any step has cut it to
     no_return: int | None = None
     paused: str | None = None
     recovery: RecoveryStarted | None = None
@@ -158,6 +159,8 @@ def _apply_started(
         state.last_number = event.number
         for record in event.lengths:
             state.longest[record.image] = max(state.longest.get(record.image, 0), record.after)
+            if record.after < record.before:
+                state.cut[record.image] = min(state.cut.get(record.image, record.after), record.after)
         state.steps.append(LiveStep(event))
         state.observed -= step_images(event)
         return None

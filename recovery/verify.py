@@ -39,7 +39,7 @@ def verify(
     return, whose before-images nobody keeps."""
     files = {image: target.file for image, target in targets.items()}
     for image, file in files.items():
-        _verify_metadata(file, composite(state.steps, image), _limit(state, image))
+        _verify_metadata(file, composite(state.steps, image), state.cut.get(image))
     later: list[MoveRecord] = []  # what newer steps wrote in place
     for step in reversed(state.steps):
         if step.in_flux and (state.no_return is None or step.prepared.number < state.no_return):
@@ -64,18 +64,9 @@ def verify_sources(state: OperationState, files: Mapping[int, File]) -> None:
             )
 
 
-def _limit(state: OperationState, image: int) -> int | None:
-    """Where the operation itself cut the image's file: nothing is left to check beyond."""
-    cuts = [
-        record.after
-        for step in state.steps
-        for record in step.prepared.lengths
-        if record.image == image and record.after < record.before
-    ]
-    return min(cuts, default=None)
-
-
 def _verify_metadata(file: File, sectors: dict[int, Sector], limit: int | None) -> None:
+    """`limit`: where the operation itself cut the file, or has begun to: nothing is left to check beyond, even if the
+    step was taken back since."""
     for first, count in runs(sectors):
         start = first * SECTOR
         if limit is not None and start >= limit:

@@ -16,8 +16,9 @@ from powercut.judge import STEP_BYTES, Judge, Look, Scenario, environment, sidec
 from safeimg.drivers.errors import DriverError, SyncFailed
 from safeimg.drivers.formats.chain import close_chain, open_chain
 from safeimg.drivers.formats.registry import lookup
-from safeimg.drivers.storage.powercut import power_cut
+from safeimg.drivers.storage.powercut import crash_states, power_cut
 from safeimg.drivers.storage.simulated import Killed, SimulatedFileSystem
+from safeimg.journal import find
 from safeimg.journal.codec import encode_event
 from safeimg.journal.errors import LogForeign
 from safeimg.journal.events import Declared, ImageRecord, PatchRecord, PointOfNoReturn, StepPrepared
@@ -425,3 +426,27 @@ def test_steps_are_several() -> None:
     fs.begin_trace()
     trio.run(main)
     assert len(fs.trace) > 50
+
+
+def test_a_file_that_was_cut_stays_so_when_the_cut_is_taken_back() -> None:
+    """Killed between the cut and its record, and again while it was being resumed: what lay behind is not missed."""
+    judge = Judge(scenario("commit into raw"))
+    entries = range(len(judge.trace_of.trace) + 1)
+    states = [
+        state
+        for state in crash_states(judge.initial, judge.trace_of.trace, seed=1, prefixes=[*entries[-40:]],
+                                  subsets_per_prefix=0, singles_per_prefix=0)
+        if _is_cut(state.fs)
+    ]
+    assert states
+    judge.crash_again(states[0], seed=1, count=12)
+    assert judge.counter.second >= 12
+
+
+def _is_cut(fs: SimulatedFileSystem) -> bool:
+    """Whether the overlay's file is cut, and the log does not say so."""
+    found = find.find(fs, "/base.raw")
+    if not isinstance(found, find.LogFound) or not found.started:
+        return False
+    state = fold(read_events(fs, found.path))
+    return 1 in state.cut and not state.steps[-1].applied and len(fs.read_file("/top.qcow2")) == state.cut[1]
