@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from safeimg.drivers.errors import UsageError
 from safeimg.drivers.formats.api import Image
-from safeimg.drivers.formats.features import BitmapBits, BitmapState, WantedBitmap
+from safeimg.drivers.formats.features import BitmapBits, BitmapState, WantedBitmap, inconsistent
 from safeimg.drivers.formats.registry import lookup
 
 KINDS = ("add", "remove", "clear", "enable", "disable", "merge")
@@ -134,8 +134,4 @@ class _Plan:
 
 def _refuse_inconsistent(action: BitmapAction, state: BitmapState) -> None:
     if state.inconsistent:
-        raise ActionRefused(
-            action,
-            f"Bitmap '{state.name}' is inconsistent and cannot be used\n"
-            "Try block-dirty-bitmap-remove to delete this bitmap from disk",
-        )
+        raise ActionRefused(action, inconsistent(state.name))

@@ -21,9 +21,10 @@ from safeimg.drivers.formats.registry import lookup
 from safeimg.drivers.transfer.core import Transfer
 from safeimg.drivers.transfer.view import View
 from safeimg.ops.filling import STEP_BYTES, Batch, Filler, grow
+from safeimg.ops.phases import END, in_phases
 from safeimg.ops.steps import Step
 
-PHASES = ("fence", "grow", "bitmaps", "data", "release", "empty", "compact", "trim", "end")
+PHASES = ("fence", "grow", "bitmaps", "data", "release", "empty", "compact", "trim")
 
 
 def _advance(
@@ -84,11 +85,8 @@ class Commit:
         return tuple((0, offset, length) for offset, length in self._planner.freed())
 
     async def steps(self, cursor: Any | None) -> AsyncIterator[Step]:
-        phase = "fence" if cursor is None else cursor["phase"]
-        for name in PHASES[PHASES.index(phase) : -1]:
-            run = getattr(self, f"_{name}")
-            async for step in run(cursor if name == phase and cursor is not None else {"phase": name}):
-                yield step
+        async for step in in_phases(self, PHASES, cursor):
+            yield step
 
     async def _fence(self, cursor: dict[str, Any]) -> AsyncIterator[Step]:
         changes = [(index, lookup(image.format).fence(image)) for index, image in enumerate(self.images[:2])]
@@ -140,11 +138,11 @@ class Commit:
             emptied = driver.reopen(self._top)  # its header is another one now
             changes, length = driver.planner(emptied).compact()
             yield Step("compact", {"phase": "trim", "length": length}, 0, changes=[(1, changes)], no_return=True)
-            yield Step("trim", {"phase": "end"}, 0, truncate=[(1, length)], no_return=True)
+            yield Step("trim", {"phase": END}, 0, truncate=[(1, length)], no_return=True)
 
     async def _trim(self, cursor: dict[str, Any]) -> AsyncIterator[Step]:
         if "length" in cursor:  # only when resumed between the two: `_compact` yields both
-            yield Step("trim", {"phase": "end"}, 0, truncate=[(1, cursor["length"])], no_return=True)
+            yield Step("trim", {"phase": END}, 0, truncate=[(1, cursor["length"])], no_return=True)
 
     def _above(self, start: int) -> Iterator[tuple[int, int, bool]]:
         """Guest ranges that the layers above the base hold: start, length, and whether they read as zeroes."""

@@ -19,7 +19,7 @@ from safeimg.ops.change import Action, Changing, Settings
 from safeimg.ops.errors import Conflict
 from safeimg.ops.filling import STEP_BYTES
 from safeimg.ops.launch import Environment, Job, launch
-from safeimg.ops.rebase_safe import Rebase
+from safeimg.ops.rebase_safe import Rebase, rebasing
 from safeimg.ops.reopening import reopen_home, started_settings, unlinked_by
 from safeimg.ops.repair import open_to_change
 from safeimg.ops.session import touched
@@ -99,10 +99,7 @@ def _actions(settings: Settings) -> Sequence[Action]:
     backing, backing_format = _names(settings)
 
     def set_backing(image: Image, planner: Planner) -> Iterable[Changes]:
-        rebasing = lookup(image.format).rebasing
-        if rebasing is None:
-            raise Conflict(f"{image.file.path}: {image.format} images have no backing image")
-        return rebasing.set_backing(image, planner, backing, backing_format)
+        return rebasing(image).set_backing(image, planner, backing, backing_format)
 
     return [set_backing]
 

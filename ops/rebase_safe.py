@@ -16,6 +16,7 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from safeimg.drivers.formats.api import Image, Kind, Patch
+from safeimg.drivers.formats.features import Rebasing
 from safeimg.drivers.formats.registry import lookup
 from safeimg.drivers.transfer.buffers import BufferPool
 from safeimg.drivers.transfer.core import CHUNK, Transfer
@@ -24,6 +25,7 @@ from safeimg.drivers.transfer.view import LayerExtent, View
 from safeimg.drivers.transfer.zero import is_zero
 from safeimg.ops.errors import Conflict
 from safeimg.ops.filling import STEP_BYTES, Batch, Filler
+from safeimg.ops.phases import END, in_phases
 from safeimg.ops.steps import Step
 
 PHASES = ("fence", "data", "switch", "release")
@@ -88,13 +90,10 @@ class Rebase:
         return tuple((0, *freed) for freed in self._filler.planner.freed())
 
     async def steps(self, cursor: Any | None) -> AsyncIterator[Step]:
-        phase = "fence" if cursor is None else cursor["phase"]
-        for name in PHASES[PHASES.index(phase):] if phase in PHASES else ():
-            run = getattr(self, f"_{name}")
-            async for step in run(cursor if name == phase and cursor is not None else {"phase": name}):
-                for _, changes in step.changes:
-                    self._unlinked += changes.unlinked
-                yield step
+        async for step in in_phases(self, PHASES, cursor):
+            for _, changes in step.changes:
+                self._unlinked += changes.unlinked
+            yield step
 
     async def _fence(self, cursor: dict[str, Any]) -> AsyncIterator[Step]:
         changes = lookup(self._top.format).fence(self._top)
@@ -126,11 +125,8 @@ class Rebase:
             self._transfer.progress.set_done(done)
 
     async def _switch(self, cursor: dict[str, Any]) -> AsyncIterator[Step]:
-        driver = lookup(self._top.format)
-        if driver.rebasing is None:
-            raise Conflict(f"{self._top.file.path}: {self._top.format} images have no backing image")
         self._plan_anew()
-        *first, last = driver.rebasing.set_backing(self._top, self._filler.planner, *self._backing)
+        *first, last = rebasing(self._top).set_backing(self._top, self._filler.planner, *self._backing)
         for changes in first:
             yield Step("switch", {"phase": "switch"}, 0, changes=[(0, changes)])
         yield Step("switch", {"phase": "release"}, 0, changes=[(0, last)])
@@ -138,7 +134,7 @@ class Rebase:
     async def _release(self, cursor: dict[str, Any]) -> AsyncIterator[Step]:
         changes = self._filler.planner.release()
         if changes:
-            yield Step("release", {"phase": "end"}, 0, changes=[(0, changes)])
+            yield Step("release", {"phase": END}, 0, changes=[(0, changes)])
 
     def _plan_anew(self) -> None:
         """The header is fenced by now, and the next planner has to know it."""
@@ -191,6 +187,14 @@ class Rebase:
                 zero = old is None or is_zero(old[at:stop])
                 yield Difference(piece.start + at, stop - at, zero)
             at = stop
+
+
+def rebasing(image: Image) -> Rebasing:
+    """`Conflict` if the image's format knows no backing images: an operation on it comes from no log of ours."""
+    feature = lookup(image.format).rebasing
+    if feature is None:
+        raise Conflict(f"{image.file.path}: {image.format} images have no backing image")
+    return feature
 
 
 def _parts(view: View | None, start: int, end: int) -> Parts | None:

@@ -27,12 +27,15 @@ from safeimg.journal.state import OperationState
 from safeimg.ops.errors import Conflict
 from safeimg.ops.filling import STEP_BYTES, Filler, grow
 from safeimg.ops.launch import Environment, Job, launch
+from safeimg.ops.phases import END, in_phases
 from safeimg.ops.reopening import reopen_home, started_settings, unlinked_by
 from safeimg.ops.repair import open_to_change
 from safeimg.ops.session import touched
 from safeimg.ops.steps import Step
 
 PREALLOCATIONS = ("off", "metadata", "falloc", "full")
+GROWING = ("fence", "grow", "reserve", "release")
+SHRINKING = ("fence", "shrink", "forget", "release", "trim")
 TABLES = 64  # L2 tables that a step of shrinking unmaps
 
 
@@ -72,14 +75,8 @@ class Resize:
         return tuple((0, *freed) for freed in self._planner.freed())
 
     async def steps(self, cursor: Any | None) -> AsyncIterator[Step]:
-        phases = ("fence", "grow", "reserve", "release") if self._new > self._old else (
-            "fence", "shrink", "forget", "release", "trim"
-        )
-        phase = "fence" if cursor is None else cursor["phase"]
-        for name in phases[phases.index(phase):] if phase in phases else ():
-            run = getattr(self, f"_{name}")
-            async for step in run(cursor if name == phase and cursor is not None else {"phase": name}):
-                yield step
+        async for step in in_phases(self, GROWING if self._new > self._old else SHRINKING, cursor):
+            yield step
 
     async def _fence(self, cursor: dict[str, Any]) -> AsyncIterator[Step]:
         changes = lookup(self._image.format).fence(self._image)
@@ -104,7 +101,8 @@ class Resize:
     async def _release(self, cursor: dict[str, Any]) -> AsyncIterator[Step]:
         changes = self._planner.release()
         if changes:
-            yield Step("release", {"phase": "trim"}, 0, changes=[(0, changes)])
+            after = END if self._new > self._old else "trim"
+            yield Step("release", {"phase": after}, 0, changes=[(0, changes)])
 
     async def _shrink(self, cursor: dict[str, Any]) -> AsyncIterator[Step]:
         switches = self._planner.shrink(self._new)
@@ -128,7 +126,7 @@ class Resize:
         end = driver.used_end(driver.reopen(self._image))
         length = self._planner.place(0, 1)[0].offset + self._new if end is None else end
         if length < self._image.file.length():
-            yield Step("trim", {"phase": "end"}, 0, truncate=[(0, length)], no_return=True)
+            yield Step("trim", {"phase": END}, 0, truncate=[(0, length)], no_return=True)
 
     def _allocate(self, placements: Sequence[Placement]) -> None:
         """Zeroes for clusters that are allocated ahead. Encrypted ones have to be written."""
@@ -193,7 +191,7 @@ def open_layers(fs: FileSystem, home: str, state: OperationState, secrets: Secre
 
 def make_job(layers: list[Image], state: OperationState, transfer: Transfer) -> Job:
     """See `registry.Reopener`."""
-    released = isinstance(state.cursor, dict) and state.cursor.get("phase") in ("trim", "end")
+    released = isinstance(state.cursor, dict) and state.cursor.get("phase") in ("trim", END)
     unlinked = () if released else unlinked_by(state)  # what is freed may lie beyond the end of a file that was cut
     return _job(layers, _settings(layers[0].file.path, state), transfer, unlinked=unlinked)
 

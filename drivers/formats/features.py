@@ -131,6 +131,14 @@ class Snapshotting(Protocol):
     def delete(self, image: Image, planner: Planner, entry: SnapshotEntry) -> Iterable[Changes]: ...
 
 
+def inconsistent(name: str) -> str:
+    """QEMU's message where a bitmap is asked for whose bits mean nothing."""
+    return (
+        f"Bitmap '{name}' is inconsistent and cannot be used\n"
+        "Try block-dirty-bitmap-remove to delete this bitmap from disk"
+    )
+
+
 class BitmapState(NamedTuple):
     """A persistent bitmap, without its bits."""
 

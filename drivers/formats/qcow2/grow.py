@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from safeimg.drivers.errors import UnsupportedError, UsageError
 from safeimg.drivers.formats.api import Changes
+from safeimg.drivers.formats.features import inconsistent
 from safeimg.drivers.formats.qcow2.bitmap_store import all_kept, store
 from safeimg.drivers.formats.qcow2.bitmaps import MAX_BITMAP_BYTES, Bitmap
 from safeimg.drivers.formats.qcow2.entries import COMPRESSED
@@ -164,10 +165,7 @@ def _check(planner: Qcow2Planner, size: int) -> None:
 
 def _check_bitmap(planner: Qcow2Planner, bitmap: Bitmap, size: int) -> None:
     if bitmap.in_use:
-        raise UsageError(
-            f"Bitmap '{bitmap.name}' is inconsistent and cannot be used\n"
-            "Try block-dirty-bitmap-remove to delete this bitmap from disk"
-        )
+        raise UsageError(inconsistent(bitmap.name))
     if -(-size >> bitmap.granularity_bits) > 8 * MAX_BITMAP_BYTES:
         raise UnsupportedError(
             f"{planner.path}: bitmap '{bitmap.name}' cannot grow to {size} bytes: remove it first"
