@@ -9,6 +9,7 @@ SECONDS ?= 600
 SEED ?= 1
 STATES ?=
 RUNS ?= 3
+OPERATION ?= commit
 KILLS ?= 200
 SIZE ?= 1G
 LINES ?= 5000
@@ -27,7 +28,7 @@ help:
 	@echo "make bench       safeimg against qemu-img, wall time: RUNS=$(RUNS)"
 	@echo "make crash-soak  simulated power cuts: SECONDS=$(SECONDS) SEED=$(SEED) JOBS=$(JOBS) STATES= enough"
 	@echo "make mutations   the power-cut simulation on a protocol with deliberate faults: it has to catch each"
-	@echo "make kill-soak   real commits killed: KILLS=$(KILLS) SIZE=$(SIZE) SEED=$(SEED)"
+	@echo "make kill-soak   real commands killed: OPERATION=$(OPERATION) KILLS=$(KILLS) SIZE=$(SIZE) SEED=$(SEED)"
 	@echo "make conformance QEMU's own tests with safeimg as qemu-img: FORMAT= (all) CASES= (all) JOBS=$(JOBS) PROGRAM= (safeimg)"
 	@echo "make differential  generated command lines, qemu-img's outcome against safeimg's: LINES=$(LINES) SEED=$(SEED) ONLY= (commands)"
 	@echo "make clean       removes what these made"
@@ -60,7 +61,7 @@ mutations: $(STAMP)
 	cd tests && ../$(BIN)/python -m powercut.mutations
 
 kill-soak: $(STAMP)
-	cd tests && ../$(BIN)/python -m kills.soak --kills $(KILLS) --seed $(SEED) --size $(SIZE)
+	cd tests && ../$(BIN)/python -m kills.soak --operation $(OPERATION) --kills $(KILLS) --seed $(SEED) --size $(SIZE)
 
 conformance: $(STAMP)
 	@cd tests && ../$(BIN)/python -m conformance.run --jobs $(JOBS) --format "$(FORMAT)" --cases "$(CASES)" \

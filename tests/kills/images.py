@@ -46,12 +46,12 @@ def build(folder: Path, size: int, seed: int) -> None:
     for number in range(NOISES):
         (noise / str(number)).write_bytes(rng.randbytes(1 << 20))
     img("create", "-q", "-f", "qcow2", base, str(smaller))
-    _write(base, _special(rng, smaller, size >> 25) + _data(rng, noise, smaller, size // 5, piece=1 << 20))
+    write(base, _special(rng, smaller, size >> 25) + _data(rng, noise, smaller, size // 5, piece=1 << 20))
     img("snapshot", "-c", "shared", base)
-    _write(base, _data(rng, noise, smaller, size // 2, piece=1 << 20))
+    write(base, _data(rng, noise, smaller, size // 2, piece=1 << 20))
     img("bitmap", "--add", base, "backup")
     img("create", "-q", "-f", "qcow2", "-b", base.name, "-F", "qcow2", top, str(size))
-    _write(
+    write(
         top,
         _special(rng, size, size >> 25)
         + _data(rng, noise, size, size // 4, piece=256 << 10)
@@ -91,7 +91,7 @@ def _special(rng: random.Random, size: int, count: int) -> list[str]:
     return commands
 
 
-def _write(image: Path, commands: list[str]) -> None:
+def write(image: Path, commands: list[str]) -> None:
     """qemu-io plays the guest."""
     done = subprocess.run(
         ["qemu-io", "-f", "qcow2", image],

@@ -1,8 +1,9 @@
-"""Real kills: SIGKILL at random moments of real commits, then recovery by real processes, judged by qemu-img.
+"""Real kills: SIGKILL at random moments of real operations, then recovery by real processes, judged by qemu-img.
 
-    python -m kills.soak --kills 200 --seed 1 --size 1G --dir DIR        (with tests/ on the path)
+    python -m kills.soak --operation all --kills 200 --seed 1 --size 1G --dir DIR        (with tests/ on the path)
 
-Each round: fresh images | safeimg commit, killed | as it is: only leaks, and the top shows what it showed (G1) |
+`--operation` is commit if not given; `--size` is of the commit's images. Of other operations: rounds.py. Each round
+of commit: fresh images | safeimg commit, killed | as it is: only leaks, and the top shows what it showed (G1) |
 resume or rollback, sometimes killed itself and repeated | qemu-img check, compare and info, audit verify, nothing
 left beside the images. The first failure ends the soak; images, log and a copy of the state that the kill left
 stay in DIR.
@@ -11,35 +12,21 @@ stay in DIR.
 from __future__ import annotations
 
 import argparse
-import os
 import random
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from kills import images
+from kills import images, rounds
 from kills.images import Wrong
-from safeimg.drivers.storage.file import LocalFileSystem
-from safeimg.journal.errors import LogVoid
-from safeimg.journal.events import (
-    Completed,
-    Event,
-    StepApplied,
-    StepPrepared,
-    TakenBack,
-    TakingBack,
-)
-from safeimg.journal.log import read_events
-from safeimg.journal.state import fold
+from kills.operations import OPERATIONS
+from kills.processes import PLAIN, Processes, Timing, read_log
 
-PLAIN = ("-m", "safeimg.cli.main")
 # The same program with small steps, so that a kill meets every kind of step many times.
 STEPPED = (
     "-c",
@@ -47,20 +34,6 @@ STEPPED = (
     "commit.__kwdefaults__['step_bytes'] = {step}; main()",
 )
 STEPS = 24  # about as many data steps has a commit with small ones
-
-
-@dataclass
-class Timing:
-    """How long a command takes that nobody kills, seconds: kills spread over all of that."""
-
-    seconds: float
-
-    def moment(self, rng: random.Random) -> float:
-        return rng.uniform(0, self.seconds)
-
-    def learn(self, seconds: float) -> None:
-        """A command ended by itself before it was to be killed."""
-        self.seconds += (seconds - self.seconds) / 4
 
 
 @dataclass
@@ -90,7 +63,7 @@ class Soak:
         for stepped in (False, True):
             images.copy(self.pristine, self.work)
             started = time.monotonic()
-            self.finish(self.start(self.commit(stepped)))
+            self.processes.finish(self.processes.start(self.commit(stepped)))
             self.commits[stepped] = Timing(time.monotonic() - started)
             self.settled_as("after")
 
@@ -104,38 +77,9 @@ class Soak:
         )
         return [*program, "commit", "-q", "top.qcow2"]
 
-    def start(self, words: Sequence[str]) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            [sys.executable, *words],
-            cwd=self.work,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "SAFEIMG_STATE_DIR": str(self.folder / "state")},
-        )
-
-    def finish(self, process: subprocess.Popen[str], accept: tuple[int, ...] = (0,)) -> str:
-        out, err = process.communicate()
-        if process.returncode not in accept or (process.returncode and len(err.splitlines()) != 1):
-            raise Wrong(f"{process.args!r}: exit code {process.returncode}: {out.strip()} {err.strip()}")
-        return err if process.returncode else out
-
-    def killed(self, words: Sequence[str], timing: Timing) -> float | None:
-        """Starts a command and kills it: when, in seconds after its start; None if it ended before that."""
-        moment = timing.moment(self.rng)
-        started = time.monotonic()
-        process = self.start(words)
-        try:
-            process.wait(moment)
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)
-        self_ended = process.wait() != -signal.SIGKILL
-        if self_ended:
-            self.finish(process, (0, 6))
-            timing.learn(time.monotonic() - started)
-            return None
-        process.communicate()
-        return moment
+    @property
+    def processes(self) -> Processes:
+        return Processes(self.work, self.folder / "state", self.rng)
 
     # ---- a round
 
@@ -144,7 +88,7 @@ class Soak:
         stepped = number % 2 == 0
         while True:
             images.copy(self.pristine, self.work)
-            moment = self.killed(self.commit(stepped), self.commits[stepped])
+            moment = self.processes.killed(self.commit(stepped), self.commits[stepped])
             if moment is not None:
                 break
             self.early += 1
@@ -173,20 +117,7 @@ class Soak:
         )
 
     def read_log(self) -> tuple[str, str]:
-        """The phase that the kill hit, by the log's last event, and what recovery has to reach."""
-        path = self.work / "base.qcow2.safeimg"
-        if not path.exists():
-            return "no log", "either"
-        try:
-            events = read_events(LocalFileSystem(), str(path))
-        except LogVoid:
-            return "log without event", "before"
-        state = fold(events)
-        if isinstance(state.outcome, Completed):
-            return _phase(events), "after"
-        if state.started is None:
-            return _phase(events), "before"
-        return _phase(events), "after" if state.past_return else "undecided"
+        return read_log(self.work / "base.qcow2.safeimg")
 
     def as_it_is(self) -> None:
         """G1, while the images lie as the kill left them."""
@@ -202,7 +133,7 @@ class Soak:
         kills = 0
         for _ in range(self.rng.choice((0, 0, 1, 2))):
             words = command if first == "again" else [*PLAIN, first, self.image()]
-            if self.killed(words, self.recovery) is None:
+            if self.processes.killed(words, self.recovery) is None:
                 break
             kills += 1
         return first, kills
@@ -211,14 +142,14 @@ class Soak:
         """Resumes (with "again": by the identical command) or rolls back, where that can still be done."""
         started = time.monotonic()
         if action == "again":
-            self.finish(self.start(command))
+            self.processes.finish(self.processes.start(command))
         else:
             image = self.image()
-            said = self.finish(self.start([*PLAIN, action, image]), (0, 6))
+            said = self.processes.finish(self.processes.start([*PLAIN, action, image]), (0, 6))
             if "point of no return" in said:
-                said = self.finish(self.start([*PLAIN, "resume", image]))
+                said = self.processes.finish(self.processes.start([*PLAIN, "resume", image]))
             if "nothing is pending" in said:  # killed before the overlay had its pointer, or when it had lost it
-                self.finish(self.start([*PLAIN, "resume", "base.qcow2"]))
+                self.processes.finish(self.processes.start([*PLAIN, "resume", "base.qcow2"]))
         self.recovery.learn(time.monotonic() - started)
 
     def image(self) -> str:
@@ -242,16 +173,7 @@ class Soak:
         if expected == "after" and images.own_data(top):
             raise Wrong(f"{top} is not empty")
         for image in images.NAMES:
-            self.finish(self.start([*PLAIN, "audit", "verify", image]))
-
-
-def _phase(events: Sequence[Event]) -> str:
-    """What the process was at, in words: its last event."""
-    names = {event.number: event.name for event in events if isinstance(event, StepPrepared)}
-    last = events[-1]
-    if isinstance(last, StepPrepared | StepApplied | TakingBack | TakenBack):
-        return f"{type(last).__name__} {names[last.number]}"
-    return type(last).__name__
+            self.processes.finish(self.processes.start([*PLAIN, "audit", "verify", image]))
 
 
 def run(folder: Path, kills: int, size: int, seed: int, *, quiet: bool = False) -> Soak:
@@ -277,7 +199,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--kills", type=int, default=200)
+    parser.add_argument("--operation", choices=("commit", *OPERATIONS, "all"), default="commit")
+    parser.add_argument("--kills", type=int, default=200, help="of each operation")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument(
         "--size", type=bytes_of, default=1 << 30, help="of the virtual disk: bytes, or 64M, 1G"
@@ -286,22 +209,32 @@ def main() -> int:
     options = parser.parse_args()
     options.dir.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix="kills-", dir=options.dir))
-    started = time.monotonic()
-    try:
-        soak = run(folder, options.kills, options.size, options.seed)
-    except (Wrong, subprocess.CalledProcessError) as error:
-        print(f"FAILED: {error}\nthe evidence is in {folder}", flush=True)
-        return 1
-    shutil.rmtree(folder)
-    print(summary(soak, options.kills, time.monotonic() - started))
-    return 0
+    names = ("commit", *OPERATIONS) if options.operation == "all" else (options.operation,)
+    failures = 0
+    for name in names:
+        started = time.monotonic()
+        done: Soak | rounds.Rounds
+        try:
+            if name == "commit":
+                done = run(folder, options.kills, options.size, options.seed)
+            else:
+                print(f"{name}:", flush=True)
+                done = rounds.run(folder, OPERATIONS[name], options.kills, options.seed)
+        except (Wrong, subprocess.CalledProcessError) as error:
+            print(f"FAILED: {name}: {error}\nthe evidence is in {folder}", flush=True)
+            failures += 1
+            continue
+        print(summary(name, done, options.kills, time.monotonic() - started), flush=True)
+    if not failures:
+        shutil.rmtree(folder)
+    return min(failures, 1)
 
 
-def summary(soak: Soak, kills: int, seconds: float) -> str:
+def summary(name: str, soak: Soak | rounds.Rounds, kills: int, seconds: float) -> str:
     """The closing lines."""
     lines = [
-        f"{kills} kills in {seconds:.0f} s, {soak.recovery_kills} more of recoveries, no failure; "
-        f"{soak.early} commits ended before their kill and were not counted",
+        f"{name}: {kills} kills in {seconds:.0f} s, {soak.recovery_kills} more of recoveries, no failure; "
+        f"{soak.early} commands ended before their kill and were not counted",
         *(f"{count:6}  {outcome}" for outcome, count in sorted(soak.outcomes.items())),
         "the last event in the log when the kill came:",
         *(f"{count:6}  {phase}" for phase, count in soak.phases.most_common()),
