@@ -197,7 +197,10 @@ class Rounds:
                 expected = self.begin(small) if action == "again" else self.untouched(small)
                 return expected, kills
         elif action == "again":
-            action = "resume"  # done: the command would do it once more
+            if expected == "before":
+                expected = "after"  # it had not begun: it begins anew
+            else:
+                action = "resume"  # done: the command would do it once more
         started = time.monotonic()
         said = self.processes.finish(self.processes.start(self.settling(action, small)), (0, 6))
         if "point of no return" in said:
@@ -211,7 +214,7 @@ class Rounds:
             now = shown(self.work)
             return "after" if not difference(now, self.after) else ""
         expected = read_log(self.log)[1]
-        return expected if expected == "after" else ""
+        return "" if expected == "undecided" else expected
 
     def begin(self, small: bool) -> str:
         self.processes.finish(self.processes.start(self.command(small)))
