@@ -150,7 +150,7 @@ OPERATIONS = {
         Operation(
             "convert",
             _two_bases,
-            ("convert", "-r", "20M", "-O", "qcow2", "top.qcow2", "target.qcow2"),
+            ("convert", "-r", "8M", "-O", "qcow2", "top.qcow2", "target.qcow2"),
             "target.qcow2",
             target="target.qcow2",
         ),
