@@ -10,6 +10,10 @@ Several steps may patch one sector (hazard 10), so a sector is judged against th
 
 A disk writes 512-byte sectors whole or not at all, so every sector holds exactly one of its values. Bytes that no
 patch covers belong to others and are not compared.
+
+But where several steps in flux patch one sector, values mix: the patches of the older one may be lost when the newer
+one's are taken back, which puts there what the older one had made of these bytes and of no others. Of such a sector
+each byte has to be one of those that it had in any value.
 """
 
 from __future__ import annotations
@@ -44,10 +48,13 @@ class Sector:
 
     current: _Value = field(default_factory=lambda: _Value(bytearray(SECTOR), bytearray(SECTOR)))
     earlier: list[_Value] = field(default_factory=list)
+    unsettled: set[int] = field(default_factory=set)  # the steps in flux that patch it
 
-    def write(self, start: int, before: bytes | None, after: bytes, *, in_flux: bool) -> None:
+    def write(self, start: int, before: bytes | None, after: bytes, *, step: int, in_flux: bool) -> None:
         """Applies a patch's bytes from `start` of the sector on: certain ones to every value, others make a new one."""
         end = start + len(after)
+        if in_flux:
+            self.unsettled.add(step)
         changed = [self.current]
         if in_flux:
             old = self.current.copy()
@@ -62,7 +69,12 @@ class Sector:
             value.mask[start:end] = b"\xff" * len(after)
 
     def allows(self, sector: bytes) -> bool:
-        return self.current.matches(sector) or any(value.matches(sector) for value in self.earlier)
+        values = (self.current, *self.earlier)
+        if any(value.matches(sector) for value in values):
+            return True
+        return len(self.unsettled) > 1 and all(
+            any(not value.mask[at] or value.data[at] == byte for value in values) for at, byte in enumerate(sector)
+        )
 
 
 def _fill(value: _Value, start: int, known: bytes) -> None:
@@ -84,7 +96,7 @@ def composite(steps: Sequence[LiveStep], image: int) -> dict[int, Sector]:
             for number, start, low, high in _pieces(patch.offset, len(patch.after)):
                 sector = sectors.setdefault(number, Sector())
                 before = None if patch.before is None else patch.before[low:high]
-                sector.write(start, before, patch.after[low:high], in_flux=uncertain)
+                sector.write(start, before, patch.after[low:high], step=step.prepared.number, in_flux=uncertain)
     return sectors
 
 

@@ -16,7 +16,7 @@ from powercut.judge import STEP_BYTES, Judge, Look, Scenario, environment, sidec
 from safeimg.drivers.errors import DriverError, SyncFailed
 from safeimg.drivers.formats.chain import close_chain, open_chain
 from safeimg.drivers.formats.registry import lookup
-from safeimg.drivers.storage.powercut import crash_states, power_cut
+from safeimg.drivers.storage.powercut import crash_states, power_cut, replay
 from safeimg.drivers.storage.simulated import Killed, SimulatedFileSystem
 from safeimg.journal import find
 from safeimg.journal.codec import encode_event
@@ -226,6 +226,33 @@ def test_hazard_10_steps_patch_the_same_bytes() -> None:
         assert list(found) == [0]
         for value in b"ABCD":
             assert found[0].allows(sector(bytes([value]))) is (value in allowed)
+
+
+def test_hazard_10_a_step_is_taken_back_where_the_one_below_it_was_lost() -> None:
+    """Both in flux: the older one patched two bytes, the newer one the second of them. The power cut lost both;
+    taking back the newer one then puts back what the older one had made of that byte."""
+    steps = [
+        LiveStep(StepPrepared(1, "data", link=(PatchRecord(0, 100, b"ab", b"AB"),), cursor=1)),
+        LiveStep(StepPrepared(2, "data", link=(PatchRecord(0, 101, b"B", b"C"),), cursor=2), taking_back=True),
+    ]
+    found = composite(steps, 0)[0]
+    for content in (b"ab", b"AB", b"AC", b"aB", b"ax", b"CB"):
+        assert found.allows(bytes(100) + content + bytes(SECTOR - 102)) is (content not in (b"ax", b"CB"))
+    steps[0].applied = True
+    assert not composite(steps, 0)[0].allows(bytes(100) + b"aB" + bytes(SECTOR - 102))
+
+
+def test_a_data_file_gets_data_before_its_step_is_on_record() -> None:
+    """It has no fence: what it looks like says nothing of whether somebody else wrote to it."""
+    judge = Judge(scenario("convert -n --undo into a data file"))
+    writes = [
+        number
+        for number, entry in enumerate(judge.trace_of.trace.entries, 1)
+        if entry.kind == "write" and entry.node == judge.initial.stat("/data.bin").inode
+    ]
+    assert writes
+    for number in writes:
+        judge.judge(replay(judge.initial, judge.trace_of.trace, f"prefix={number} seed=0 kind=kill member=whole"))
 
 
 @needs_qemu
