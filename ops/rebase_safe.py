@@ -2,8 +2,8 @@
 
     fence     nobody writes to the overlay any more
     data      what the overlay does not hold itself, and what is not the same in the new backing image, is copied from
-              the old one into fresh space: the overlay shows the same as before. Its enabled bitmaps get the bits all
-              the same, as QEMU's do
+              the old one into fresh space: the overlay shows the same as before. As with QEMU, zeroes are copied too,
+              marked as zeroes is only what lies behind the old one's end; and the overlay's enabled bitmaps get bits
     switch    the header names the new backing image
     release   what copied tables replaced loses its reference
 
@@ -47,7 +47,7 @@ class Piece(NamedTuple):
 class Difference(NamedTuple):
     start: int
     length: int
-    zero: bool  # in the old chain
+    zero: bool  # to be marked as zeroes
 
 
 class Rebase:
@@ -68,6 +68,7 @@ class Rebase:
         before, after = layers[1 : 1 + old], layers[1 + old :]
         self.view = View(layers[: 1 + old])
         self._old = View(before, size=self._top.size) if before else None
+        self._old_end = before[0].size if before else 0
         self._new = View(after, size=self._top.size) if after else None
         self._transfer = transfer
         self._backing = backing, backing_format
@@ -184,8 +185,8 @@ class Rebase:
         while at < piece.length:
             stop = min(piece.length, (piece.start + at) // cluster * cluster + cluster - piece.start)
             if not _equal(old, new, at, stop):
-                zero = old is None or is_zero(old[at:stop])
-                yield Difference(piece.start + at, stop - at, zero)
+                start = piece.start + at
+                yield Difference(start, stop - at, start >= self._old_end)
             at = stop
 
 

@@ -124,11 +124,13 @@ class MetadataView:
             position += len(piece)
 
     def fresh(self, offset: int, data: bytes) -> None:
-        """Puts a new structure into space that nobody refers to. Offset and length are multiples of a page.
+        """Puts a new structure into space that nobody refers to. `offset` is a multiple of a page, and zeroes fill what
+        the structure leaves of its last page.
 
         Zeroes behind the end of the file are there already and need no patch."""
-        if offset % self._page or len(data) % self._page:
+        if offset % self._page:
             raise RuntimeError(f"{self.path}: new structure at {offset:#x} is not aligned")
+        data = data.ljust(-(-len(data) // self._page) * self._page, b"\0")
         for position in range(0, len(data), self._page):
             number, content = (offset + position) // self._page, data[position:position + self._page]
             if number >= self._blank_from and content.count(0) == self._page:

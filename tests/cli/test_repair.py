@@ -184,3 +184,12 @@ def test_hostile_images_end_in_one_line(known: bytes, sides: Path) -> None:
         found = safeimg(words("check -f qcow2 -r all image"), path.parent)
         assert found.code in (0, 1, 2, 3), found.stderr
         assert b"internal error: " not in found.stderr and [each.name for each in path.parent.iterdir()] == ["image"]
+
+
+@pytest.mark.parametrize("line", ["check image", "check -r leaks image", "check -r all image"])
+def test_unknown_autoclear_features_do_not_outlive_a_repair(line: str, sides: Path) -> None:
+    """Whoever opens an image for writing clears them; there need not be anything else to repair."""
+    data = patched(build(sides / "sound", Recipe("cluster_size=65536")).read_bytes(), (">Q", 88, 1 << 63))
+    both(sides, data, line)
+    found = [(sides / side / "image").read_bytes()[72:96] for side in SIDES]
+    assert found[0] == found[1] == bytes(16) + (b"\0" * 8 if "-r" in line else data[88:96])

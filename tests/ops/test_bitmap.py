@@ -171,6 +171,17 @@ def test_rows_of_actions(seed: int, cluster: str, twins: Twins) -> None:
     assert succeeded >= 3
 
 
+@pytest.mark.parametrize("cluster", ["4k", "64k", "2M"])
+def test_the_file_gets_as_long_as_qemu_makes_it(cluster: str, twins: Twins) -> None:
+    """But for what a page of the directory leaves. `measure` goes by that length for whoever takes the file as raw."""
+    create(twins.own / "a", "1G", cluster_size=cluster)
+    twins.begin()
+    for name in "bcd":
+        twins.both(f"bitmap --add a {name}")
+        lengths = [(folder / "a").stat().st_size for folder in (twins.own, twins.qemu)]
+        assert lengths[0] == -(-lengths[1] // 4096) * 4096
+
+
 def test_the_extension_moves_and_names_stay(tmp_path: Path) -> None:
     """A header without room in its first sector; a backing file's name behind it; names that are no UTF-8."""
     path = tmp_path / "a"

@@ -84,12 +84,12 @@ class Allocator:
         first, count = self._runs[0]
         return self._use(0, first, min(count, wanted))
 
-    def allocate_run(self, clusters: int) -> int:
+    def allocate_run(self, clusters: int, *, whole: bool = True) -> int:
         """The first of exactly `clusters` consecutive ones, made ready by `reserve_run`; their refcounts
-        become 1."""
+        become 1. The file reaches to their end, unless they need not be `whole`."""
         for index, (first, count) in enumerate(self._runs):
             if count >= clusters:
-                return self._use(index, first, clusters)[0]
+                return self._use(index, first, clusters, whole=whole)[0]
         raise CapacityError(f"{self._view.path}: no run of {clusters} free clusters was reserved")
 
     def extend(self, missing: int) -> None:
@@ -108,7 +108,7 @@ class Allocator:
             else:
                 self._add_block(index)
 
-    def _use(self, index: int, first: int, count: int) -> tuple[int, int]:
+    def _use(self, index: int, first: int, count: int, *, whole: bool = True) -> tuple[int, int]:
         run_first, run_count = self._runs[index]
         if count == run_count:
             del self._runs[index]
@@ -117,7 +117,8 @@ class Allocator:
         self.available -= count
         self._check_reach(first + count)
         self._refcounts.set_run(first, (1,) * count, Phase.ALLOCATE)
-        self._view.extend((first + count) << self._layout.cluster_bits)
+        if whole:
+            self._view.extend((first + count) << self._layout.cluster_bits)
         return first, count
 
     def _check_reach(self, end: int) -> None:

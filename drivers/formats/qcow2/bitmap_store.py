@@ -1,7 +1,7 @@
 """Storing persistent bitmaps: a new directory, by one switch of the header (spec: docs/interop/qcow2, "Bitmaps").
 
-New are: the directory; the table of a bitmap that is added, that gets other bits or another number of entries; and
-every cluster of bits that differs from what it was. All of it goes into space that nobody references. The bitmaps
+New are: the directory; the tables, those of unchanged bitmaps too, as with QEMU; and every cluster of bits that differs
+from what it was. All of it goes into space that nobody references. The bitmaps
 extension in the header's first sector makes it live, together with its autoclear bit and, where that changes, with
 the size of the virtual disk: tables have to fit it exactly, or QEMU does not open the image.
 """
@@ -169,23 +169,20 @@ def _cluster_of_bits(
 def _with_table(
     planner: Qcow2Planner, wanted: WantedBitmap, old: Bitmap | None, table: array[int]
 ) -> Bitmap:
-    """The bitmap's entry of the new directory, with a table of its own unless the old one will do."""
-    named, bits = _named(wanted), planner.header.cluster_bits
+    """The bitmap's entry of the new directory, with a table of its own."""
+    bits = planner.header.cluster_bits
     if old is not None:
-        entries = array("Q", read_table(planner, old))
-        if entries == table:
-            return replace(old, flags=named.flags)
         _unlink_table(planner, old)
-        for entry in entries[len(table):]:
+        for entry in islice(read_table(planner, old), len(table), None):
             _unlink_bits(planner, entry)
     length = _clusters(planner, 8 * len(table))
     offset = planner.allocator.allocate_run(length) << bits
     planner.view.fresh(offset, encode_table(table).ljust(length << bits, b"\0"))
-    return replace(named, bitmap_table_offset=offset, bitmap_table_size=len(table))
+    return replace(_named(wanted), bitmap_table_offset=offset, bitmap_table_size=len(table))
 
 
 def _put_directory(planner: Qcow2Planner, bitmaps: Sequence[Bitmap]) -> BitmapsExtension | None:
-    """A new directory instead of the one there is."""
+    """A new directory instead of the one there is. The file may end with it, as with QEMU."""
     header = planner.header
     if header.bitmaps is not None:
         length = _clusters(planner, header.bitmaps.bitmap_directory_size)
@@ -193,8 +190,8 @@ def _put_directory(planner: Qcow2Planner, bitmaps: Sequence[Bitmap]) -> BitmapsE
     entries = [directory_entry(bitmap) for bitmap in bitmaps]
     directory = b"".join(entries)
     clusters = _clusters(planner, len(directory))
-    offset = planner.allocator.allocate_run(clusters) << header.cluster_bits if clusters else 0
-    planner.view.fresh(offset, directory.ljust(clusters << header.cluster_bits, b"\0"))
+    offset = planner.allocator.allocate_run(clusters, whole=False) << header.cluster_bits if clusters else 0
+    planner.view.fresh(offset, directory)
     placed: list[Bitmap] = []
     at = offset
     for bitmap, entry in zip(bitmaps, entries, strict=True):

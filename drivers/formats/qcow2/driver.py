@@ -31,7 +31,7 @@ from safeimg.drivers.formats.features import (
     Snapshotting,
     WantedBitmap,
 )
-from safeimg.drivers.formats.qcow2.header import MAGIC, MAX_SNAPSHOTS, UNFINISHED
+from safeimg.drivers.formats.qcow2.header import KNOWN_AUTOCLEAR, MAGIC, MAX_SNAPSHOTS, UNFINISHED
 from safeimg.drivers.formats.qcow2.image import Qcow2Image, open_image
 from safeimg.drivers.formats.qcow2.runtime import RUNTIME_OPTIONS, apply_runtime
 from safeimg.drivers.formats.qcow2.snapshots import Snapshot
@@ -156,7 +156,7 @@ class Qcow2Repairing:
 
     def is_suspect(self, image: Image) -> bool:
         header = own_image(image).header
-        return header.is_corrupt or header.is_dirty
+        return header.is_corrupt or header.is_dirty or bool(header.autoclear_features & ~KNOWN_AUTOCLEAR)
 
     def conclude(self, image: Image, *, sound: bool, marked: bool) -> Sequence[Patch]:
         from safeimg.drivers.formats.qcow2.fence import clear_marks, unfence
