@@ -53,10 +53,12 @@ class NotClosed(UnsupportedError):
 
 
 class SecretMissing(DriverError):
-    """Guest data is encrypted, and nobody gave what it takes to read or write it. The message is QEMU's."""
+    """Guest data is encrypted, and nobody gave what it takes to read or write it. The message is QEMU's.
 
-    def __init__(self) -> None:
-        super().__init__("Parameter 'encrypt.key-secret' is required for cipher")
+    `option`: the one that names the secret."""
+
+    def __init__(self, option: str) -> None:
+        super().__init__(f"Parameter '{option}' is required for cipher")
 
 
 class RefusedError(UnsupportedError):

@@ -7,12 +7,10 @@ from typing import NamedTuple
 from safeimg.drivers.errors import UnsupportedError
 from safeimg.drivers.formats.api import CheckResult, Image
 from safeimg.drivers.formats.chain import OpenError, close_chain, open_chain, refuse_locked
-from safeimg.drivers.formats.naming import Blockdev
+from safeimg.drivers.formats.naming import Blockdev, text_of
 from safeimg.drivers.formats.registry import lookup
 from safeimg.drivers.secrets import NO_SECRETS, Secrets
 from safeimg.drivers.storage.api import FileSystem
-
-FORMATS_WITHOUT_CHECKS = ("raw",)
 
 
 class Checked(NamedTuple):
@@ -44,12 +42,10 @@ def check(
 
 def checked(image: Image, filename: str | Blockdev) -> CheckResult | None:
     """The result for an open image; None if its format has no checks."""
-    if image.format in FORMATS_WITHOUT_CHECKS:
-        return None
     try:
         return lookup(image.format).check(image)
     except UnsupportedError as error:
-        raise OpenError(f"Could not open '{filename}': {error}") from error
+        raise OpenError(f"Could not open '{text_of(filename)}': {error}") from error
 
 
 def only_top(depth: int) -> bool:

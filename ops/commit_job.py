@@ -9,7 +9,7 @@ from typing import Any
 from safeimg.drivers.errors import DriverError, UnsupportedError, UsageError
 from safeimg.drivers.formats.api import Image
 from safeimg.drivers.formats.chain import backing_filename, close_chain, local_path, open_chain
-from safeimg.drivers.formats.naming import Blockdev, are_options, lasting, protocol, recalled
+from safeimg.drivers.formats.naming import Blockdev, are_options, lasting, protocol, recalled, text_of
 from safeimg.drivers.formats.registry import lookup
 from safeimg.drivers.secrets import NO_SECRETS, Secrets
 from safeimg.drivers.storage.api import FileSystem
@@ -158,7 +158,7 @@ def _depth(
     try:
         depth = 1 if base is None else _find(fs, layers, base)
         if depth is None:
-            top = filename if isinstance(filename, str) else filename.text
+            top = text_of(filename)
             raise UsageError(f"Did not find '{base}' in the backing chain of '{top}'")
         for layer in (layers[0], *layers[depth : depth + 1]):
             refuse_pending_on(fs, layer.file.path)

@@ -12,9 +12,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from safeimg.drivers.errors import DriverError, LockError, StorageError, UsageError
-from safeimg.drivers.formats.api import Driver, Image
+from safeimg.drivers.formats.api import Driver, Image, Kind
 from safeimg.drivers.formats.chain import close_chain, local_path, open_chain
-from safeimg.drivers.formats.naming import Blockdev, from_filename, lasting, local_name
+from safeimg.drivers.formats.naming import Blockdev, from_filename, lasting, local_name, text_of
 from safeimg.drivers.formats.registry import lookup
 from safeimg.drivers.formats.snapshots import load
 from safeimg.drivers.secrets import NO_SECRETS, Secrets
@@ -81,7 +81,7 @@ class Options:
     @property
     def target_name(self) -> str:
         """As given."""
-        return self.target if isinstance(self.target, str) else self.target.text
+        return text_of(self.target)
 
     @property
     def format(self) -> str:
@@ -248,7 +248,7 @@ def _into_new(
             raise _while_converting(options, error) from error
         for name in files_of(path, asked):
             make_durable(fs, name, options.cache)
-        options = _unlocking(options, asked)
+        options = _unlocking(options, driver, asked)
         target = _open_target(fs, options, secrets, unfinished=True)
         try:
             if options.bitmaps:
@@ -264,13 +264,13 @@ def _into_new(
         raise
 
 
-def _unlocking(options: Options, asked: Mapping[str, str]) -> Options:
-    """The same, with the secret of a target that was made with one."""
-    if "encrypt.key-secret" not in asked or not isinstance(options.target, str):
+def _unlocking(options: Options, driver: Driver, asked: Mapping[str, str]) -> Options:
+    """The same, with what opening a target takes that was made with such options: its secret."""
+    opening = {option.name: asked[option.name] for option in driver.runtime_options if option.name in asked}
+    if not opening or not isinstance(options.target, str):
         return options
     named = from_filename(options.target)
-    opening = {**named.options, "encrypt.key-secret": asked["encrypt.key-secret"]}
-    return replace(options, target=replace(named, options=opening))
+    return replace(options, target=replace(named, options={**named.options, **opening}))
 
 
 def _creation(options: Options, *, several: bool) -> tuple[Driver, dict[str, str]]:
@@ -323,6 +323,11 @@ def _while_converting(options: Options, error: DriverError) -> UsageError:
     return UsageError(f"{options.target_name}: error while {what}: {reason}")
 
 
+def _holds_noise(image: Image) -> bool:
+    """Whether a new image has places for data already that do not read as zeroes: holes that are decrypted."""
+    return image.cipher is not None and any(extent.kind is Kind.DATA for extent in image.extents(0, image.size))
+
+
 def _job(
     fs: FileSystem,
     options: Options,
@@ -338,7 +343,7 @@ def _job(
     size = part[1]
     backing = target[1].size if len(target) > 1 else 0
     if created:
-        zero_below = min(backing, size)
+        zero_below = size if _holds_noise(target[0]) else min(backing, size)
     else:
         zero_below = 0 if options.target_is_zero else size
     skip_below = 0

@@ -141,7 +141,7 @@ def _look_at_backing(
         return None
     name = backing_filename(request.filename, backing)
     try:
-        layers = open_chain(fs, name, format=backing_format, force_share=True)
+        layers = open_chain(fs, name, format=backing_format, force_share=True, inspect=True)
     except OpenError as error:
         reason = str(error).removeprefix(f"Could not open '{name}': ")
         raise UsageError(f"{reason}\nCould not open backing image.") from error

@@ -81,7 +81,7 @@ def parse_amend_options(
     warn: Callable[[str], None] | None = None,
 ) -> dict[str, str]:
     """Like `parse_options`, of the `options` that images which exist can be given, not all `create_options`."""
-    created = {option.name for option in create_options} - {"nocow"}  # which is for the file
+    created = {option.name for option in available(create_options, with_file=False)}
     return _parse({option.name: option for option in options}, given, warn, created)
 
 

@@ -17,7 +17,7 @@ from safeimg.drivers.errors import DriverError, NotClosed, UnsupportedError
 from safeimg.drivers.formats.api import CheckResult, Image, Patch
 from safeimg.drivers.formats.chain import OpenError, close_chain, open_chain, refuse_locked
 from safeimg.drivers.formats.features import Repair, Repairing
-from safeimg.drivers.formats.naming import Blockdev, are_options, lasting
+from safeimg.drivers.formats.naming import Blockdev, are_options, lasting, text_of
 from safeimg.drivers.formats.registry import lookup
 from safeimg.drivers.secrets import Secrets
 from safeimg.drivers.storage.api import FileSystem
@@ -114,7 +114,7 @@ async def repair(
         try:
             plan = await trio.to_thread.run_sync(lambda: repairing.plan(image, errors=errors))
         except UnsupportedError as error:
-            raise OpenError(f"Could not open '{filename}': {error}") from error
+            raise OpenError(f"Could not open '{text_of(filename)}': {error}") from error
         if not plan.changes and not repairing.is_suspect(image):
             return Repaired(image.format, plan.report, None)
         opened = {"cache": cache, "format": image.format, "options": lasting(filename, fs.resolve)}

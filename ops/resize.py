@@ -3,7 +3,8 @@
 Growing: fence | what the backing image would show is zeroed, or everything preallocated | the size | release.
 Shrinking: fence | the size | what lay behind is unmapped | release | the file is cut, behind the point of no return.
 
-A raw image is its file: it grows by its length first, and shrinking it is nothing but the cut.
+A raw image is its file, a LUKS image what its file has behind the header: they grow by its length first, and shrinking
+them is nothing but the cut.
 """
 
 from __future__ import annotations
@@ -65,6 +66,7 @@ class Resize:
         self._preallocation = preallocation
         self._filler = Filler([self._image], transfer, unlinked=unlinked, step_bytes=step_bytes)
         self._planner = self._filler.planner
+        self._is_whole = _is_whole(self._image)
 
     def finish(self) -> Sequence[tuple[int, Patch]]:
         """Takes the fence down."""
@@ -84,18 +86,19 @@ class Resize:
         yield Step("fence", after, 0, changes=[(0, changes)] if changes else [])
 
     async def _grow(self, cursor: dict[str, Any]) -> AsyncIterator[Step]:
-        fill = None if self._preallocation == "off" or self._filler.cluster == 1 else self._allocate
+        fill = None if self._preallocation == "off" or self._is_whole else self._allocate
         async for step in grow(self._filler, self._layers, self._new, cursor, {"phase": "reserve"}, fill=fill):
             yield step
 
     async def _reserve(self, cursor: dict[str, Any]) -> AsyncIterator[Step]:
-        """Space for what a raw image has grown by."""
-        if self._preallocation != "off" and self._filler.cluster == 1:
-            await trio.to_thread.run_sync(self._allocate_raw)
+        """Space for what an image without clusters has grown by."""
+        if self._preallocation != "off" and self._is_whole:
+            await trio.to_thread.run_sync(self._allocate_whole)
             yield Step("preallocate", {"phase": "release"}, 0)
 
-    def _allocate_raw(self) -> None:
-        self._image.data.write_zeroes(self._old, self._new - self._old, unmap=False)
+    def _allocate_whole(self) -> None:
+        for place in self._planner.place(self._old, self._new - self._old):
+            self._image.data.write_zeroes(place.offset, place.length, unmap=False)
         self._image.data.sync()
 
     async def _release(self, cursor: dict[str, Any]) -> AsyncIterator[Step]:
@@ -175,13 +178,18 @@ def _check(image: Image, old: int, new: int, preallocation: str, *, shrink: bool
         raise UsageError("Preallocation can only be used for growing images")
     if new < old and not shrink:
         raise ShrinkRefused("Use the --shrink option to perform a shrink operation.")
-    if image.format == "raw" and preallocation == "metadata":
+    if _is_whole(image) and preallocation == "metadata":
         raise UsageError("Unsupported preallocation mode: metadata")
     planner = lookup(image.format).planner(image)  # what it refuses is refused before anything is begun
     if new < old:
         planner.shrink(new)
     else:
         planner.prepare_resize(new)
+
+
+def _is_whole(image: Image) -> bool:
+    """Whether the virtual disk is one stretch of the file, that needs no metadata to grow."""
+    return image.cluster_size == 1
 
 
 def open_layers(fs: FileSystem, home: str, state: OperationState, secrets: Secrets) -> list[Image]:

@@ -58,7 +58,7 @@ async def resume(path: str, environment: Environment, *, fenced: bool = False, a
 def _require_secrets(pending: Pending) -> None:
     """To go on, encrypted guest data has to be read and written; checking and taking back need no secret."""
     for layer in pending.job.layers:
-        if layer.cipher is not None and not layer.cipher.ready:
+        if layer.cipher is not None and layer.cipher.missing is not None:
             raise Impossible(
                 f"{layer.file.path}: the image is encrypted: to go on takes its secret (--object secret,… as in the "
                 f"command that was begun); to roll back takes none"

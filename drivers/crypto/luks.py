@@ -21,14 +21,17 @@ from dataclasses import dataclass, replace
 
 from safeimg.drivers.crypto.ciphers import ALGORITHMS, Block, algorithm, supported
 from safeimg.drivers.crypto.sectors import IV_GENERATORS, MODES, SECTOR, SectorCipher
+from safeimg.drivers.crypto.splitter import STRIPES, merge, split
 from safeimg.drivers.errors import FormatError, UnsupportedError, UsageError
 
 MAGIC = b"LUKS\xba\xbe"
 HEADER_BYTES = 592
-STRIPES = 4000
 SLOTS = 8
 DEFAULT_ITER_TIME = 2000  # milliseconds
 MIN_ITERATIONS = 1000
+UNFINISHED = "safeimg-unfinished:"  # before the name of the hash: an unknown one to every other program
+
+HASH_OFFSET, HASH_BYTES = 72, 32  # the field of the hash's name
 
 _ALIGN = 4096  # of key material
 _DIGEST = 20
@@ -73,6 +76,7 @@ class Luks:
     digest_iterations: int
     uuid: str
     slots: tuple[Slot, ...]
+    unfinished: bool = False  # the disk is being made, and every other program refuses it
 
     @property
     def material_bytes(self) -> int:
@@ -81,16 +85,18 @@ class Luks:
 
     def pack(self) -> bytes:
         mode = f"{self.mode}-{self.ivgen}" + ("" if self.ivgen_hash is None else f":{self.ivgen_hash}")
+        hash_name = (UNFINISHED if self.unfinished else "") + self.hash
         fixed = _HEADER.pack(
-            MAGIC, 1, ALGORITHMS[self.cipher][0].encode(), mode.encode(), self.hash.encode(),
+            MAGIC, 1, ALGORITHMS[self.cipher][0].encode(), mode.encode(), hash_name.encode(),
             self.payload_offset // SECTOR, self.key_bytes, self.digest, self.digest_salt, self.digest_iterations,
             os.fsencode(self.uuid),
         )  # fmt: skip
         return fixed + b"".join(slot.pack() for slot in self.slots)
 
 
-def parse(data: bytes, path: str) -> Luks:
-    """The header in the first `HEADER_BYTES` of `data`. `FormatError` for what QEMU refuses."""
+def parse(data: bytes, path: str, *, unfinished: bool = False) -> Luks:
+    """The header in the first `HEADER_BYTES` of `data`, or with `unfinished` that of a disk which is being made.
+    `FormatError` for what QEMU refuses."""
 
     def wrong(problem: str) -> FormatError:
         return FormatError(path, problem)
@@ -108,6 +114,9 @@ def parse(data: bytes, path: str) -> Luks:
             raise wrong(f"LUKS header {name} is not NUL terminated")
         texts.append(os.fsdecode(field.split(b"\0", 1)[0]))
     cipher_name, mode_text, hash_name = texts
+    is_marked = unfinished and hash_name.startswith(UNFINISHED)
+    if is_marked:
+        hash_name = hash_name.removeprefix(UNFINISHED)
     slots = tuple(
         Slot(state == _ACTIVE, count, slot_salt, sector * SECTOR, stripes)
         for state, count, slot_salt, sector, stripes in _SLOT.iter_unpack(data[_HEADER.size : HEADER_BYTES])
@@ -132,7 +141,7 @@ def parse(data: bytes, path: str) -> Luks:
         raise wrong(f"IV generator '{ivgen}' not supported")
     return Luks(
         found, mode, ivgen, ivgen_hash if colon else None, hash_name, payload * SECTOR, key_bytes, digest, salt,
-        iterations, os.fsdecode(uuid.split(b"\0", 1)[0]), slots,
+        iterations, os.fsdecode(uuid.split(b"\0", 1)[0]), slots, is_marked,
     )  # fmt: skip
 
 
@@ -164,6 +173,33 @@ def _check_places(
                 raise wrong(f"Keyslots {index} and {other} are overlapping in the header")
 
 
+def slot_place(index: int) -> tuple[int, int]:
+    """Where the header describes slot `index`: offset and length, of which the first word says whether it is active."""
+    return _HEADER.size + index * _SLOT.size, _SLOT.size
+
+
+def describe(luks: Luks, *, format: str | None = None) -> dict[str, object]:
+    """The header as in qemu-img's JSON, in its order; `format` names it where it is one of several."""
+    slots = [
+        {"active": True, "iters": slot.iterations, "key-offset": slot.offset, "stripes": slot.stripes}
+        if slot.active
+        else {"active": False, "key-offset": slot.offset}
+        for slot in luks.slots
+    ]
+    return {
+        "ivgen-alg": luks.ivgen,
+        "hash-alg": luks.hash,
+        "cipher-alg": luks.cipher,
+        "uuid": luks.uuid,
+        **({"ivgen-hash-alg": luks.ivgen_hash} if luks.ivgen == "essiv" else {}),
+        **({} if format is None else {"format": format}),
+        "cipher-mode": luks.mode,
+        "slots": slots,
+        "payload-offset": luks.payload_offset,
+        "master-key-iters": luks.digest_iterations,
+    }
+
+
 # Passwords and keys
 
 
@@ -185,7 +221,7 @@ def open_slot(luks: Luks, index: int, material: bytes, password: bytes, path: st
     derived = _pbkdf2(luks.hash, password, slot.salt, slot.iterations, luks.key_bytes)
     content = bytearray(material)
     sector_cipher(luks, derived).decrypt(memoryview(content), 0)
-    key = _merge(luks.hash, bytes(content[: luks.key_bytes * STRIPES]), luks.key_bytes)
+    key = merge(luks.hash, bytes(content[: luks.key_bytes * STRIPES]), luks.key_bytes)
     return key if _digest_of(luks, key) == luks.digest else None
 
 
@@ -243,8 +279,10 @@ def choice(options: Mapping[str, str]) -> Choice:
 
 
 def header_bytes(wanted: Choice) -> int:
-    """Where the payload of a disk that is made so begins."""
-    return _ALIGN + SLOTS * _stride(_key_bytes(wanted))
+    """Where the payload of a disk that is made so begins. Raises `UnsupportedError` for what cannot be made."""
+    luks = _blank(wanted)
+    sector_cipher(luks, bytes(luks.key_bytes))
+    return luks.payload_offset
 
 
 def _key_bytes(wanted: Choice) -> int:
@@ -256,10 +294,8 @@ def _stride(key_bytes: int) -> int:
     return -(-key_bytes * STRIPES // _ALIGN) * _ALIGN
 
 
-def create(wanted: Choice, password: bytes) -> tuple[Luks, bytes]:
-    """A new header with a new master key in slot 0, and everything up to the payload as bytes.
-
-    Takes the processor time that `iter_time` asks for. `UsageError`, `UnsupportedError`."""
+def _blank(wanted: Choice) -> Luks:
+    """A new header without keys."""
     import uuid
 
     ivgen = wanted.ivgen or "plain64"
@@ -269,11 +305,18 @@ def create(wanted: Choice, password: bytes) -> tuple[Luks, bytes]:
     key_bytes = _key_bytes(wanted)
     stride = _stride(key_bytes)
     slots = tuple(Slot(False, 0, bytes(_SALT), _ALIGN + index * stride, STRIPES) for index in range(SLOTS))
-    luks = Luks(
-        wanted.cipher, wanted.mode, ivgen, ivgen_hash, wanted.hash, header_bytes(wanted), key_bytes,
+    return Luks(
+        wanted.cipher, wanted.mode, ivgen, ivgen_hash, wanted.hash, _ALIGN + SLOTS * stride, key_bytes,
         bytes(_DIGEST), os.urandom(_SALT), 1, str(uuid.uuid4()), slots,
     )  # fmt: skip
-    key = os.urandom(key_bytes)
+
+
+def create(wanted: Choice, password: bytes, *, unfinished: bool = False) -> tuple[Luks, bytes]:
+    """A new header with a new master key in slot 0, and everything up to the payload as bytes.
+
+    Takes the processor time that `iter_time` asks for. `UsageError`, `UnsupportedError`."""
+    luks = replace(_blank(wanted), unfinished=unfinished)
+    key = os.urandom(luks.key_bytes)
     sector_cipher(luks, key)  # refuses what cannot be
     luks = replace(luks, digest_iterations=_iterations(luks.hash, _DIGEST, wanted.iter_time, share=8))
     luks = replace(luks, digest=_digest_of(luks, key))
@@ -287,7 +330,7 @@ def add_key(luks: Luks, index: int, key: bytes, password: bytes, iter_time: int)
     iterations = _iterations(luks.hash, luks.key_bytes, iter_time)
     salt = os.urandom(_SALT)
     derived = _pbkdf2(luks.hash, password, salt, iterations, luks.key_bytes)
-    material = bytearray(_split(luks.hash, key).ljust(luks.material_bytes, b"\0"))
+    material = bytearray(split(luks.hash, key).ljust(luks.material_bytes, b"\0"))
     sector_cipher(luks, derived).encrypt(memoryview(material), 0)
     slot = replace(luks.slots[index], active=True, iterations=iterations, salt=salt)
     return _with_slot(luks, index, slot), bytes(material)
@@ -335,36 +378,3 @@ def _a_second_of(name: str, length: int) -> int:
         if taken > 0.05:
             return int(count / taken)
         count *= 2
-
-
-# The anti-forensic splitter (specification, section 2.4)
-
-
-def _split(name: str, key: bytes) -> bytes:
-    length = len(key)
-    stripes = os.urandom((STRIPES - 1) * length)
-    return stripes + _xor(_folded(name, stripes, length), key)
-
-
-def _merge(name: str, material: bytes, length: int) -> bytes:
-    return _xor(_folded(name, material[:-length], length), material[-length:])
-
-
-def _folded(name: str, stripes: bytes, length: int) -> bytes:
-    """All stripes but the last, diffused into one."""
-    state = bytes(length)
-    for at in range(0, len(stripes), length):
-        state = _diffused(name, _xor(state, stripes[at : at + length]))
-    return state
-
-
-def _diffused(name: str, data: bytes) -> bytes:
-    size = hashlib.new(name, usedforsecurity=False).digest_size
-    return b"".join(
-        _hash(name, number.to_bytes(4, "big") + data[at : at + size])[: len(data) - at]
-        for number, at in enumerate(range(0, len(data), size))
-    )
-
-
-def _xor(first: bytes, second: bytes) -> bytes:
-    return (int.from_bytes(first, "big") ^ int.from_bytes(second, "big")).to_bytes(len(first), "big")

@@ -86,8 +86,8 @@ class Cipher(Protocol):
     of the virtual disk at which `buffer` starts, both multiples of 512 as is its length."""
 
     @property
-    def ready(self) -> bool:
-        """False: nobody gave the secret. Both methods raise `SecretMissing` then."""
+    def missing(self) -> str | None:
+        """The option that names the secret, if nobody gave it: both methods raise `SecretMissing` then."""
         ...
 
     def encrypt(self, buffer: memoryview, host: int, guest: int) -> None: ...
@@ -356,7 +356,10 @@ class Driver(Protocol):
         file as it will be); none where there are no refcounts."""
         ...
 
-    def check(self, image: Image) -> CheckResult: ...
+    def check(self, image: Image) -> CheckResult | None:
+        """What is wrong with the image's metadata; None if the format has no checks."""
+        ...
+
     def specific_info(self, image: Image) -> Mapping[str, object] | None:
         """What `info` prints under "Format specific information" (the JSON's `data`)."""
         ...

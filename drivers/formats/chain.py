@@ -27,6 +27,7 @@ from safeimg.drivers.formats.naming import (
     from_filename,
     plain,
     protocol,
+    text_of,
 )
 from safeimg.drivers.formats.protocols import Access, open_file, refuse_unknown, take_access
 from safeimg.drivers.formats.registry import lookup, names, probe
@@ -72,7 +73,7 @@ def open_chain(
     writes = write if callable(write) else lambda depth, _name: depth == 0 and bool(write)
     repairs = repair if callable(repair) else lambda depth: bool(repair)
     opener = _Opener(fs, cache, force_share, warn, secrets, inspect)
-    text = filename if isinstance(filename, str) else filename.text
+    text = text_of(filename)
     images: list[Image] = []
     try:
         layer: _Layer | None = None
@@ -101,13 +102,14 @@ def open_chain(
 
 def refuse_locked(image: Image, filename: str | Blockdev) -> None:
     """Raises `OpenError` if `image`, opened with `repair`, is encrypted and its secret was not given."""
-    if _is_locked(image):
-        text = filename if isinstance(filename, str) else filename.text
-        raise OpenError(f"Could not open '{text}': {SecretMissing()}")
+    missing = _missing_secret(image)
+    if missing is not None:
+        raise OpenError(f"Could not open '{text_of(filename)}': {SecretMissing(missing)}")
 
 
-def _is_locked(image: Image) -> bool:
-    return image.cipher is not None and not image.cipher.ready
+def _missing_secret(image: Image) -> str | None:
+    """The option that would name it, if the image cannot be read without."""
+    return None if image.cipher is None else image.cipher.missing
 
 
 def close_chain(images: list[Image]) -> None:
@@ -254,9 +256,10 @@ class _Opener:
         except BaseException:
             file.close()
             raise
-        if _is_locked(image) and not (self.inspect or repair):
+        missing = _missing_secret(image)
+        if missing is not None and not (self.inspect or repair):
             image.close()
-            raise SecretMissing
+            raise SecretMissing(missing)
         return image
 
     def _open_beside(self, access: Access, values: Mapping[str, Any]) -> File:

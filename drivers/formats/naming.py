@@ -30,13 +30,18 @@ PROTOCOLS = frozenset((
 # The order of members in file names that QEMU writes (that of its hash table)
 _ORDER = (
     "offset", "encrypt.key-secret", "read-zeroes", "children", "config", "image", "driver", "size", "vote-threshold",
-    "file",
+    "file", "key-secret",
 )  # fmt: skip
 _SIZE_ERROR = (
     "Parameter '{}' expects a non-negative number below 2^64\n"
     "Optional suffix k, M, G, T, P or E means kilo-, mega-, giga-, tera-, peta-\n"
     "and exabytes, respectively."
 )
+
+
+def text_of(filename: str | Blockdev) -> str:
+    """What messages call an image: its name as given."""
+    return filename if isinstance(filename, str) else filename.text
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""What formats have in common that know no refcounts, snapshots, bitmaps, compression, encryption and backing images.
+"""What formats have in common that know no refcounts, snapshots, bitmaps, compression and backing images.
 
 Such a format says where guest data is (`extents`) and where it goes (`place`, `zero`, `take`, `resize`); of much else
 that `api` asks for, it has nothing, and answers so.
@@ -9,7 +9,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from safeimg.drivers.errors import UnsupportedError
-from safeimg.drivers.formats.api import Changes, Extent, Image, Patch, Placement, RuntimeOption
+from safeimg.drivers.formats.api import (
+    Changes,
+    CheckResult,
+    Cipher,
+    Extent,
+    Image,
+    Patch,
+    Placement,
+    RuntimeOption,
+)
 from safeimg.drivers.formats.features import (
     Amending,
     Bitmapping,
@@ -38,7 +47,7 @@ class PlainImage:
         return self._file
 
     @property
-    def cipher(self) -> None:
+    def cipher(self) -> Cipher | None:
         return None
 
     @property
@@ -107,17 +116,26 @@ class PlainDriver:
 
     rebasing: Rebasing | None = None
     bitmaps: Bitmapping | None = None
-    amending: Amending | None = None
-    measuring: Measuring | None = None
     runtime_options: Sequence[RuntimeOption] = ()
     snapshots: Snapshotting | None = None
     repairing: Repairing | None = None
+
+    @property
+    def amending(self) -> Amending | None:
+        return None
+
+    @property
+    def measuring(self) -> Measuring | None:
+        return None
 
     def fence(self, image: Image) -> Changes:
         return Changes()
 
     def unfence(self, image: Image) -> Sequence[Patch]:
         return ()
+
+    def check(self, image: Image) -> CheckResult | None:
+        return None
 
     def undercounted(
         self, image: Image, wanted: Image, ranges: Sequence[tuple[int, int]]

@@ -9,11 +9,10 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from errno import EINVAL
 
-from safeimg.drivers.errors import StorageError, UnsupportedError, UsageError
+from safeimg.drivers.errors import StorageError, UsageError
 from safeimg.drivers.formats.api import (
     PLAIN,
     Changes,
-    CheckResult,
     CreateOption,
     Driver,
     Extent,
@@ -181,9 +180,6 @@ class RawDriver(PlainDriver):
 
     def used_end(self, image: Image) -> int | None:
         return None
-
-    def check(self, image: Image) -> CheckResult:
-        raise UnsupportedError("This image format does not support checks")
 
     def specific_info(self, image: Image) -> Mapping[str, object] | None:
         return None

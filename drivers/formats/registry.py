@@ -13,6 +13,7 @@ PROBE_BYTES = 2048
 # Modules that hold an object called `driver`, imported when asked for.
 _MODULES = {
     "qcow2": "safeimg.drivers.formats.qcow2.driver",
+    "luks": "safeimg.drivers.formats.luks.driver",
     "raw": "safeimg.drivers.formats.raw",
     "vdi": "safeimg.drivers.formats.vdi.driver",
 }
@@ -27,7 +28,6 @@ _FOREIGN = (
     (0, b"# Disk DescriptorFile", "vmdk"),
     (0, b"conectix", "vpc"),
     (0, b"vhdxfile", "vhdx"),
-    (0, b"LUKS\xba\xbe", "luks"),
     (0, b"WithoutFreeSpace", "parallels"),
     (0, b"WithouFreSpacExt", "parallels"),
 )

@@ -109,8 +109,8 @@ class Look:
             data = cls._content(chain)
             driver = lookup(fmt)
             leaks = mistakes = 0
-            if fmt != "raw":
-                found = driver.check(chain[0])
+            found = driver.check(chain[0])
+            if found is not None:
                 lost = _lost_blocks(fmt, "\n".join(found.messages))
                 leaks = found.leaks + lost
                 if broken:

@@ -11,11 +11,13 @@ from dataclasses import replace
 
 from safeimg.drivers.errors import UsageError
 from safeimg.drivers.formats.api import Changes, CreateOption, Image, Kind, Planner
+from safeimg.drivers.formats.encryption import luks_amend_options
 from safeimg.drivers.formats.features import Amendment
 from safeimg.drivers.formats.options import bool_option, number_option, size_option
-from safeimg.drivers.formats.qcow2.amend_keys import PREFIX, Keys, check_keys
+from safeimg.drivers.formats.qcow2.amend_keys import Keys, check_keys
 from safeimg.drivers.formats.qcow2.driver import CREATE_OPTIONS, own_image, own_planner
 from safeimg.drivers.formats.qcow2.empty import change_refcount_width
+from safeimg.drivers.formats.qcow2.encryption import PREFIX
 from safeimg.drivers.formats.qcow2.header import (
     COMPRESSION_TYPE,
     CORRUPT,
@@ -38,15 +40,7 @@ from safeimg.drivers.formats.qcow2.zeroes import expand_zero_clusters
 _NAMES = (
     "backing_file", "backing_fmt", "compat", "data_file", "data_file_raw", "lazy_refcounts", "refcount_bits", "size",
 )
-_ENCRYPTION = (
-    CreateOption("encrypt.iter-time", "num", "Time to spend in PBKDF in milliseconds"),
-    CreateOption("encrypt.keyslot", "num", "Select a single keyslot to modify explicitly"),
-    CreateOption(
-        "encrypt.new-secret", "str", "New secret to set in the matching keyslots. Empty string to erase"
-    ),
-    CreateOption("encrypt.old-secret", "str", "Select all keyslots that match this password"),
-    CreateOption("encrypt.state", "str", "Select new state of affected keyslots (active/inactive)"),
-)
+_CREATED = [option for option in CREATE_OPTIONS if option.name in _NAMES]
 _VERSIONS = {"1.1": 3, "v3": 3, "0.10": 2, "v2": 2}
 _NEWER = "(use compat=1.1 or greater)"
 
@@ -56,7 +50,7 @@ class Qcow2Amending:
 
     options: Sequence[CreateOption] = tuple(
         sorted(
-            (*(replace(option, default=None) for option in CREATE_OPTIONS if option.name in _NAMES), *_ENCRYPTION),
+            (replace(option, default=None) for option in (*_CREATED, *luks_amend_options(PREFIX))),
             key=lambda option: option.name,
         )
     )

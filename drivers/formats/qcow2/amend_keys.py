@@ -14,17 +14,16 @@ from typing import TYPE_CHECKING
 
 from safeimg.drivers.errors import FormatError, SecretMissing, UsageError
 from safeimg.drivers.formats.api import Changes, Image, Planner
+from safeimg.drivers.formats.encryption import HostSectors, named
 from safeimg.drivers.formats.qcow2.driver import own_image, own_planner
-from safeimg.drivers.formats.qcow2.encryption import HostSectors, read_luks, read_material
+from safeimg.drivers.formats.qcow2.encryption import KEY_SECRET, PREFIX, read_luks, read_material
 from safeimg.drivers.formats.qcow2.header import EXT_ENCRYPTION, LUKS, EncryptionHeader
 from safeimg.drivers.formats.qcow2.image import Qcow2Image
 from safeimg.drivers.formats.qcow2.rewrite import current_header, rewrite_header
 
 if TYPE_CHECKING:
+    from safeimg.drivers.crypto.keyslots import SlotChange
     from safeimg.drivers.crypto.luks import Luks
-
-PREFIX = "encrypt."
-
 
 def check_keys(image: Qcow2Image, values: Mapping[str, str], *, force: bool) -> None:
     """Refuses what cannot be done. `UsageError` in QEMU's words."""
@@ -32,85 +31,15 @@ def check_keys(image: Qcow2Image, values: Mapping[str, str], *, force: bool) -> 
         raise UsageError("Can't amend encryption options - encryption not present")
     if image.header.crypt_method != LUKS:
         raise UsageError("Only LUKS encryption options can be amended")
-    chosen_slots(image, read_luks(image.file, image.header), values, force=force)
+    _change(image, read_luks(image.file, image.header), values, force=force)
 
 
-def chosen_slots(image: Qcow2Image, luks: Luks, values: Mapping[str, str], *, force: bool) -> list[int]:
-    """The slots that the options are about."""
-    from safeimg.drivers.crypto.luks import SLOTS
+def _change(image: Qcow2Image, luks: Luks, values: Mapping[str, str], *, force: bool) -> SlotChange:
+    """What the options ask for."""
+    from safeimg.drivers.crypto.keyslots import slot_change
 
-    given = {name[len(PREFIX):]: value for name, value in values.items() if name.startswith(PREFIX)}
-    state = given.get("state")
-    if state is None:
-        raise UsageError("Parameter 'state' is missing")
-    if state not in ("active", "inactive"):
-        raise UsageError(f"Parameter 'state' does not accept value '{state}'")
-    slot = int(given["keyslot"]) & 0xFFFF_FFFF if "keyslot" in given else None
-    refused = ("old-secret",) if state == "active" else ("new-secret", "iter-time")
-    what = "activating" if state == "active" else "erasing"
-    if state == "active" and "new-secret" not in given:
-        raise UsageError("'new-secret' is required to activate a keyslot")
-    for name in refused:
-        if name in given:
-            raise UsageError(f"'{name}' must not be given when {what} keyslots")
-    if state == "active":
-        image.secrets.password(given["new-secret"])
-        return [_free_slot(luks, slot, force=force)]
-    old = image.secrets.password(given["old-secret"]) if "old-secret" in given else None
-    if slot is not None and slot >= SLOTS:
-        raise UsageError(f"Invalid keyslot {slot} specified, must be between 0 and {SLOTS - 1}")
-    return _slots_to_erase(image, luks, slot, old, force=force)
-
-
-def _free_slot(luks: Luks, slot: int | None, *, force: bool) -> int:
-    if slot is None:
-        free = next((index for index, each in enumerate(luks.slots) if not each.active), None)
-        if free is None:
-            raise UsageError("Can't add a keyslot - all keyslots are in use")
-        return free
-    if slot >= len(luks.slots):
-        raise UsageError(f"Invalid keyslot {slot} specified, must be between 0 and {len(luks.slots) - 1}")
-    if luks.slots[slot].active and not force:
-        raise UsageError(f"Refusing to overwrite active keyslot {slot} - please erase it first")
-    return slot
-
-
-def _slots_to_erase(
-    image: Qcow2Image, luks: Luks, slot: int | None, old: bytes | None, *, force: bool
-) -> list[int]:
-    active = [index for index, each in enumerate(luks.slots) if each.active]
-    if slot is not None:
-        if old is not None and not (slot in active and _opens(image, luks, slot, old)):
-            raise UsageError(f"Given keyslot {slot} doesn't contain the given old password for erase operation")
-        if slot not in active:
-            raise UsageError(f"Given keyslot {slot} is already erased (inactive) ")
-        if active == [slot] and not force:
-            raise UsageError(
-                f"Attempt to erase the only active keyslot {slot} which will erase all the data in the image "
-                "irreversibly - refusing operation"
-            )
-        return [slot]
-    if old is None:
-        raise UsageError(
-            "To erase keyslot(s), either explicit keyslot index or the password currently contained in them must be "
-            "given"
-        )
-    matching = [index for index in active if _opens(image, luks, index, old)]
-    if not matching:
-        raise UsageError("No keyslots match given (old) password for erase operation")
-    if matching == active and not force:
-        raise UsageError(
-            "All the active keyslots match the (old) password that was given and erasing them will erase all the data "
-            "in the image irreversibly - refusing operation"
-        )
-    return matching
-
-
-def _opens(image: Qcow2Image, luks: Luks, index: int, password: bytes) -> bool:
-    from safeimg.drivers.crypto.luks import open_slot
-
-    material = _material(image)(luks.slots[index].offset, luks.material_bytes)
-    return open_slot(luks, index, material, password, image.file.path) is not None
+    given = named(values, PREFIX)
+    return slot_change(luks, _material(image), given, image.secrets, image.file.path, force=force)
 
 
 def _material(image: Qcow2Image) -> partial[bytes]:
@@ -128,7 +57,7 @@ class Keys:
     def __call__(self, image: Image, planner: Planner) -> Iterator[Changes]:
         own, plan = own_image(image), own_planner(planner)
         if not isinstance(own.cipher, HostSectors):
-            raise SecretMissing
+            raise SecretMissing(KEY_SECRET)
         size = own.header.cluster_size
         content = self._content(own, own.cipher.key)
         clusters = -(-len(content) // size)
@@ -147,16 +76,15 @@ class Keys:
 
     def _content(self, image: Qcow2Image, key: bytes) -> bytes:
         """The new LUKS header with its key material."""
-        from safeimg.drivers.crypto.luks import DEFAULT_ITER_TIME, HEADER_BYTES, add_key, without_key
+        from safeimg.drivers.crypto.luks import HEADER_BYTES, add_key, without_key
 
         luks = read_luks(image.file, image.header)
         content = bytearray(_material(image)(0, luks.payload_offset))
-        for slot in chosen_slots(image, luks, self._values, force=True):
+        change = _change(image, luks, self._values, force=True)
+        for slot in change.slots:
             material = bytes(luks.material_bytes)
-            if self._values[PREFIX + "state"] == "active":
-                password = image.secrets.password(self._values[PREFIX + "new-secret"])
-                iter_time = int(self._values.get(PREFIX + "iter-time", DEFAULT_ITER_TIME))
-                luks, material = add_key(luks, slot, key, password, iter_time)
+            if change.password is not None:
+                luks, material = add_key(luks, slot, key, change.password, change.iter_time)
             else:
                 luks = without_key(luks, slot)
             at = luks.slots[slot].offset

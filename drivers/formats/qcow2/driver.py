@@ -18,6 +18,7 @@ from safeimg.drivers.formats.api import (
     Planner,
     RuntimeOption,
 )
+from safeimg.drivers.formats.encryption import luks_create_options
 from safeimg.drivers.formats.features import (
     Amending,
     BitmapBits,
@@ -46,12 +47,7 @@ CREATE_OPTIONS = (
                                        "encrypt.format=aes)"),
     CreateOption("encrypt.format", "str", "Encrypt the image, format choices: 'aes', 'luks'"),
     CreateOption("encrypt.key-secret", "str", "ID of secret providing qcow AES key or LUKS passphrase"),
-    CreateOption("encrypt.cipher-alg", "str", "Name of encryption cipher algorithm"),
-    CreateOption("encrypt.cipher-mode", "str", "Name of encryption cipher mode"),
-    CreateOption("encrypt.ivgen-alg", "str", "Name of IV generator algorithm"),
-    CreateOption("encrypt.ivgen-hash-alg", "str", "Name of IV generator hash algorithm"),
-    CreateOption("encrypt.hash-alg", "str", "Name of encryption hash algorithm"),
-    CreateOption("encrypt.iter-time", "num", "Time to spend in PBKDF in milliseconds"),
+    *luks_create_options("encrypt."),
     CreateOption("cluster_size", "size", "qcow2 cluster size", "65536"),
     CreateOption("extended_l2", "bool", "Extended L2 tables", "off"),
     CreateOption("preallocation", "str", "Preallocation mode (allowed values: off, metadata, falloc, full)"),

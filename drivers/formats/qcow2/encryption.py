@@ -6,10 +6,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 from safeimg.drivers.errors import FormatError, SecretMissing, UsageError
 from safeimg.drivers.formats.api import Cipher
+from safeimg.drivers.formats.encryption import GuestSectors, HostSectors, named
 from safeimg.drivers.formats.options import bool_option
 from safeimg.drivers.formats.qcow2.header import AES, LUKS, EncryptionHeader, Header
 from safeimg.drivers.secrets import Secrets
@@ -17,52 +18,10 @@ from safeimg.drivers.storage.api import File
 
 if TYPE_CHECKING:
     from safeimg.drivers.crypto.luks import Luks
-    from safeimg.drivers.crypto.sectors import SectorCipher
 
-SECTOR = 512
+PREFIX = "encrypt."  # of options
+KEY_SECRET = PREFIX + "key-secret"
 AES_KEY = 16  # bytes of the password that are the key
-
-
-class Locked:
-    """The cipher of an image that was opened without its secret."""
-
-    ready = False
-
-    def encrypt(self, buffer: memoryview, host: int, guest: int) -> NoReturn:
-        raise SecretMissing
-
-    decrypt = encrypt
-
-
-class HostSectors:
-    """LUKS: sectors are numbered by their place in the file."""
-
-    ready = True
-
-    def __init__(self, sectors: SectorCipher, key: bytes) -> None:
-        self._sectors = sectors
-        self.key = key  # the master key: new key slots hold it too
-
-    def encrypt(self, buffer: memoryview, host: int, guest: int) -> None:
-        self._sectors.encrypt(buffer, host // SECTOR)
-
-    def decrypt(self, buffer: memoryview, host: int, guest: int) -> None:
-        self._sectors.decrypt(buffer, host // SECTOR)
-
-
-class GuestSectors:
-    """The old AES format: sectors are numbered by their place on the virtual disk."""
-
-    ready = True
-
-    def __init__(self, sectors: SectorCipher) -> None:
-        self._sectors = sectors
-
-    def encrypt(self, buffer: memoryview, host: int, guest: int) -> None:
-        self._sectors.encrypt(buffer, guest // SECTOR)
-
-    def decrypt(self, buffer: memoryview, host: int, guest: int) -> None:
-        self._sectors.decrypt(buffer, guest // SECTOR)
 
 
 def read_luks(file: File, header: Header) -> Luks:
@@ -86,7 +45,7 @@ def unlocked(file: File, header: Header, password: bytes) -> Cipher:
         from safeimg.drivers.crypto.sectors import SectorCipher
 
         key = password[:AES_KEY].ljust(AES_KEY, b"\0")
-        return GuestSectors(SectorCipher("cbc", "plain64", Block("aes-128", key)))
+        return GuestSectors(SectorCipher("cbc", "plain64", Block("aes-128", key)), key)
     from safeimg.drivers.crypto.luks import sector_cipher, unlock
 
     luks, place = read_luks(file, header), header.encryption
@@ -106,8 +65,7 @@ def read_material(file: File, place: EncryptionHeader, offset: int, length: int)
 def new_encryption(path: str, options: Mapping[str, str], secrets: Secrets) -> tuple[int, bytes]:
     """The encryption method that create's options ask for, and the LUKS header with its key material. `UsageError` in
     QEMU's words, `SecretMissing`."""
-    prefix = "encrypt."
-    given = {name[len(prefix):]: value for name, value in options.items() if name.startswith(prefix)}
+    given = named(options, PREFIX)
     is_old = bool_option(path, options, "encryption")
     if "format" in given and is_old:
         raise UsageError(f"{path}: 'encrypt.format' and its alias 'encryption' can't be used at the same time")
@@ -125,6 +83,6 @@ def new_encryption(path: str, options: Mapping[str, str], secrets: Secrets) -> t
 
     wanted = luks.choice(given)
     if "key-secret" not in given:
-        raise SecretMissing
+        raise SecretMissing(KEY_SECRET)
     password = secrets.password(given["key-secret"])
     return (AES, b"") if kind == "aes" else (LUKS, luks.create(wanted, password)[1])

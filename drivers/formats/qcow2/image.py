@@ -10,9 +10,10 @@ from itertools import pairwise
 
 from safeimg.drivers.errors import FormatError, NotClosed, UnsupportedError
 from safeimg.drivers.formats.api import Cipher, Extent
+from safeimg.drivers.formats.encryption import Locked
 from safeimg.drivers.formats.qcow2.bitmaps import Bitmap, read_bitmaps
 from safeimg.drivers.formats.qcow2.compression import InflateError, inflate
-from safeimg.drivers.formats.qcow2.encryption import Locked, read_luks, unlocked
+from safeimg.drivers.formats.qcow2.encryption import KEY_SECRET, read_luks, unlocked
 from safeimg.drivers.formats.qcow2.header import LUKS, MAX_L1_BYTES, UNFINISHED, Header, parse_header
 from safeimg.drivers.formats.qcow2.mapping import DEFAULT_CACHE_BYTES, Mapping
 from safeimg.drivers.formats.qcow2.snapshots import Snapshot, read_snapshots
@@ -26,7 +27,7 @@ class Qcow2Image:
     def __init__(self, file: File, header: Header, *, cache_bytes: int = DEFAULT_CACHE_BYTES) -> None:
         self._file = file
         self._cache_bytes = cache_bytes
-        self._cipher: Cipher | None = Locked() if header.crypt_method else None
+        self._cipher: Cipher | None = Locked(KEY_SECRET) if header.crypt_method else None
         self._secrets = NO_SECRETS
         self._data: File | None = None if header.has_data_file else file
         self._shown: Snapshot | None = None  # the internal snapshot whose content this is

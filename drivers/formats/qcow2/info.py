@@ -48,22 +48,6 @@ def specific_info(image: Qcow2Image) -> Mapping[str, object]:
 def _encrypt(image: Qcow2Image) -> Mapping[str, object]:
     if image.header.crypt_method == AES:
         return {"format": "aes"}
-    luks = read_luks(image.file, image.header)
-    slots = [
-        {"active": True, "iters": slot.iterations, "key-offset": slot.offset, "stripes": slot.stripes}
-        if slot.active
-        else {"active": False, "key-offset": slot.offset}
-        for slot in luks.slots
-    ]
-    return {
-        "ivgen-alg": luks.ivgen,
-        "hash-alg": luks.hash,
-        "cipher-alg": luks.cipher,
-        "uuid": luks.uuid,
-        **({"ivgen-hash-alg": luks.ivgen_hash} if luks.ivgen == "essiv" else {}),
-        "format": "luks",
-        "cipher-mode": luks.mode,
-        "slots": slots,
-        "payload-offset": luks.payload_offset,
-        "master-key-iters": luks.digest_iterations,
-    }
+    from safeimg.drivers.crypto.luks import describe
+
+    return describe(read_luks(image.file, image.header), format="luks")

@@ -6,10 +6,12 @@ from collections.abc import Iterable, Mapping
 
 from safeimg.drivers.errors import SecretMissing, UsageError
 from safeimg.drivers.formats.api import Image
+from safeimg.drivers.formats.encryption import named
 from safeimg.drivers.formats.features import Measured
 from safeimg.drivers.formats.options import bool_option, number_option, size_option
 from safeimg.drivers.formats.qcow2.bitmaps import Bitmap, table_entries
 from safeimg.drivers.formats.qcow2.create import DEFAULT_CLUSTER_SIZE, VERSIONS
+from safeimg.drivers.formats.qcow2.encryption import KEY_SECRET, PREFIX
 from safeimg.drivers.formats.qcow2.header import MAX_L1_BYTES
 from safeimg.drivers.formats.qcow2.image import Qcow2Image
 from safeimg.drivers.formats.qcow2.l2 import EXTENDED_MIN_CLUSTER_BITS
@@ -81,11 +83,10 @@ def _luks_bytes(options: Mapping[str, str], secrets: Secrets) -> int:
         return 0
     from safeimg.drivers.crypto import luks
 
-    prefix = "encrypt."
-    wanted = luks.choice({name[len(prefix) :]: value for name, value in options.items() if name.startswith(prefix)})
-    if "encrypt.key-secret" not in options:
-        raise SecretMissing
-    secrets.password(options["encrypt.key-secret"])
+    wanted = luks.choice(named(options, PREFIX))
+    if KEY_SECRET not in options:
+        raise SecretMissing(KEY_SECRET)
+    secrets.password(options[KEY_SECRET])
     return luks.header_bytes(wanted)
 
 
