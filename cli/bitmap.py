@@ -8,7 +8,7 @@ from safeimg.cli.options import Argument, Command, Option
 from safeimg.cli.parser import Arguments
 from safeimg.cli.progress import display
 from safeimg.cli.running import run_stoppable
-from safeimg.cli.shared import HELP, IMAGE, IMAGE_OPTS, JOURNAL, NO_JOURNAL, OBJECT, SHORT_FORMAT
+from safeimg.cli.shared import HELP, IMAGE, IMAGE_OPTS, JOURNALING, OBJECT, SHORT_FORMAT
 from safeimg.cli.values import complain, size
 
 
@@ -56,8 +56,7 @@ COMMANDS = (
                 "Bytes that a bit of an added bitmap stands for.",
                 _granularity,
             ),
-            JOURNAL,
-            NO_JOURNAL,
+            *JOURNALING,
         ),
         (
             ("Start to record writes", "bitmap --add disk.qcow2 monday"),

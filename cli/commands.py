@@ -30,6 +30,7 @@ _MODULES = {
     "resume": "settle",
     "rollback": "settle",
     "abandon": "settle",
+    "recover": "recover",
     "log": "history",
     "show": "history",
     "audit": "history",

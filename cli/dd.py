@@ -8,7 +8,7 @@ from safeimg.cli.options import Argument, Command, Option
 from safeimg.cli.parser import Arguments
 from safeimg.cli.progress import display
 from safeimg.cli.running import run_stoppable
-from safeimg.cli.shared import FORCE_SHARE, HELP, IMAGE_OPTS, JOURNAL, NO_JOURNAL, OBJECT, SHORT_FORMAT
+from safeimg.cli.shared import FORCE_SHARE, HELP, IMAGE_OPTS, JOURNALING, OBJECT, SHORT_FORMAT
 from safeimg.cli.values import complain, size
 
 MAX_BLOCK = (1 << 31) - 1
@@ -31,8 +31,7 @@ COMMANDS = (
             FORCE_SHARE,
             OBJECT,
             IMAGE_OPTS,
-            JOURNAL,
-            NO_JOURNAL,
+            *JOURNALING,
         ),
         (
             ("The first mebibyte", "dd bs=1M count=1 if=disk.qcow2 of=start.raw"),

@@ -17,6 +17,7 @@ class Option(NamedTuple):
     check: Callable[[str], Any] | None = None  # turns the argument into a value, or raises `CommandError`
     constant: Any = True  # a flag's value
     ends: bool = False  # nothing behind it counts, as with --help
+    own: bool = False  # safeimg's: only when written out, so that what abbreviates one of qemu-img's still does
 
 
 class Argument(NamedTuple):

@@ -170,6 +170,6 @@ def _long(options: Sequence[Option], name: str) -> Option | None:
         if option.long is not None:
             if option.long == name:
                 return option
-            if option.long.startswith(name):
+            if option.long.startswith(name) and not option.own:
                 found.append(option)
     return found[0] if len(found) == 1 else None

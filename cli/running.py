@@ -27,6 +27,7 @@ Result = TypeVar("Result")
 Failure = TypeVar("Failure", bound=Exception)
 
 PAUSED = 3  # exit code of safeimg's own commands: something is pending
+WAIT_STEP = 0.25  # seconds between two tries of --wait
 
 
 class Stop:
@@ -91,7 +92,7 @@ def run_stoppable(
         around = environment(arguments, settings, stop)
         try:
             with shown.watching(around.transfer.progress):
-                return trio.run(_cancellable, stop, work, around)
+                return trio.run(_cancellable, stop, patient(work, arguments.last("wait", 0.0)), around)
         except (OperationPaused, KeyboardInterrupt) as error:
             raise paused(path, error, stop, own) from error
         except DriverError as error:
@@ -106,6 +107,45 @@ def run_stoppable(
             if program_name() == "qemu-img" and only(group, (StorageError,)):
                 raise CommandError(io_error(_first(group, StorageError))) from group
             raise
+
+
+def patient(
+    work: Callable[[Environment], Awaitable[Result]], seconds: float
+) -> Callable[[Environment], Awaitable[Result]]:
+    """`work`, tried again for so long while others use its images or work on them."""
+
+    async def tried(around: Environment) -> Result:
+        import trio
+        from safeimg.drivers.errors import LockError
+        from safeimg.ops.errors import OwnerAlive, SomethingPending
+
+        until = trio.current_time() + seconds
+        while True:
+            try:
+                return await work(around)
+            except (LockError, OwnerAlive, SomethingPending) as error:
+                if trio.current_time() >= until or around.stop() or not _will_end(error):
+                    raise
+            await trio.sleep(min(WAIT_STEP, max(0.0, until - trio.current_time())))
+
+    return tried
+
+
+def _will_end(error: Exception) -> bool:
+    """Whether it is somebody alive who is in the way: what was interrupted does not end by itself."""
+    from safeimg.drivers.errors import DriverError
+    from safeimg.journal import find
+    from safeimg.journal.errors import JournalError
+    from safeimg.journal.owner import liveness
+    from safeimg.ops.errors import SomethingPending
+
+    if not isinstance(error, SomethingPending):
+        return True
+    try:
+        found = find.find(filesystem(), error.home)
+    except (DriverError, JournalError):
+        return False
+    return not isinstance(found, find.LogFound) or liveness(found.owner) == "alive"
 
 
 async def _cancellable(
@@ -138,6 +178,7 @@ def environment(
         Transfer(settings),
         arguments=recorded(sys.argv[1:]),
         journal="auto" if arguments is None else _journal(arguments),
+        on_crash="report" if arguments is None else _on_crash(arguments),
         stop=Stop().reason if stop is None else stop.reason,
         secrets=NO_SECRETS if arguments is None else arguments.secrets,
         notice=lambda line: print(line, file=sys.stderr),
@@ -208,6 +249,14 @@ def recorded(words: Sequence[str]) -> tuple[str, ...]:
             kept.append(word)
         skip = is_object and not given and not skip
     return tuple(kept)
+
+
+def _on_crash(arguments: Arguments) -> str:
+    """`resume`, `rollback` or `report`."""
+    chosen = os.environ.get("SAFEIMG_ON_CRASH", "report")
+    if chosen not in ("resume", "rollback", "report"):
+        raise CommandError(f"SAFEIMG_ON_CRASH is '{chosen}'; it may be resume, rollback or report")
+    return str(arguments.last("on-crash", chosen))
 
 
 def _journal(arguments: Arguments) -> str:

@@ -8,7 +8,7 @@ from safeimg.cli.options import Argument, Command, Option
 from safeimg.cli.parser import Arguments
 from safeimg.cli.progress import display
 from safeimg.cli.running import run_stoppable
-from safeimg.cli.shared import HELP, LONG_PROGRESS, OBJECT, OUTPUT, PROGRESS, QUIET
+from safeimg.cli.shared import HELP, LONG_PROGRESS, OBJECT, OUTPUT, PROGRESS, QUIET, WAIT
 from safeimg.cli.values import output_format
 
 OUTCOMES = {1: "error", 3: "pending", 4: "conflict", 5: "owner", 6: "impossible"}
@@ -20,6 +20,10 @@ FENCED = Option(
 ADOPT = Option(
     "adopt", None, "adopt", None, "The image and its log were copied or restored together: bind them anew."
 )
+IF_PENDING = Option(
+    "if-pending", None, "if-pending", "OPERATION",
+    "Only if it is this operation that is pending (its id, or its beginning)."
+)
 REASON = Option("reason", None, "reason", "TEXT", "Why; kept in the history.")
 
 COMMANDS = (
@@ -27,7 +31,7 @@ COMMANDS = (
         "resume",
         "Finish a pending operation.",
         (PENDING_IMAGE,),
-        (HELP, OUTPUT, PROGRESS, LONG_PROGRESS, QUIET, FENCED, ADOPT, OBJECT),
+        (HELP, OUTPUT, PROGRESS, LONG_PROGRESS, QUIET, IF_PENDING, FENCED, ADOPT, OBJECT, WAIT),
         (("Go on where it stopped", "resume base.qcow2"), ("With progress", "resume -p base.qcow2")),
         "Everything is checked before anything is written. Exit code 0: done, or nothing to do; 4: an "
         "image was changed meanwhile, nothing was written; 5: its owner is alive, or on another machine "
@@ -38,7 +42,7 @@ COMMANDS = (
         "rollback",
         "Take a pending operation back.",
         (PENDING_IMAGE,),
-        (HELP, OUTPUT, PROGRESS, LONG_PROGRESS, QUIET, FENCED, ADOPT, OBJECT),
+        (HELP, OUTPUT, PROGRESS, LONG_PROGRESS, QUIET, IF_PENDING, FENCED, ADOPT, OBJECT, WAIT),
         (("Restore every image it touched", "rollback base.qcow2"),),
         "Everything is checked before anything is written. Exit codes as of resume; 6 behind the point of no "
         "return.",
@@ -48,7 +52,7 @@ COMMANDS = (
         "abandon",
         "Give a pending operation up: images stay as they are.",
         (PENDING_IMAGE,),
-        (HELP, OUTPUT, QUIET, FENCED, REASON),
+        (HELP, OUTPUT, QUIET, IF_PENDING, FENCED, REASON),
         (("After restoring the images from a backup", "abandon base.qcow2 --reason 'restored from backup'"),),
         "For when neither resume nor rollback is possible or wanted. What was done so far stays, and nothing "
         "can take it back.",
@@ -92,11 +96,14 @@ def _settle(action: str, image: str, arguments: Arguments) -> str:
     from safeimg.ops.launch import Environment
     from safeimg.recovery import settle
 
+    operation = arguments.last("if-pending", "").lower()
+
     async def work(environment: Environment) -> str:
         if action == "abandon":
-            return settle.abandon(image, environment, reason=arguments.last("reason", ""))
+            return settle.abandon(image, environment, reason=arguments.last("reason", ""), operation=operation)
         verb = settle.resume if action == "resume" else settle.rollback
-        return await verb(image, environment, fenced=arguments.flag("fenced"), adopt=arguments.flag("adopt"))
+        fenced, adopt = arguments.flag("fenced"), arguments.flag("adopt")
+        return await verb(image, environment, fenced=fenced, adopt=adopt, operation=operation)
 
     with display(arguments) as shown:
         return run_stoppable(arguments, shown, work, image=image, own=True)

@@ -30,6 +30,7 @@ LONG_PROGRESS = Option(
     "auto|json",
     "How progress is shown: json prints one object a line.",
     values.progress_form,
+    own=True,
 )
 CACHE = Option(
     "cache",
@@ -53,7 +54,21 @@ OPTIONS = Option(
 )
 BACKING_FORMAT = Option("backing-format", "F", None, "fmt", "Format of the backing image.")
 IMAGE = Argument("image", "The image.")
-JOURNAL = Option("journal", None, "journal", "PATH", "Where the log goes (beside the image if not given).")
-NO_JOURNAL = Option(
-    "no-journal", None, "no-journal", None, "Keep no log: nothing can be resumed or rolled back."
+WAIT = Option(
+    "wait", None, "wait", "SECONDS", "Wait for whoever uses the image, for so long at most.", values.seconds, own=True
+)
+# What every command that changes an image has.
+JOURNALING = (
+    Option("journal", None, "journal", "PATH", "Where the log goes (beside the image if not given).", own=True),
+    Option("no-journal", None, "no-journal", None, "Keep no log: nothing can be resumed or rolled back.", own=True),
+    Option(
+        "on-crash",
+        None,
+        "on-crash",
+        "resume|rollback|report",
+        "What `safeimg recover` does if this is interrupted (report).",
+        values.policy,
+        own=True,
+    ),
+    WAIT,
 )

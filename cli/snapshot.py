@@ -10,7 +10,7 @@ from safeimg.cli.common import filesystem, image_name, print_text, warn_image
 from safeimg.cli.errors import CommandError, usage
 from safeimg.cli.options import Command, Option
 from safeimg.cli.parser import Arguments
-from safeimg.cli.shared import FORCE_SHARE, HELP, IMAGE, IMAGE_OPTS, JOURNAL, NO_JOURNAL, OBJECT, QUIET
+from safeimg.cli.shared import FORCE_SHARE, HELP, IMAGE, IMAGE_OPTS, JOURNALING, OBJECT, QUIET
 
 if TYPE_CHECKING:
     from safeimg.drivers.errors import RefusedError
@@ -33,8 +33,7 @@ COMMANDS = (
             FORCE_SHARE,
             OBJECT,
             IMAGE_OPTS,
-            JOURNAL,
-            NO_JOURNAL,
+            *JOURNALING,
         ),
         (
             ("What snapshots there are", "snapshot -l disk.qcow2"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from safeimg.cli.common import filesystem, print_json, print_text
@@ -42,15 +42,7 @@ COMMANDS = (
 def run(command: Command, arguments: Arguments) -> int:
     output = output_format(arguments.last("output"))
     paths, scan = arguments.positional, arguments.all("scan")
-    fs = filesystem()
-    for path in [*paths, *scan]:
-        if fs.stat(path) is None and fs.stat(path + ".safeimg") is None:
-            raise CommandError(f"{path}: No such file or directory")
-    from safeimg.journal.sqlite import SqliteHistory
-    from safeimg.recovery.status import status
-
-    everything = arguments.flag("all") or not (paths or scan)
-    found = status(fs, SqliteHistory(), paths, everything=everything, scan=scan)
+    found = pending(paths, scan, everything=arguments.flag("all") or not (paths or scan))
     if output == "json":
         print_json([_members(each) for each in found])
     elif found:
@@ -60,13 +52,25 @@ def run(command: Command, arguments: Arguments) -> int:
     return PENDING if found else 0
 
 
+def pending(paths: Sequence[str], scan: Sequence[str], *, everything: bool) -> list[Status]:
+    """What is not settled on these images, in these folders and those below `scan`, or on this host."""
+    from safeimg.journal.sqlite import SqliteHistory
+    from safeimg.recovery.status import status
+
+    fs = filesystem()
+    for path in [*paths, *scan]:
+        if fs.stat(path) is None and fs.stat(path + ".safeimg") is None:
+            raise CommandError(f"{path}: No such file or directory")
+    return status(fs, SqliteHistory(), paths, everything=everything, scan=scan)
+
+
 def _members(each: Status) -> dict[str, Any]:
     return {
         "image": each.image, "log": each.log, "condition": each.condition, "problem": each.problem,
         "operation": each.operation, "command": each.command, "arguments": list(each.arguments),
         "started": each.started, "done": each.done, "total": each.total, "pid": each.pid, "host": each.host,
         "images": list(each.images), "rolling-back": each.rolling_back, "past-return": each.past_return,
-        "undo": each.undo, "restored-by-rollback": each.restored,
+        "undo": each.undo, "restored-by-rollback": each.restored, "on-crash": each.on_crash,
     }  # fmt: skip
 
 

@@ -93,6 +93,19 @@ def progress_form(text: str) -> str:
     return text
 
 
+def policy(text: str) -> str:
+    """What is to become of an interrupted operation."""
+    if text not in ("resume", "rollback", "report"):
+        raise CommandError(f"'{text}' is no way to settle an operation: it may be resume, rollback or report")
+    return text
+
+
+def seconds(text: str) -> float:
+    if not re.fullmatch(r"\d+(\.\d+)?", text):
+        raise CommandError(f"'{text}' is not a number of seconds")
+    return float(text)
+
+
 def snapshot(text: str) -> str:
     """-l of convert: an id or name, or `snapshot.id=…,snapshot.name=…`."""
     if text.startswith("snapshot."):

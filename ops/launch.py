@@ -35,9 +35,13 @@ class Environment:
     transfer: Transfer
     arguments: tuple[str, ...] = ()  # the command line, without secrets: the identical one resumes
     journal: str = "auto"  # "auto", "require", "off", or the path of the log
+    on_crash: str = "report"  # what `recover` does if this is interrupted: "resume", "rollback" or "report"
     stop: Callable[[], str | None] = field(default=lambda: None)  # why to pause, if at all
     secrets: Secrets = NO_SECRETS  # what encrypted images are opened with
     notice: Callable[[str], None] = field(default=lambda line: None)  # shows a line of a report, as it is
+
+
+ON_CRASH = "on_crash"  # the setting that keeps it
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,8 +90,8 @@ async def launch(job: Job, environment: Environment) -> None:
         opened.append(
             Session.begin(
                 environment.fs, environment.history, command=job.command, arguments=environment.arguments,
-                images=job.images, settings={**job.settings, "cursor": cursor}, undo=job.undo, created=job.created,
-                total=job.total, journal=environment.journal,
+                images=job.images, settings={**job.settings, "cursor": cursor, ON_CRASH: environment.on_crash},
+                undo=job.undo, created=job.created, total=job.total, journal=environment.journal,
             )
         )
         return opened[0]

@@ -124,22 +124,26 @@ def open_pending(
     *,
     fenced: bool = False,
     adopt: bool = False,
+    operation: str = "",
     bare: Callable[[OperationState], bool] = lambda state: False,
 ) -> Pending:
     """What is pending on the image at `path`, its home or a participant, opened and locked.
 
     `fenced`: an owner that nobody here can see is known to be dead. `adopt`: the images are copies, bound to the log
-    by their paths alone. `bare`: when only the files are wanted, whatever they hold, if they are there.
-    Participants without a pointer to this operation are never written (hazard 13). Raises `NothingPending`,
-    `OwnerAlive`, `Conflict`, `LogForeign`, `LogDamaged`."""
+    by their paths alone. `operation`: how the id of the one that is meant begins; another one counts as nothing.
+    `bare`: when only the files are wanted, whatever they hold, if they are there. Participants without a pointer to
+    this operation are never written (hazard 13). Raises `NothingPending`, `OwnerAlive`, `Conflict`, `LogForeign`,
+    `LogDamaged`."""
     home, log_path = _locate(path, environment)
     try:
         session = Session.reopen(environment.fs, environment.history, home, log_path)
     except LogBusy:
         raise OwnerAlive(f"{path}: another safeimg process is working on it") from None
     try:
-        _check_owner(path, session, fenced)
         state = session.state
+        if not state.declared.operation.startswith(operation):
+            raise NothingPending(f"{path}: operation {operation} is not pending; another one is")
+        _check_owner(path, session, fenced)
         alone = state.outcome is not None or state.started is None or bare(state)
         job = None if alone else _open_job(session, environment)
         files = _open_files(session) if job is None else dict(enumerate(job.files))

@@ -26,11 +26,16 @@ from safeimg.recovery.takeback import keep_lengths, raise_fences, shorten, take_
 from safeimg.recovery.verify import verify, verify_sources
 
 
-async def resume(path: str, environment: Environment, *, fenced: bool = False, adopt: bool = False) -> str:
-    """Finishes the operation pending on the image at `path`. What was done, in one line.
+async def resume(
+    path: str, environment: Environment, *, fenced: bool = False, adopt: bool = False, operation: str = ""
+) -> str:
+    """Finishes the operation pending on the image at `path`: only `operation` (its id, or how it begins) if given.
+    What was done, in one line.
 
     Raises `Conflict`, `OwnerAlive`, `Impossible`; `OperationPaused` if it is stopped again."""
-    pending = await trio.to_thread.run_sync(lambda: open_pending(path, environment, fenced=fenced, adopt=adopt))
+    pending = await trio.to_thread.run_sync(
+        lambda: open_pending(path, environment, fenced=fenced, adopt=adopt, operation=operation)
+    )
     with pending:
         done = pending.finish_outcome()
         if done is not None:
@@ -65,15 +70,18 @@ def _require_secrets(pending: Pending) -> None:
             )
 
 
-async def rollback(path: str, environment: Environment, *, fenced: bool = False, adopt: bool = False) -> str:
-    """Takes the operation pending on the image at `path` back. What was done, in one line.
+async def rollback(
+    path: str, environment: Environment, *, fenced: bool = False, adopt: bool = False, operation: str = ""
+) -> str:
+    """Takes the operation pending on the image at `path` back: only `operation` (its id, or how it begins) if given.
+    What was done, in one line.
 
     Raises `Conflict`, `OwnerAlive`, `Impossible`."""
-    return await trio.to_thread.run_sync(lambda: _rollback(path, environment, fenced, adopt))
+    return await trio.to_thread.run_sync(lambda: _rollback(path, environment, fenced, adopt, operation))
 
 
-def _rollback(path: str, environment: Environment, fenced: bool, adopt: bool) -> str:
-    with open_pending(path, environment, fenced=fenced, adopt=adopt, bare=_removes) as pending:
+def _rollback(path: str, environment: Environment, fenced: bool, adopt: bool, operation: str) -> str:
+    with open_pending(path, environment, fenced=fenced, adopt=adopt, operation=operation, bare=_removes) as pending:
         session = pending.session
         state = session.state
         command = state.declared.command
@@ -147,9 +155,12 @@ def _begin(pending: Pending, action: str, adopt: bool, wanted: Callable[[LiveSte
     session.sync()
 
 
-def abandon(path: str, environment: Environment, *, reason: str = "") -> str:
+def abandon(path: str, environment: Environment, *, reason: str = "", operation: str = "") -> str:
     """Gives the operation up, on record: the images stay as the crash left them, without fences."""
-    with open_pending(path, environment, fenced=True, adopt=True, bare=lambda state: True) as pending:
+    everything = open_pending(
+        path, environment, fenced=True, adopt=True, operation=operation, bare=lambda state: True
+    )
+    with everything as pending:
         done = pending.finish_outcome()
         if done is not None:
             return done

@@ -16,6 +16,7 @@ from safeimg.journal.history import History, PendingRow
 from safeimg.journal.log import Log
 from safeimg.journal.owner import liveness
 from safeimg.journal.state import OperationState, fold
+from safeimg.ops.launch import ON_CRASH
 
 Condition = Literal["running", "unknown", "interrupted", "paused", "finishing", "unbegun", "unreadable"]
 
@@ -46,6 +47,7 @@ class Status:
     undo: bool = False  # before-images are kept
     removes: bool = False  # rollback removes what was made
     restored: int = 0  # bytes that a rollback writes back
+    on_crash: str = "report"  # what `recover` does with it
 
 
 def status(
@@ -168,6 +170,7 @@ def _described(image: str, log: str, found: find.LogFound, state: OperationState
         undo=begun is not None and begun.undo,
         removes=begun is not None and bool(begun.created),
         restored=sum(before.length for step in state.steps for before in step.prepared.before),
+        on_crash="report" if begun is None else str(begun.settings.get(ON_CRASH, "report")),
     )
 
 

@@ -1,0 +1,91 @@
+"""recover: settles what was interrupted, as each operation asked for when it was started. Nobody is asked anything.
+
+    condition (status.py)         what is done
+    running                       nothing: it is none of ours
+    unbegun, finishing            resume: it only tidies up
+    interrupted, paused           by the policy: resume, rollback, or nothing but a report; a rollback that had begun is
+                                  finished, and what is past its point of no return is never rolled back
+    unknown                       the same with `fenced`, else nothing
+    unreadable                    nothing
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from safeimg.drivers.errors import DriverError
+from safeimg.journal.errors import JournalError
+from safeimg.ops.errors import OperationError, OperationPaused
+from safeimg.ops.launch import Environment
+from safeimg.recovery import settle
+from safeimg.recovery.pending import NothingPending
+from safeimg.recovery.status import Status
+
+
+@dataclass(frozen=True, slots=True)
+class Recovered:
+    """What became of an operation. `outcome`: *done*; *running*: its owner works on it; *left*: it is still pending,
+    as its policy wants; *failed*: it is still pending, `message` says why."""
+
+    status: Status
+    action: Literal["resume", "rollback", "none"]
+    outcome: Literal["done", "running", "left", "failed"]
+    message: str
+    code: int = 0  # exit code of the failure
+
+
+async def recover(
+    found: Sequence[Status], environment: Environment, *, policy: str | None = None, fenced: bool = False
+) -> AsyncIterator[Recovered]:
+    """Settles the operations, one after the other. `policy`: instead of what each was started with.
+
+    A failure of one does not keep the others from being settled; `OperationPaused` does."""
+    for status in found:
+        yield await _recover(status, environment, policy or status.on_crash, fenced)
+
+
+def action_for(status: Status, policy: str, *, fenced: bool = False) -> Literal["resume", "rollback", "none"]:
+    """What is to be done about an operation."""
+    condition = status.condition
+    if condition in ("unbegun", "finishing"):
+        return "resume"
+    if condition in ("running", "unreadable") or (condition == "unknown" and not fenced):
+        return "none"
+    if status.rolling_back:
+        return "rollback"
+    if policy == "rollback":
+        return "none" if status.past_return else "rollback"
+    return "resume" if policy == "resume" else "none"
+
+
+async def _recover(status: Status, environment: Environment, policy: str, fenced: bool) -> Recovered:
+    action = action_for(status, policy, fenced=fenced)
+    if action == "none":
+        return _left(status, policy)
+    verb = settle.resume if action == "resume" else settle.rollback
+    try:
+        done = await verb(status.image, environment, fenced=fenced, operation=status.operation)
+    except NothingPending as nothing:
+        return Recovered(status, action, "done", str(nothing))
+    except OperationPaused:
+        raise
+    except (OperationError, JournalError, DriverError) as error:
+        return Recovered(status, action, "failed", str(error), getattr(error, "exit_code", 1))
+    return Recovered(status, action, "done", done)
+
+
+def _left(status: Status, policy: str) -> Recovered:
+    if status.condition == "running":
+        return Recovered(status, "none", "running", f"process {status.pid} is working on it")
+    if status.condition == "unreadable":
+        return Recovered(status, "none", "failed", status.problem, 1)
+    if status.condition == "unknown":
+        owner = f"process {status.pid} on host {status.host}"
+        why = f"{owner} cannot be seen from here; if it is certainly dead, add --fenced"
+        return Recovered(status, "none", "failed", why, 5)
+    if policy == "rollback":
+        return Recovered(status, "none", "failed", "it is past its point of no return: resume finishes it", 6)
+    why = f"the {status.command} was neither resumed nor rolled back: nobody said which (--policy)"
+    return Recovered(status, "none", "left", why)
