@@ -86,15 +86,19 @@ def _amend(arguments: Arguments, options: list[str], shown: Display) -> int:
             nonlocal begun
             begun = True
             await amend(
-                environment, name, options, fmt=fmt, cache=cache, force=arguments.flag("force"), warn=warn_image
-            )
+                environment, name, options, fmt=fmt, cache=cache, force=arguments.flag("force"), warn=warn_image,
+                begun=shown.begin,
+            )  # fmt: skip
 
         await begin_or_resume(name, environment, "amend", begin)
         if not begun and "size" in ",".join(options):  # what was resumed had yet to change the size
             await begin()
 
-    run_stoppable(arguments, shown, work, image=name, settings=Settings(writeback=cache != "unsafe"))
-    shown.finish()
+    shown.hold()
+    try:
+        run_stoppable(arguments, shown, work, image=name, settings=Settings(writeback=cache != "unsafe"))
+    finally:
+        shown.finish()  # as qemu-img does, even if the format refuses
     return 0
 
 

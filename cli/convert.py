@@ -30,8 +30,6 @@ from safeimg.cli.values import cache_mode, warn
 from safeimg.drivers.errors import StorageError
 from safeimg.drivers.formats.naming import Blockdev, from_options
 
-_LATER = (("salvage", "--salvage"),)
-
 COMMANDS = (
     Command(
         "convert",
@@ -120,21 +118,24 @@ COMMANDS = (
 def run(command: Command, arguments: Arguments) -> int:
     options: list[str] = arguments.all("options")
     words = arguments.positional
+    _check(arguments)
     if print_option_help(options, arguments.last("target-format", "raw"), words[-1] if len(words) > 1 else None):
         return 0
-    _check(arguments)
+    if len(words) < 2:
+        raise CommandError("Must specify image file name")
     fmt, target_format = arguments.last("format"), arguments.last("target-format")
+    source_cache = cache_mode(arguments.last("source-cache", "writeback"), "Invalid source cache option")
     sources = tuple(image_name(arguments, word, fmt)[0] for word in words[:-1])
     target: str | Blockdev = words[-1]
     if arguments.flag("target-image-opts"):
-        if target_format is not None:
-            raise CommandError("--image-opts and --format are mutually exclusive")
         target = from_options(words[-1], warn)
-    cache = cache_mode(arguments.last("cache", _default_cache()), "Invalid cache option")
+    cache: str = arguments.last("cache", _default_cache())
 
+    from safeimg.cli.main import program_name
     from safeimg.drivers.formats.options import split_options
     from safeimg.drivers.transfer.core import Settings, sensible_workers
     from safeimg.ops.convert import Options, convert
+    from safeimg.ops.errors import Unanswered
     from safeimg.ops.launch import Environment
     from safeimg.recovery.gate import resumed, supersede
 
@@ -151,12 +152,13 @@ def run(command: Command, arguments: Arguments) -> int:
         compress=arguments.flag("compress"),
         copy_offload=arguments.flag("copy-offloading"),
         sparse=arguments.last("sparse"),
-        cache=cache,
-        source_cache=cache_mode(arguments.last("source-cache", "writeback"), "Invalid source cache option"),
+        cache="none" if cache == "off" else cache,
+        source_cache=source_cache,
         force_share=arguments.flag("force-share"),
         snapshot=arguments.last("snapshot"),
         bitmaps=arguments.flag("bitmaps"),
         skip_broken_bitmaps=arguments.flag("skip-broken-bitmaps"),
+        salvage=arguments.flag("salvage"),
         undo=arguments.flag("undo"),
     )
     settings = Settings(
@@ -176,7 +178,10 @@ def run(command: Command, arguments: Arguments) -> int:
             )
 
     with display(arguments) as shown:
-        run_stoppable(arguments, shown, work, image=target, settings=settings, io_error=_io_error)
+        try:
+            run_stoppable(arguments, shown, work, image=target, settings=settings, io_error=_io_error)
+        except Unanswered as error:
+            raise CommandError(str(error), code=0 if program_name() == "qemu-img" else 1) from error
         shown.finish()
     return 0
 
@@ -192,8 +197,6 @@ def _io_error(error: StorageError) -> str:
 def _check(arguments: Arguments) -> None:
     """Refuses what makes no sense before any file is touched, in qemu-img's order."""
     flag = arguments.flag
-    if flag("image-opts") and flag("format"):
-        raise CommandError("--image-opts and --format are mutually exclusive")
     if flag("skip-broken-bitmaps") and not flag("bitmaps"):
         raise CommandError("Use of --skip-broken-bitmaps requires --bitmaps")
     if not flag("no-create"):
@@ -210,12 +213,6 @@ def _check(arguments: Arguments) -> None:
         ):
             if flag(name):
                 raise CommandError(message)
-    if len(arguments.positional) < 2:
-        raise CommandError("Must specify image file name")
-    cache_mode(arguments.last("source-cache", "writeback"), "Invalid source cache option")
-    for name, option in _LATER:
-        if flag(name):
-            raise CommandError(f"convert {option} is not supported yet")
 
 
 def _default_cache() -> str:

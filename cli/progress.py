@@ -36,6 +36,7 @@ class Display:
     def __init__(self, form: Form | None) -> None:
         self._form = form
         self._asked = False  # SIGUSR1 came
+        self._held = False
 
     def ask(self) -> None:
         """Prints the state on stderr at the next report. Safe in a signal handler."""
@@ -46,12 +47,20 @@ class Display:
         if self._asked:
             self._asked = False
             print(f"    ({_percent(done, total):.2f}/100%)", file=sys.stderr, flush=True)
-        if self._form is not None:
+        if self._form is not None and not self._held:
             self._form.show(done, total)
+
+    def hold(self) -> None:
+        """Nothing is shown until `begin`."""
+        self._held = True
+
+    def begin(self) -> None:
+        self._held = False
+        self.report(0, 1)
 
     def finish(self, total: int = 1) -> None:
         """All is done: shown as such even if the last report said less."""
-        if self._form is not None:
+        if self._form is not None and not self._held:
             self._form.show(total, total)
 
     @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from safeimg.cli.common import image_name, warn_image
-from safeimg.cli.errors import CommandError, usage
+from safeimg.cli.errors import usage
 from safeimg.cli.options import Command, Option
 from safeimg.cli.parser import Arguments
 from safeimg.cli.progress import Display, display
@@ -77,25 +77,21 @@ def _rebase(arguments: Arguments, backing: str | None, unsafe: bool, shown: Disp
     cache = cache_mode(arguments.last("cache", "writeback"), "Invalid cache option")
     cache_mode(arguments.last("source-cache", "writeback"), "Invalid source cache option")
     backing_format = arguments.last("backing-format")
-    from safeimg.drivers.errors import UsageError
-    from safeimg.drivers.formats.registry import lookup
     from safeimg.drivers.transfer.core import Settings
     from safeimg.ops.launch import Environment
     from safeimg.ops.rebase import rebase, rebase_unsafe
     from safeimg.recovery.gate import begin_or_resume
 
-    if backing_format is not None:
-        try:
-            lookup(backing_format)
-        except UsageError:
-            raise CommandError(f"Invalid format name: '{backing_format}'") from None
-
     async def work(environment: Environment) -> None:
         async def begin() -> None:
-            change = rebase_unsafe if unsafe else rebase
-            await change(
-                environment, name, backing or None, backing_format, fmt=fmt, cache=cache, warn=warn_image
-            )
+            if unsafe:
+                await rebase_unsafe(
+                    environment, name, backing, backing_format, fmt=fmt, cache=cache, warn=warn_image
+                )
+            else:
+                await rebase(
+                    environment, name, backing or "", backing_format, fmt=fmt, cache=cache, warn=warn_image
+                )
 
         await begin_or_resume(name, environment, "rebase", begin)
 

@@ -15,6 +15,7 @@ from safeimg.cli.common import filesystem
 from safeimg.cli.errors import CommandError
 from safeimg.cli.parser import Arguments
 from safeimg.cli.progress import Display
+from safeimg.cli.values import warn
 from safeimg.drivers.formats.naming import Blockdev, local_name
 from safeimg.drivers.secrets import NO_SECRETS
 
@@ -175,7 +176,7 @@ def environment(
     return Environment(
         filesystem(),
         SqliteHistory(),
-        Transfer(settings),
+        Transfer(settings, warn=(lambda message: None) if arguments is not None and arguments.flag("quiet") else warn),
         arguments=recorded(sys.argv[1:]),
         journal="auto" if arguments is None else _journal(arguments),
         on_crash="report" if arguments is None else _on_crash(arguments),

@@ -27,8 +27,10 @@ async def amend(
     cache: str = "writeback",
     force: bool = False,
     warn: Callable[[str], None] | None = None,
+    begun: Callable[[], None] = lambda: None,
 ) -> None:
-    """Changes what the option lists `given` (as of `-o`) ask for; `force` allows what may lose access to data.
+    """Changes what the option lists `given` (as of `-o`) ask for; `force` allows what may lose access to data. `begun`
+    is called once these are understood.
 
     The size is an operation of its own, behind that for the others: begun anew, an amendment that was interrupted in
     between finds everything else as it should be. Raises `UsageError` in qemu-img's words for what cannot be."""
@@ -46,6 +48,7 @@ async def amend(
         driver, old = lookup(layers[0].format), layers[0].size
         if driver.amending is not None:  # else it is refused once the image was opened for writing
             values = parse_amend_options(driver.amending.options, driver.create_options, given)
+            begun()
         size = int(values.get("size", old))
         alone = size != old and len(values) == 1
         if alone:

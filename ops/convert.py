@@ -18,16 +18,19 @@ from safeimg.drivers.formats.naming import Blockdev, from_filename, lasting, loc
 from safeimg.drivers.formats.registry import lookup
 from safeimg.drivers.formats.snapshots import load
 from safeimg.drivers.secrets import NO_SECRETS, Secrets
-from safeimg.drivers.storage.api import FileSystem
+from safeimg.drivers.storage.api import CACHE_MODES, FileSystem
 from safeimg.drivers.transfer.core import Transfer
 from safeimg.ops.convert_bitmaps import check_source, check_target, with_copies
 from safeimg.ops.convert_job import compressor, job_of
 from safeimg.ops.convert_steps import PAGE, STEP_BYTES, STEP_SECONDS
 from safeimg.ops.create import files_of, format_driver, make_durable, settle_pending
 from safeimg.ops.create_options import for_driver, is_on, parse_options
+from safeimg.ops.errors import Unanswered
 from safeimg.ops.launch import Environment, Job, launch
 from safeimg.ops.repair import open_sound
 from safeimg.ops.session import refuse_pending_on
+
+_SEVERAL = "Having a backing file for the target makes no sense when concatenating multiple input images"
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,12 +65,13 @@ class Options:
     compress: bool = False  # -c
     copy_offload: bool = False  # -C; accepted, and data goes through memory all the same
     sparse: int | None = None  # -S, bytes; 4096 if None
-    cache: str = "writeback"  # -t
+    cache: str = "writeback"  # -t, as given: what is none is refused where qemu-img looks at it
     source_cache: str = "writeback"  # -T
     force_share: bool = False  # -U
     snapshot: str | None = None  # -l
     bitmaps: bool = False
     skip_broken_bitmaps: bool = False
+    salvage: bool = False  # what cannot be read is zero
     blocks: Blocks | None = None  # given: the command is dd
     undo: bool = False  # an existing target: keep what is overwritten until it is settled
     step_bytes: int = STEP_BYTES
@@ -145,16 +149,18 @@ def open_job(
         part = 0, sum(chain[0].size for chain in chains)
         if options.blocks is not None:
             found = options.blocks.part(part[1])
-            if found is None:
-                complain(f"{local_name(options.sources[0])}: cannot skip to specified offset")
             part = found or (0, 0)
+        _check_chain(options, several=len(chains) > 1)
         existing = _writes_existing(fs, options)
         creation = None if existing else _creation(options, several=len(chains) > 1)
         if options.bitmaps:
             check_source(chains, options.skip_broken_bitmaps, warn)
         if creation is None:
             return _into_existing(fs, options, transfer, chains, part, secrets)
-        return _into_new(fs, options, transfer, chains, part, supersede, secrets, *creation)
+        job = _into_new(fs, options, transfer, chains, part, supersede, secrets, *creation)
+        if options.blocks is not None and found is None:
+            complain(f"{local_name(options.sources[0])}: cannot skip to specified offset")
+        return job
     except BaseException:
         for chain in chains:
             close_chain(chain)
@@ -171,6 +177,19 @@ def _check(options: Options) -> None:
         raise UsageError("--target-is-zero requires use of -n flag")
     if options.create_options and not options.create:
         raise UsageError("-o has no effect when skipping image creation")
+
+
+def _check_chain(options: Options, *, several: bool) -> None:
+    """Refuses -B where it makes no sense, once the sources are open."""
+    if options.target_is_zero and options.backing is not None:
+        raise Unanswered("Cannot use --target-is-zero when the destination image has a backing file")
+    if options.backing is not None and several and not options.create:
+        raise UsageError(_SEVERAL)
+
+
+def _check_cache(options: Options) -> None:
+    if options.cache not in CACHE_MODES:
+        raise UsageError(f"Invalid cache option: {options.cache}")
 
 
 def _writes_existing(fs: FileSystem, options: Options) -> bool:
@@ -196,13 +215,14 @@ def _into_existing(
     part: tuple[int, int],
     secrets: Secrets,
 ) -> Job:
+    _check_cache(options)
+    if not isinstance(options.target, str) and options.target_format is not None:
+        raise UsageError("--image-opts and --format are mutually exclusive")
     target = _open_target(fs, options, secrets, unfinished=False)
     try:
         refuse_pending_on(fs, target[0].file.path)
         if options.bitmaps:
             check_target(lookup(target[0].format), target[0])
-        if options.target_is_zero and len(target) > 1:
-            raise UsageError("Cannot use --target-is-zero when the destination image has a backing file")
         if options.compress:
             compressor(target[0])
         if target[0].size < part[1]:
@@ -224,8 +244,6 @@ def _into_new(
     driver: Driver,
     asked: Mapping[str, str],
 ) -> Job:
-    if options.bitmaps:
-        check_target(driver)
     path = local_path(options.target_name)
     _refuse_source(fs, options, path, chains)
     if supersede is None:
@@ -234,7 +252,16 @@ def _into_new(
         settle_pending(fs, path, supersede)
     found = fs.stat(path)
     new = [name for name in files_of(path, asked) if fs.stat(name) is None]
-    began = False
+    began = possible = False
+
+    def ready() -> None:
+        """What qemu-img looks at when it has made the file, and lost what was there."""
+        nonlocal possible
+        possible = True
+        _check_cache(options)
+        if options.bitmaps:
+            check_target(driver)
+
     try:
         try:
             if found is not None and (found.is_device or stat.S_ISREG(found.mode)):
@@ -242,9 +269,12 @@ def _into_new(
                 fs.open(path, write=True, locking=True).close()
             began = True
             driver.create(
-                fs, path, part[1], asked, cache=options.cache, unfinished=options.command, secrets=secrets
+                fs, path, part[1], asked, unfinished=options.command, secrets=secrets,
+                ready=ready,
             )
         except DriverError as error:
+            if possible and isinstance(error, UsageError):
+                raise
             raise _while_converting(options, error) from error
         for name in files_of(path, asked):
             make_durable(fs, name, options.cache)
@@ -289,9 +319,7 @@ def _creation(options: Options, *, several: bool) -> tuple[Driver, dict[str, str
             values[name] = wanted
     if "backing_file" in values:
         if several:
-            raise UsageError(
-                "Having a backing file for the target makes no sense when concatenating multiple input images"
-            )
+            raise UsageError(_SEVERAL)
         if "backing_fmt" not in values:
             raise UsageError("Use of backing file requires explicit backing format")
     if options.compress:
@@ -360,6 +388,7 @@ def _job(
         "force_share": options.force_share,
         "snapshot": options.snapshot,
         "bitmaps": options.bitmaps,
+        "salvage": options.salvage,
         "part": None if options.blocks is None else list(part),
         "created": created,
         "undo": options.undo and not created,

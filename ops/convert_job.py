@@ -21,6 +21,7 @@ from safeimg.drivers.secrets import Secrets
 from safeimg.drivers.storage.api import FileSystem
 from safeimg.drivers.transfer.core import Transfer
 from safeimg.drivers.transfer.part import PartialView
+from safeimg.drivers.transfer.salvage import Salvaged
 from safeimg.drivers.transfer.view import ConcatenatedView, Source, View
 from safeimg.journal.state import OperationState
 from safeimg.ops.convert_steps import Convert, Policy
@@ -33,7 +34,7 @@ from safeimg.ops.session import DATA_FILE, data_index, touched
 _KINDS: dict[str, type | tuple[type, ...]] = {
     "layers": list, "formats": list, "options": list, "cache": str,
     "source_cache": str, "force_share": bool, "created": bool,
-    "undo": bool, "compress": bool, "bitmaps": bool,
+    "undo": bool, "compress": bool, "bitmaps": bool, "salvage": bool,
     "sparse": int, "zero_below": int, "skip_below": int, "step_bytes": int,
     "step_seconds": (int, float), "defer": (int, float), "snapshot": (str, type(None)),
     "part": (list, type(None)),
@@ -88,6 +89,9 @@ def job_of(layers: Sequence[Image], settings: dict[str, Any], transfer: Transfer
     source, part = joined(chains[1:]), settings["part"]
     if part is not None:
         source = PartialView(source, *part)
+    if settings["salvage"]:
+        source = Salvaged(source, transfer.warn)
+        source.survey()
     policy = Policy(
         sparse=settings["sparse"],
         compress=compressor(target[0]) if settings["compress"] else None,

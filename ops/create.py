@@ -76,6 +76,8 @@ def _create(
     path = local_path(request.filename)
     values = parse_options(driver.create_options, request.options, warn)
     known = {option.name for option in driver.create_options}
+    if request.size is not None and "size" in values:
+        raise UsageError("The image size must be specified only once")
     if request.backing is not None:
         if "backing_file" not in known:
             raise UsageError(f"Backing file not supported for file format '{driver.name}'")
@@ -85,8 +87,6 @@ def _create(
             raise UsageError(f"Backing file format not supported for file format '{driver.name}'")
         values["backing_fmt"] = request.backing_format
     if request.size is not None:
-        if "size" in values:
-            raise UsageError("The image size must be specified only once")
         values["size"] = str(request.size)
     if "backing_file" in values:
         backing_size = _look_at_backing(fs, request, path, values["backing_file"], values.get("backing_fmt"))
@@ -96,11 +96,6 @@ def _create(
         raise UsageError("Image creation needs a size parameter")
     say(formatting(request.filename, driver.name, driver.create_options, values))
     size = int(values["size"])
-    if "backing_fmt" in values and "backing_file" not in values:
-        _check_backing_format(values["backing_fmt"])
-        raise UsageError("Backing format cannot be used without backing file")
-    if "backing_fmt" in values:
-        _check_backing_format(values["backing_fmt"])
     settle_pending(fs, path, supersede)
     asked = for_driver(driver.create_options, values)
     driver.create(fs, path, size, asked, cache=request.cache, secrets=request.secrets)
@@ -120,11 +115,6 @@ def settle_pending(fs: FileSystem, path: str, supersede: Callable[[str], None]) 
         if fs.stat(path) is not None:
             fs.open(path, write=True, locking=True).close()  # somebody uses it: nothing is given up for that
         supersede(path)
-
-
-def _check_backing_format(name: str) -> None:
-    if name not in names():
-        raise UsageError(f"Parameter 'backing-fmt' does not accept value '{name}'")
 
 
 def _look_at_backing(

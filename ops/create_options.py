@@ -4,7 +4,7 @@ words."""
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from safeimg.drivers.errors import UsageError
 from safeimg.drivers.formats.api import CreateOption
@@ -81,21 +81,24 @@ def parse_amend_options(
     warn: Callable[[str], None] | None = None,
 ) -> dict[str, str]:
     """Like `parse_options`, of the `options` that images which exist can be given, not all `create_options`."""
-    created = {option.name for option in available(create_options, with_file=False)}
-    return _parse({option.name: option for option in options}, given, warn, created)
+    try:
+        return _parse({option.name: option for option in options}, given, warn)
+    except UsageError as error:
+        created = {option.name: option for option in available(create_options, with_file=False)}
+        try:
+            _parse(created, given, None)
+        except UsageError:
+            raise error from None
+        raise UsageError(f"{error}\nThis option is only supported for image creation") from None
 
 
 def _parse(
-    known: Mapping[str, CreateOption], given: Sequence[str], warn: Callable[[str], None] | None,
-    only_created: Container[str] = (),
+    known: Mapping[str, CreateOption], given: Sequence[str], warn: Callable[[str], None] | None
 ) -> dict[str, str]:
     values: dict[str, str] = {}
     for name, value in split_options(",".join(given)):
         if name not in known:
-            unknown = [each for each, _ in split_options(",".join(given)) if each not in known]
-            created = all(each in only_created for each in unknown)
-            later = "\nThis option is only supported for image creation" if created else ""
-            raise UsageError(f"Invalid parameter '{name}'{later}")
+            raise UsageError(f"Invalid parameter '{name}'")
         values[name] = _checked(known[name], value, warn)
     return values
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from safeimg.drivers.errors import UsageError
+
 
 class OperationError(Exception):
     """Base of everything that `safeimg.ops` and `safeimg.recovery` raise on purpose.
@@ -51,3 +53,7 @@ class Impossible(OperationError):
     """What was asked for cannot be done any more (or never could)."""
 
     exit_code = 6
+
+
+class Unanswered(UsageError):
+    """Nothing was done, and why; qemu-img tells so too, and ends as if all were well."""

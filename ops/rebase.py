@@ -10,7 +10,7 @@ from safeimg.drivers.errors import DriverError, UsageError
 from safeimg.drivers.formats.api import Changes, Image, Planner
 from safeimg.drivers.formats.chain import backing_filename, close_chain, open_chain
 from safeimg.drivers.formats.naming import Blockdev, are_options, lasting
-from safeimg.drivers.formats.registry import lookup
+from safeimg.drivers.formats.registry import lookup, names
 from safeimg.drivers.secrets import Secrets
 from safeimg.drivers.storage.api import FileSystem
 from safeimg.drivers.transfer.core import Transfer
@@ -19,7 +19,7 @@ from safeimg.ops.change import Action, Changing, Settings
 from safeimg.ops.errors import Conflict
 from safeimg.ops.filling import STEP_BYTES
 from safeimg.ops.launch import Environment, Job, launch
-from safeimg.ops.rebase_safe import Rebase, rebasing
+from safeimg.ops.rebase_safe import Rebase, refused, set_backing
 from safeimg.ops.reopening import reopen_home, started_settings, unlinked_by
 from safeimg.ops.repair import open_to_change
 from safeimg.ops.session import touched
@@ -37,8 +37,8 @@ async def rebase_unsafe(
     cache: str = "writeback",
     warn: Warn | None = None,
 ) -> None:
-    """Changes the backing image's name alone (None: no backing image); the guest content changes with it."""
-    settings = {"safe": False, "backing": backing, "backing_format": backing_format}
+    """Changes the backing image's name alone (None or "": no backing image); the guest content changes with it."""
+    settings = {"safe": False, "backing": backing or None, "backing_format": backing_format}
     await _unsafe.run(
         environment, filename, settings, fmt=fmt, cache=cache, warn=warn,
         check=lambda image: _check(image, backing, backing_format),
@@ -48,7 +48,7 @@ async def rebase_unsafe(
 async def rebase(
     environment: Environment,
     filename: str | Blockdev,
-    backing: str | None,
+    backing: str,
     backing_format: str | None,
     *,
     fmt: str | None = None,
@@ -56,17 +56,18 @@ async def rebase(
     warn: Warn | None = None,
     step_bytes: int = STEP_BYTES,
 ) -> None:
-    """Changes the backing image (None: to none); what the new one does not show the same is copied before.
+    """Changes the backing image ("": to none); what the new one does not show the same is copied before.
 
     Raises what opening raises, `UsageError` in qemu-img's words, `SomethingPending`, `OperationPaused`."""
     layers = await open_to_change(environment, filename, fmt=fmt, cache=cache, warn=warn, backing=True)
     try:
         old = len(layers) - 1
-        if backing is not None:
+        _check_format(backing_format)
+        if backing:
             layers += _open_new(environment, layers[0].file.path, backing, backing_format)
         _check(layers[0], backing, backing_format)
         settings = {
-            "safe": True, "backing": backing, "backing_format": backing_format, "old": old,
+            "safe": True, "backing": backing or None, "backing_format": backing_format, "old": old,
             "new": len(layers) - 1 - old, "cache": cache, "format": layers[0].format,
             "options": lasting(filename, environment.fs.resolve), "step": step_bytes,
         }  # fmt: skip
@@ -88,20 +89,28 @@ def _open_new(
 
 
 def _check(image: Image, backing: str | None, backing_format: str | None) -> None:
-    what = f"Could not change the backing file to '{backing or ''}'"
-    if lookup(image.format).rebasing is None:
-        raise UsageError(f"{what}: Operation not supported")
-    if backing is not None and backing_format is None:
-        raise UsageError(f"{what}: backing format must be specified")
+    _check_format(backing_format)
+    feature = lookup(image.format).rebasing
+    if feature is None:
+        raise refused(backing, "Operation not supported")
+    if backing and backing_format is None:
+        raise refused(backing, "backing format must be specified")
+    if backing and not feature.accepts(image, backing):
+        raise refused(backing, "Invalid argument")
+
+
+def _check_format(name: str | None) -> None:
+    if name is not None and name not in names():
+        raise UsageError(f"Invalid format name: '{name}'")
 
 
 def _actions(settings: Settings) -> Sequence[Action]:
     backing, backing_format = _names(settings)
 
-    def set_backing(image: Image, planner: Planner) -> Iterable[Changes]:
-        return rebasing(image).set_backing(image, planner, backing, backing_format)
+    def switch(image: Image, planner: Planner) -> Iterable[Changes]:
+        return set_backing(image, planner, backing, backing_format)
 
-    return [set_backing]
+    return [switch]
 
 
 def _names(settings: Settings) -> tuple[str | None, str | None]:

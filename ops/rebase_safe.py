@@ -15,7 +15,8 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from safeimg.drivers.formats.api import Image, Kind, Patch
+from safeimg.drivers.errors import UnsupportedError, UsageError
+from safeimg.drivers.formats.api import Changes, Image, Kind, Patch, Planner
 from safeimg.drivers.formats.features import Rebasing
 from safeimg.drivers.formats.registry import lookup
 from safeimg.drivers.transfer.buffers import BufferPool
@@ -127,7 +128,7 @@ class Rebase:
 
     async def _switch(self, cursor: dict[str, Any]) -> AsyncIterator[Step]:
         self._plan_anew()
-        *first, last = rebasing(self._top).set_backing(self._top, self._filler.planner, *self._backing)
+        *first, last = set_backing(self._top, self._filler.planner, *self._backing)
         for changes in first:
             yield Step("switch", {"phase": "switch"}, 0, changes=[(0, changes)])
         yield Step("switch", {"phase": "release"}, 0, changes=[(0, last)])
@@ -196,6 +197,20 @@ def rebasing(image: Image) -> Rebasing:
     if feature is None:
         raise Conflict(f"{image.file.path}: {image.format} images have no backing image")
     return feature
+
+
+def set_backing(image: Image, planner: Planner, backing: str | None, backing_format: str | None) -> Iterator[Changes]:
+    """See `Rebasing.set_backing`; `UsageError` in QEMU's words where the header has no room for the name."""
+    try:
+        yield from rebasing(image).set_backing(image, planner, backing, backing_format)
+    except UnsupportedError as error:
+        raise refused(backing, "No space left in the file header") from error
+
+
+def refused(backing: str | None, reason: str) -> UsageError:
+    """No change of the backing image, in QEMU's words. `backing`: as given on the command line."""
+    shown = "(null)" if backing is None else backing
+    return UsageError(f"Could not change the backing file to '{shown}': {reason}")
 
 
 def _parts(view: View | None, start: int, end: int) -> Parts | None:

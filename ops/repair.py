@@ -101,8 +101,6 @@ async def repair(
     try:
         refuse_locked(layers[0], filename)
         refuse_pending_on(fs, layers[0].file.path)
-        if lookup(layers[0].format).repairing is None:
-            return Repaired(layers[0].format, None, None)
     finally:
         close_chain(layers)
     layers = open_chain(
@@ -110,7 +108,9 @@ async def repair(
     )
     try:
         image = layers[0]
-        repairing = _repairing(image)
+        repairing = lookup(image.format).repairing
+        if repairing is None:
+            return Repaired(image.format, None, None)
         try:
             plan = await trio.to_thread.run_sync(lambda: repairing.plan(image, errors=errors))
         except UnsupportedError as error:

@@ -325,10 +325,11 @@ class Driver(Protocol):
         ...
 
     def create(self, fs: FileSystem, path: str, size: int, options: Mapping[str, str], *, cache: str = "writeback",
-               unfinished: str | None = None,
-               secrets: Secrets = NO_SECRETS) -> None:
+               unfinished: str | None = None, secrets: Secrets = NO_SECRETS,
+               ready: Callable[[], None] = lambda: None) -> None:
         """Writes an empty image. `unfinished` names the command for which it is fenced until `finish`. `secrets`:
-        those that options name."""
+        those that options name. `ready` is called once all that is asked for is found possible, and may refuse it:
+        a file that was there is unchanged until then, one that was not is gone again."""
         ...
 
     def planner(self, image: Image) -> Planner: ...

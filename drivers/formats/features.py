@@ -21,7 +21,13 @@ class Rebasing(Protocol):
     def set_backing(
         self, image: Image, planner: Planner, filename: str | None, fmt: str | None
     ) -> Iterable[Changes]:
-        """Makes `filename` the backing image that the header names, or none. Guest data is not looked at."""
+        """Makes `filename` the backing image that the header names, or none. Guest data is not looked at.
+
+        Raises `UnsupportedError` if the header has no room for the name."""
+        ...
+
+    def accepts(self, image: Image, filename: str) -> bool:
+        """Whether the image can have a backing image, of that name, as far as that can be told beforehand."""
         ...
 
 

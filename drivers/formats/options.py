@@ -126,11 +126,16 @@ def choice_option(
 
 
 def storage_preallocation(path: str, options: Mapping[str, str]) -> str:
-    """How a file's space is made ready: "off", "falloc" or "full". The messages are those of QEMU's storage of local
+    """How a file's space is made ready: "off", "falloc" or "full"; "metadata", too, until
+    `refuse_metadata`. The messages are those of QEMU's storage of local
     files, to which formats without a preallocation of their own leave this option."""
     mode = options.get("preallocation", "off")
-    if mode == "metadata":
-        raise UsageError(f"{path}: Unsupported preallocation mode: metadata")
-    if mode not in ("off", "falloc", "full"):
+    if mode not in ("off", "metadata", "falloc", "full"):
         raise UsageError(f"{path}: invalid parameter value: {mode}")
     return mode
+
+
+def refuse_metadata(path: str, preallocation: str) -> None:
+    """A file has none: found out when it is there, and is to get its size."""
+    if preallocation == "metadata":
+        raise UsageError(f"{path}: Unsupported preallocation mode: metadata")

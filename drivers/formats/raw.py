@@ -6,7 +6,7 @@ and what it lacks reads as zeroes. """
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from errno import EINVAL
 
 from safeimg.drivers.errors import StorageError, UsageError
@@ -23,7 +23,8 @@ from safeimg.drivers.formats.api import (
     RuntimeOption,
 )
 from safeimg.drivers.formats.features import Measured, Measuring
-from safeimg.drivers.formats.options import storage_preallocation
+from safeimg.drivers.formats.new_file import empty, new_file
+from safeimg.drivers.formats.options import refuse_metadata, storage_preallocation
 from safeimg.drivers.formats.plain import PlainDriver, PlainImage, PlainPlanner
 from safeimg.drivers.formats.protocols import check_window
 from safeimg.drivers.secrets import NO_SECRETS, Secrets
@@ -185,15 +186,18 @@ class RawDriver(PlainDriver):
         return None
 
     def create(self, fs: FileSystem, path: str, size: int, options: Mapping[str, str], *,
-               cache: str = "writeback", unfinished: str | None = None, secrets: Secrets = NO_SECRETS) -> None:
+               cache: str = "writeback", unfinished: str | None = None, secrets: Secrets = NO_SECRETS,
+               ready: Callable[[], None] = lambda: None) -> None:
         """A hole of `size` bytes; with preallocation `falloc` its space is reserved, with `full` written. The first
         block is there in any case, as with QEMU: what alignment O_DIRECT needs shows only where there is data."""
         preallocation = storage_preallocation(path, options)
         length = _sectors(size)
-        if length >> 63:
-            raise StorageError(path, "truncate", OSError(EINVAL, os.strerror(EINVAL)))
-        file = fs.create(path, cache=cache)
-        try:
+        with new_file(fs, path, cache=cache, locking=False) as file:
+            if length >> 63:
+                raise StorageError(path, "truncate", OSError(EINVAL, os.strerror(EINVAL)))
+            refuse_metadata(path, preallocation)
+            ready()
+            empty(file)
             file.truncate(length)
             if preallocation == "falloc":
                 file.preallocate(0, length, keep_size=False)
@@ -201,8 +205,6 @@ class RawDriver(PlainDriver):
                 file.write_zeroes(0, length, unmap=False)
             else:
                 file.pwrite(0, bytes(min(length, BLOCK)))
-        finally:
-            file.close()
 
 
 def _own(image: Image) -> RawImage:

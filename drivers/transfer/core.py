@@ -94,9 +94,14 @@ class Stopped(Exception):
 class Transfer:
     """Moves data with the settings given, call after call. Buffers live as long as this object."""
 
-    def __init__(self, settings: Settings | None = None, progress: Progress | None = None) -> None:
+    def __init__(
+        self, settings: Settings | None = None, progress: Progress | None = None,
+        warn: Callable[[str], None] = lambda message: None,
+    ) -> None:
+        """`warn` is told what could not be read and is left out."""
         self.settings = settings or Settings()
         self.progress = progress or Progress()
+        self.warn = warn
         self.digests = self.settings.digests  # may change between calls: without a log, nobody wants them
         self._bucket = TokenBucket(self.settings.rate) if self.settings.rate else None
         self._idle: list[Buffers] = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from random import Random
 
@@ -24,6 +25,51 @@ def test_generated_lines_have_the_same_outcome(
 ) -> None:
     monkeypatch.setenv("SAFEIMG_STATE_DIR", "")  # put back afterwards: the soak sets its own
     assert not soak.run(tmp_path, lines=25, seed=seed, chosen=soak.known(), shrink=False)
+
+
+# What the soak has found once.
+FOUND = (
+    "convert -t foo --bitmaps wide.qcow2 nowhere/new.img",
+    "convert -t foo -O qcow2 -o cluster_size=7 wide.qcow2 new.qcow2",
+    "convert --target-is-zero -o refcount_bits=7,help",
+    "convert -n -o help plain.qcow2 new.raw",
+    "convert --bitmaps bitmaps.qcow2 nowhere/new.img",
+    "create -f qcow2 -b empty.qcow2 -F qcow2 new.qcow2 ; convert -n --target-is-zero -O qcow2 disk.raw new.qcow2",
+    "convert -n --target-is-zero -B x -O qcow2 disk.raw missing",
+    "convert --salvage top.qcow2 nowhere/new.img",
+    "convert --salvage top.qcow2 new.raw",
+    "convert -O qcow2 -B disk.raw -F foo plain.qcow2 new.qcow2",
+    "create -f qcow2 -o refcount_bits=7,compat=foo nowhere/new.img 1M",
+    "create -f qcow2 -o data_file=new.data,preallocation=full,cluster_size=7 new.qcow2 1M",
+    "create -f vdi -o preallocation=metadata nowhere/new.img 1M",
+    "create -f raw -o preallocation=foo nowhere/new.img 1M",
+    "rebase -b plain.qcow2 -F qcow2 outraw.qcow2",
+    "rebase -u -b missing -F raw outraw.qcow2",
+    "rebase -u junk.raw",
+    "rebase -f vdi -b plain.qcow2 -F '' mid.qcow2",
+    "rebase -b '' -F '' junk.raw",
+    "check -r leaks odd.raw",
+    "check -r all junk.raw",
+    "dd skip=100000 if=plain.qcow2 of=nowhere/new.img",
+    "dd skip=100000 -O qcow2 if=plain.qcow2 of=new.qcow2",
+    "amend -o refcount_bits=16,foo=bar -p top.qcow2",
+    "amend -o compat=foo -p top.qcow2",
+    "amend -o compression_type=zstd,lazy_refcounts=x zstd.qcow2",
+    "measure -O qcow2 -o compat=v3 --size 512",
+)
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
+    folder = tmp_path_factory.mktemp("bench")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SAFEIMG_STATE_DIR", str(folder / "state"))
+        yield Bench(folder)
+
+
+@pytest.mark.parametrize("case", FOUND)
+def test_what_differed_once(bench: Bench, case: str) -> None:
+    assert not bench.difference([Line.parse(line) for line in case.split(" ; ")])
 
 
 def test_the_same_seed_makes_the_same_lines() -> None:

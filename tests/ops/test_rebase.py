@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import trio
-from safeimg.drivers.errors import UnsupportedError
+from safeimg.drivers.errors import UsageError
 from safeimg.drivers.storage.file import LocalFileSystem
 from safeimg.drivers.transfer.core import Settings, Transfer
 from safeimg.journal.history import MemoryHistory
@@ -44,7 +44,7 @@ def test_names_of_every_length(tmp_path: Path, cluster: int, compat: str) -> Non
         wanted = (name, rng.choice(("raw", "qcow2")) if name else None)
         try:
             trio.run(begin_or_resume, str(image), env, "rebase", partial(rebase_unsafe, env, str(image), *wanted))
-        except UnsupportedError:  # no room: what was begun is taken back
+        except UsageError:  # no room: what was begun is taken back
             pass
         else:
             now, changed = wanted, changed + 1

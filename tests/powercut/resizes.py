@@ -66,7 +66,7 @@ def _other_base(fs: SimulatedFileSystem) -> None:
 
 def rebase_onto(backing: str | None) -> Callable[[Environment], Awaitable[None]]:
     async def run(env: Environment) -> None:
-        await rebase(env, "/top.qcow2", backing, None if backing is None else "qcow2", step_bytes=STEP_BYTES)
+        await rebase(env, "/top.qcow2", backing or "", None if backing is None else "qcow2", step_bytes=STEP_BYTES)
 
     return run
 

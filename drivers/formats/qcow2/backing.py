@@ -14,11 +14,17 @@ from safeimg.drivers.formats.qcow2.header import (
     MAX_BACKING_FORMAT,
     MAX_BACKING_NAME,
     Extension,
+    Header,
 )
 from safeimg.drivers.formats.qcow2.rewrite import current_header, rewrite_header
 
 if TYPE_CHECKING:
     from safeimg.drivers.formats.qcow2.planner import Qcow2Planner
+
+
+def accepts_backing(header: Header, filename: str) -> bool:
+    """See `features.Rebasing`. A raw data file is all that the guest sees."""
+    return not header.data_file_is_raw and len(os.fsencode(filename)) <= MAX_BACKING_NAME
 
 
 def set_backing(planner: Qcow2Planner, filename: str | None, fmt: str | None) -> Iterator[Changes]:

@@ -17,11 +17,14 @@ Version 2 has no feature bits; there the version number itself is an impossible 
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
 from safeimg.drivers.errors import FormatError, UsageError
 from safeimg.drivers.formats.api import Patch
+from safeimg.drivers.formats.chain import local_path
+from safeimg.drivers.formats.new_file import empty, new_file
 from safeimg.drivers.formats.options import (
     bool_option,
     check_names,
@@ -29,9 +32,9 @@ from safeimg.drivers.formats.options import (
     number_option,
     size_option,
 )
-from safeimg.drivers.formats.qcow2.data_file import data_file_extension, make_data_file
+from safeimg.drivers.formats.qcow2.data_file import data_file_extension, fill_data_file
 from safeimg.drivers.formats.qcow2.driver import CREATE_OPTIONS
-from safeimg.drivers.formats.qcow2.encryption import new_encryption
+from safeimg.drivers.formats.qcow2.encryption import asked_encryption, new_encryption, refuse_two_methods
 from safeimg.drivers.formats.qcow2.entries import COPIED, encode_table
 from safeimg.drivers.formats.qcow2.header import (
     COMPRESSION_TYPE,
@@ -41,7 +44,6 @@ from safeimg.drivers.formats.qcow2.header import (
     EXTERNAL_DATA_FILE,
     FEATURE_TABLE_MIN_CLUSTER,
     LAZY_REFCOUNTS,
-    MAX_BACKING_FORMAT,
     MAX_BACKING_NAME,
     MAX_L1_BYTES,
     MAX_REFCOUNT_TABLE_BYTES,
@@ -58,6 +60,7 @@ from safeimg.drivers.formats.qcow2.header import (
     serialise,
 )
 from safeimg.drivers.formats.qcow2.l2 import EXTENDED_MIN_CLUSTER_BITS
+from safeimg.drivers.formats.registry import names
 from safeimg.drivers.secrets import NO_SECRETS, Secrets
 from safeimg.drivers.storage.api import File, FileSystem
 
@@ -101,7 +104,8 @@ class _Layout:
 
 
 def create(fs: FileSystem, path: str, size: int, options: Mapping[str, str], *, cache: str = "writeback",
-           unfinished: str | None = None, secrets: Secrets = NO_SECRETS) -> None:
+           unfinished: str | None = None, secrets: Secrets = NO_SECRETS,
+           ready: Callable[[], None] = lambda: None) -> None:
     """Writes an empty image at `path`, into the file that is there if there is one (its content is dropped).
 
     `size` is rounded up to whole sectors; the options `size` and `nocow` are for others to look at. Backing
@@ -110,41 +114,39 @@ def create(fs: FileSystem, path: str, size: int, options: Mapping[str, str], *, 
     that is to fill the image; until `finish_patch` is applied, no other program takes it.
     """
     check_names(path, options, CREATE_OPTIONS)
+    refuse_two_methods(path, options)
     size = -(-size // SECTOR) * SECTOR
-    if size >> 63:
-        raise UsageError(f"{path}: Could not resize image: Image size cannot be negative")
-    if size > MAX_SIZE:
-        raise UsageError(f"{path}: Could not resize image: offset({size}) exceeds maximum({MAX_SIZE})")
-    header = _header(path, size, options)
-    preallocation = choice_option(path, options, "preallocation", ("off", "metadata", "falloc", "full"))
-    if preallocation != "off" and header.backing_file is not None and not header.extended_l2:
-        raise UsageError(
-            f"{path}: Backing file and preallocation can only be used at the same time if extended_l2 is on"
+    with ExitStack() as opened:
+        file = opened.enter_context(new_file(fs, path, cache=cache))
+        name = options.get("data_file")
+        data = None if name is None else opened.enter_context(new_file(fs, local_path(name), cache=cache))
+        # In QEMU's order: first, whether each value is one at all.
+        choice_option(path, options, "compat", tuple(VERSIONS), "version")
+        if options.get("backing_fmt", "raw") not in names():
+            raise UsageError(f"{path}: Parameter 'backing-fmt' does not accept value '{options['backing_fmt']}'")
+        encryption = asked_encryption(path, options)
+        preallocation = choice_option(path, options, "preallocation", ("off", "metadata", "falloc", "full"))
+        choice_option(path, options, "compression_type", ("zlib", "zstd"), "compression-type")
+        header = _header(path, size, options, preallocation)
+        _check_size(path, header)
+        method, luks_header = new_encryption(encryption, secrets)
+        # A raw data file is all allocated from the beginning.
+        layout = _lay_out(path, header, preallocation != "off" or header.data_file_is_raw, len(luks_header))
+        if luks_header:
+            place = EncryptionHeader(layout.encryption_start << header.cluster_bits, len(luks_header))
+            header = replace(header, extensions=_inserted(header.extensions, place.extension()))
+        header = replace(
+            header,
+            crypt_method=method,
+            refcount_table_offset=header.cluster_size,
+            refcount_table_clusters=layout.table_clusters,
+            l1_table_offset=layout.l1_start << header.cluster_bits if header.l1_size else 0,
         )
-    if header.data_file_is_raw and header.backing_file is not None:
-        raise UsageError(f"{path}: Backing file and data-file-raw cannot be used at the same time")
-    method, luks_header = new_encryption(path, options, secrets)
-    # A raw data file is all allocated from the beginning.
-    layout = _lay_out(path, header, preallocation != "off" or header.data_file_is_raw, len(luks_header))
-    if luks_header:
-        place = EncryptionHeader(layout.encryption_start << header.cluster_bits, len(luks_header))
-        header = replace(header, extensions=_inserted(header.extensions, place.extension()))
-    header = replace(
-        header,
-        crypt_method=method,
-        refcount_table_offset=header.cluster_size,
-        refcount_table_clusters=layout.table_clusters,
-        l1_table_offset=layout.l1_start << header.cluster_bits if header.l1_size else 0,
-    )
-    first_cluster = _first_cluster(path, header, unfinished)
-    data = make_data_file(fs, options, header.size, preallocation, cache)
-    try:
-        file = fs.create(path, cache=cache, locking=True)
-    except BaseException:
+        first_cluster = _first_cluster(path, header, unfinished)
+        ready()
         if data is not None:
-            data.close()
-        raise
-    try:
+            fill_data_file(data, header.size, preallocation)
+        empty(file)
         _write_refcounts(file, header, layout)
         _write_tables(file, header, layout)
         if data is None:
@@ -153,10 +155,6 @@ def create(fs: FileSystem, path: str, size: int, options: Mapping[str, str], *, 
             length = layout.encryption_clusters << header.cluster_bits
             file.pwrite(layout.encryption_start << header.cluster_bits, luks_header.ljust(length, b"\0"))
         file.pwrite(0, first_cluster)
-    finally:
-        file.close()
-        if data is not None:
-            data.close()
 
 
 def finish_patch(file: File) -> Patch:
@@ -176,8 +174,8 @@ def finish_patch(file: File) -> Patch:
     return Patch(0, before[:SECTOR], after[:SECTOR])
 
 
-def _header(path: str, size: int, options: Mapping[str, str]) -> Header:
-    """The header that the options ask for, without table offsets."""
+def _header(path: str, size: int, options: Mapping[str, str], preallocation: str) -> Header:
+    """The header that the options ask for, without table offsets. What is wrong is found in QEMU's order."""
     cluster_size = size_option(path, options, "cluster_size", DEFAULT_CLUSTER_SIZE)
     if not 512 <= cluster_size <= 2 << 20 or cluster_size & (cluster_size - 1):
         raise UsageError(f"{path}: Cluster size must be a power of two between 512 and 2048k")
@@ -189,6 +187,11 @@ def _header(path: str, size: int, options: Mapping[str, str]) -> Header:
     if extended_l2 and cluster_size < 1 << EXTENDED_MIN_CLUSTER_BITS:
         raise UsageError(f"{path}: Extended L2 entries are only supported with cluster sizes of at least "
                          f"{1 << EXTENDED_MIN_CLUSTER_BITS} bytes")
+    if preallocation != "off" and "backing_file" in options and not extended_l2:
+        raise UsageError(
+            f"{path}: Backing file and preallocation can only be used at the same time if extended_l2 is on"
+        )
+    backing_file, extensions = _backing(path, options)
     lazy_refcounts = bool_option(path, options, "lazy_refcounts")
     if version < 3 and lazy_refcounts:
         raise UsageError(f"{path}: Lazy refcounts only supported with {_NEWER}")
@@ -198,11 +201,13 @@ def _header(path: str, size: int, options: Mapping[str, str]) -> Header:
     if version < 3 and refcount_bits != 16:
         raise UsageError(f"{path}: Different refcount widths than 16 bits require compatibility level 1.1 or "
                          "above (use version=v3 or greater)")
+    outside = data_file_extension(path, options, version)
+    data_file_raw = bool_option(path, options, "data_file_raw")
+    if data_file_raw and backing_file is not None:
+        raise UsageError(f"{path}: Backing file and data-file-raw cannot be used at the same time")
     if version < 3 and zstd:
         raise UsageError(f"{path}: Non-zlib compression type is only supported with {_NEWER}")
-    outside = data_file_extension(path, options, version)
     cluster_bits = cluster_size.bit_length() - 1
-    backing_file, extensions = _backing(path, options)
     extensions += outside
     feature_names = _feature_names(cluster_size)
     if version == 3 and feature_names is not None:
@@ -213,14 +218,21 @@ def _header(path: str, size: int, options: Mapping[str, str]) -> Header:
         nb_snapshots=0, snapshots_offset=0,
         incompatible_features=(COMPRESSION_TYPE if zstd else 0) | (EXTENDED_L2 if extended_l2 else 0)
         | (EXTERNAL_DATA_FILE if outside else 0),
-        autoclear_features=RAW_EXTERNAL_DATA if bool_option(path, options, "data_file_raw") else 0,
+        autoclear_features=RAW_EXTERNAL_DATA if data_file_raw else 0,
         compatible_features=LAZY_REFCOUNTS if lazy_refcounts else 0,
         refcount_order=refcount_bits.bit_length() - 1, compression_type=int(zstd), extensions=extensions,
         backing_file=backing_file,
     )
+    return replace(header, l1_size=header.l1_needed)
+
+
+def _check_size(path: str, header: Header) -> None:
+    if header.size >> 63:
+        raise UsageError(f"{path}: Could not resize image: Image size cannot be negative")
+    if header.size > MAX_SIZE:
+        raise UsageError(f"{path}: Could not resize image: offset({header.size}) exceeds maximum({MAX_SIZE})")
     if 8 * header.l1_needed > MAX_L1_BYTES:
         raise _too_large(path)
-    return replace(header, l1_size=header.l1_needed)
 
 
 def _inserted(extensions: tuple[Extension, ...], new: Extension) -> tuple[Extension, ...]:
@@ -240,10 +252,7 @@ def _backing(path: str, options: Mapping[str, str]) -> tuple[str | None, tuple[E
         raise UsageError(f"{path}: Expected backing file name, got empty string")
     if backing_format is None:
         return backing_file, ()
-    data = backing_format.encode()
-    if len(data) > MAX_BACKING_FORMAT:
-        raise UsageError(f"{path}: Parameter 'backing-fmt' does not accept value '{backing_format}'")
-    return backing_file, (Extension(EXT_BACKING_FORMAT, data),)
+    return backing_file, (Extension(EXT_BACKING_FORMAT, backing_format.encode()),)
 
 
 def _lay_out(path: str, header: Header, preallocate: bool, luks_bytes: int) -> _Layout:

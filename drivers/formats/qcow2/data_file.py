@@ -6,10 +6,10 @@ import os
 from collections.abc import Mapping
 
 from safeimg.drivers.errors import UsageError
-from safeimg.drivers.formats.chain import local_path
+from safeimg.drivers.formats.new_file import empty
 from safeimg.drivers.formats.options import bool_option
 from safeimg.drivers.formats.qcow2.header import EXT_DATA_FILE, Extension
-from safeimg.drivers.storage.api import File, FileSystem
+from safeimg.drivers.storage.api import File
 
 
 def data_file_extension(path: str, options: Mapping[str, str], version: int) -> tuple[Extension, ...]:
@@ -27,21 +27,11 @@ def data_file_extension(path: str, options: Mapping[str, str], version: int) -> 
     return (Extension(EXT_DATA_FILE, os.fsencode(name)),)
 
 
-def make_data_file(
-    fs: FileSystem, options: Mapping[str, str], size: int, preallocation: str, cache: str
-) -> File | None:
-    """Makes the file that the options ask for, if they do, or empties the one there: as in QEMU where its name says,
-    seen from here and not from the image's folder. It stays open, and locked. `StorageError`, `LockError`."""
-    if "data_file" not in options:
-        return None
-    file = fs.create(local_path(options["data_file"]), cache=cache, locking=True)
-    try:
-        file.truncate(size)
-        if preallocation == "falloc":
-            file.preallocate(0, size, keep_size=False)
-        elif preallocation == "full":
-            file.write_zeroes(0, size, unmap=False)
-        return file
-    except BaseException:
-        file.close()
-        raise
+def fill_data_file(file: File, size: int, preallocation: str) -> None:
+    """Gives a new data file, or one that was there, its `size` in bytes, and nothing but zeroes."""
+    empty(file)
+    file.truncate(size)
+    if preallocation == "falloc":
+        file.preallocate(0, size, keep_size=False)
+    elif preallocation == "full":
+        file.write_zeroes(0, size, unmap=False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from safeimg.drivers.errors import RefusedError
@@ -73,6 +73,11 @@ class Qcow2Rebasing:
         from safeimg.drivers.formats.qcow2.backing import set_backing
 
         return set_backing(own_planner(planner), filename, fmt)
+
+    def accepts(self, image: Image, filename: str) -> bool:
+        from safeimg.drivers.formats.qcow2.backing import accepts_backing
+
+        return accepts_backing(own_image(image).header, filename)
 
 
 class Qcow2Snapshotting:
@@ -201,10 +206,11 @@ class Qcow2Driver:
         return open_image(image.file, write=image.file.writable, repair=True).inherit(own_image(image))
 
     def create(self, fs: FileSystem, path: str, size: int, options: Mapping[str, str], *,
-               cache: str = "writeback", unfinished: str | None = None, secrets: Secrets = NO_SECRETS) -> None:
+               cache: str = "writeback", unfinished: str | None = None, secrets: Secrets = NO_SECRETS,
+               ready: Callable[[], None] = lambda: None) -> None:
         from safeimg.drivers.formats.qcow2.create import create
 
-        create(fs, path, size, options, cache=cache, unfinished=unfinished, secrets=secrets)
+        create(fs, path, size, options, cache=cache, unfinished=unfinished, secrets=secrets, ready=ready)
 
     def planner(self, image: Image) -> Planner:
         from safeimg.drivers.formats.qcow2.planner import Qcow2Planner

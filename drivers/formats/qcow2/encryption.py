@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from safeimg.drivers.errors import FormatError, SecretMissing, UsageError
 from safeimg.drivers.formats.api import Cipher
@@ -17,7 +17,7 @@ from safeimg.drivers.secrets import Secrets
 from safeimg.drivers.storage.api import File
 
 if TYPE_CHECKING:
-    from safeimg.drivers.crypto.luks import Luks
+    from safeimg.drivers.crypto.luks import Choice, Luks
 
 PREFIX = "encrypt."  # of options
 KEY_SECRET = PREFIX + "key-secret"
@@ -62,18 +62,21 @@ def read_material(file: File, place: EncryptionHeader, offset: int, length: int)
     return file.pread(place.offset + offset, length)
 
 
-def new_encryption(path: str, options: Mapping[str, str], secrets: Secrets) -> tuple[int, bytes]:
-    """The encryption method that create's options ask for, and the LUKS header with its key material. `UsageError` in
-    QEMU's words, `SecretMissing`."""
+class Wanted(NamedTuple):
+    """How an image is to be encrypted."""
+
+    luks: Choice | None  # None: legacy AES
+    secret: str | None  # its id
+
+
+def asked_encryption(path: str, options: Mapping[str, str]) -> Wanted | None:
+    """What create's options ask for. `UsageError` in QEMU's words."""
     given = named(options, PREFIX)
-    is_old = bool_option(path, options, "encryption")
-    if "format" in given and is_old:
-        raise UsageError(f"{path}: 'encrypt.format' and its alias 'encryption' can't be used at the same time")
-    kind = given.pop("format", "aes" if is_old else None)
+    kind = given.pop("format", "aes" if bool_option(path, options, "encryption") else None)
     if kind is None:
         if given:
             raise UsageError(f"{path}: Parameter 'encrypt.format' is missing")
-        return 0, b""
+        return None
     if kind not in ("aes", "luks"):
         raise UsageError(f"{path}: Parameter 'format' does not accept value '{kind}'")
     unexpected = sorted(given.keys() - {"key-secret"}) if kind == "aes" else []
@@ -81,8 +84,24 @@ def new_encryption(path: str, options: Mapping[str, str], secrets: Secrets) -> t
         raise UsageError(f"{path}: Parameter 'encrypt.{unexpected[0]}' is unexpected")
     from safeimg.drivers.crypto import luks
 
-    wanted = luks.choice(given)
-    if "key-secret" not in given:
+    return Wanted(luks.choice(given) if kind == "luks" else None, given.get("key-secret"))
+
+
+def refuse_two_methods(path: str, options: Mapping[str, str]) -> None:
+    """The old and the new way to ask for encryption exclude each other, whatever else is asked for."""
+    if PREFIX + "format" in options and bool_option(path, options, "encryption"):
+        raise UsageError(f"{path}: 'encrypt.format' and its alias 'encryption' can't be used at the same time")
+
+
+def new_encryption(wanted: Wanted | None, secrets: Secrets) -> tuple[int, bytes]:
+    """The encryption method of a new image, and its LUKS header with key material. `SecretMissing`, `UsageError`."""
+    if wanted is None:
+        return 0, b""
+    if wanted.secret is None:
         raise SecretMissing(KEY_SECRET)
-    password = secrets.password(given["key-secret"])
-    return (AES, b"") if kind == "aes" else (LUKS, luks.create(wanted, password)[1])
+    password = secrets.password(wanted.secret)
+    if wanted.luks is None:
+        return AES, b""
+    from safeimg.drivers.crypto import luks
+
+    return LUKS, luks.create(wanted.luks, password)[1]

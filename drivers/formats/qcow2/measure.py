@@ -10,7 +10,7 @@ from safeimg.drivers.formats.encryption import named
 from safeimg.drivers.formats.features import Measured
 from safeimg.drivers.formats.options import bool_option, number_option, size_option
 from safeimg.drivers.formats.qcow2.bitmaps import Bitmap, table_entries
-from safeimg.drivers.formats.qcow2.create import DEFAULT_CLUSTER_SIZE, VERSIONS
+from safeimg.drivers.formats.qcow2.create import DEFAULT_CLUSTER_SIZE
 from safeimg.drivers.formats.qcow2.encryption import KEY_SECRET, PREFIX
 from safeimg.drivers.formats.qcow2.header import MAX_L1_BYTES
 from safeimg.drivers.formats.qcow2.image import Qcow2Image
@@ -40,7 +40,7 @@ class Qcow2Measuring:
         preallocation = options.get("preallocation", "off")
         if preallocation not in _PREALLOCATIONS:
             raise UsageError(f"invalid parameter value: {preallocation}")
-        version = VERSIONS.get(options.get("compat", "1.1"))
+        version = {"0.10": 2, "1.1": 3}.get(options.get("compat", "1.1"))  # as in qemu-img, no v2 and v3
         if version is None:
             raise UsageError(f"Invalid compatibility level: '{options['compat']}'")
         refcount_bits = _refcount_bits(options, version)

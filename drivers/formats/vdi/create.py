@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import uuid
 from array import array
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from safeimg.drivers.errors import FormatError
 from safeimg.drivers.formats.api import Patch
-from safeimg.drivers.formats.options import bool_option, check_names, storage_preallocation
+from safeimg.drivers.formats.new_file import empty, new_file
+from safeimg.drivers.formats.options import bool_option, check_names, refuse_metadata, storage_preallocation
 from safeimg.drivers.formats.vdi.driver import CREATE_OPTIONS
 from safeimg.drivers.formats.vdi.header import (
     BLOCK,
@@ -35,17 +36,25 @@ _AT_ONCE = 1 << 18  # entries of the map that are written at a time
 
 
 def create(fs: FileSystem, path: str, size: int, options: Mapping[str, str], *, cache: str = "writeback",
-           unfinished: bool = False) -> None:
+           unfinished: bool = False, ready: Callable[[], None] = lambda: None) -> None:
     """Writes an empty image at `path`, into the file that is there if there is one (its content is dropped).
 
     `size` is rounded up to whole sectors. A static image has all its blocks, as a hole of the file: as in qemu-img,
     `preallocation` is only looked at. Nothing is synced. Raises `UsageError` and `UnsupportedError` in qemu-img's
     words, `StorageError`."""
     check_names(path, options, CREATE_OPTIONS)
-    storage_preallocation(path, options)
+    preallocation = storage_preallocation(path, options)
     static = bool_option(path, options, "static")
     size = -(-size // SECTOR) * SECTOR
-    check_size(size)
+    with new_file(fs, path, cache=cache) as file:
+        refuse_metadata(path, preallocation)
+        check_size(size)
+        ready()
+        empty(file)
+        _write(file, size, static=static, unfinished=unfinished)
+
+
+def _write(file: File, size: int, *, static: bool, unfinished: bool) -> None:
     blocks = -(-size // BLOCK)
     header = Header(
         version=UNFINISHED if unfinished else VERSION,
@@ -56,15 +65,11 @@ def create(fs: FileSystem, path: str, size: int, options: Mapping[str, str], *, 
         blocks=blocks,
         allocated=blocks if static else 0,
     )
-    file = fs.create(path, cache=cache, locking=True)
-    try:
-        _write_map(file, header, static=static)
-        file.pwrite(0, serialise(header, uuid.uuid4().bytes_le, uuid.uuid4().bytes_le))
-        end = header.data_offset + header.allocated * BLOCK
-        if not file.stat().is_device and file.length() < end:
-            file.truncate(end)
-    finally:
-        file.close()
+    _write_map(file, header, static=static)
+    file.pwrite(0, serialise(header, uuid.uuid4().bytes_le, uuid.uuid4().bytes_le))
+    end = header.data_offset + header.allocated * BLOCK
+    if not file.stat().is_device and file.length() < end:
+        file.truncate(end)
 
 
 def finish_patch(file: File) -> Patch:

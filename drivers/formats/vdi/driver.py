@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from safeimg.drivers.formats.api import (
     PLAIN,
@@ -48,10 +48,11 @@ class VdiDriver(PlainDriver):
         return open_image(image.file, write=image.file.writable, repair=True)
 
     def create(self, fs: FileSystem, path: str, size: int, options: Mapping[str, str], *,
-               cache: str = "writeback", unfinished: str | None = None, secrets: Secrets = NO_SECRETS) -> None:
+               cache: str = "writeback", unfinished: str | None = None, secrets: Secrets = NO_SECRETS,
+               ready: Callable[[], None] = lambda: None) -> None:
         from safeimg.drivers.formats.vdi.create import create
 
-        create(fs, path, size, options, cache=cache, unfinished=unfinished is not None)
+        create(fs, path, size, options, cache=cache, unfinished=unfinished is not None, ready=ready)
 
     def planner(self, image: Image) -> Planner:
         from safeimg.drivers.formats.vdi.planner import VdiPlanner

@@ -1,0 +1,33 @@
+"""The file of an image that is to be made."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from safeimg.drivers.errors import DriverError
+from safeimg.drivers.storage.api import File, FileSystem
+
+
+@contextmanager
+def new_file(fs: FileSystem, path: str, *, cache: str, locking: bool = True) -> Iterator[File]:
+    """The file at `path`, open, with what it holds: made if it is not there, and gone again if the body fails.
+
+    As in QEMU, it comes before everything else: where it cannot be made, that is what is wrong, whatever is asked for
+    besides. Raises `StorageError`, `LockError`."""
+    is_new = fs.stat(path) is None
+    file = fs.create(path, truncate=False, cache=cache, locking=locking)
+    try:
+        yield file
+    except DriverError:
+        if is_new:
+            fs.unlink(path)
+        raise
+    finally:
+        file.close()
+
+
+def empty(file: File) -> None:
+    """Drops what a file holds."""
+    if file.length():
+        file.truncate(0)
