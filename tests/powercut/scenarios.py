@@ -209,10 +209,12 @@ COMMITS = [
 
 
 def convert_to(source: str, target: str, fmt: str, **options: object) -> Callable[[Environment], Awaitable[None]]:
+    told = fmt if isinstance(target, str) or options.get("create", True) else None
+
     async def run(env: Environment) -> None:
         await convert(
             env,
-            Options((source,), target, target_format=fmt, step_bytes=STEP_BYTES, defer=0.0, **options),  # type: ignore[arg-type]
+            Options((source,), target, target_format=told, step_bytes=STEP_BYTES, defer=0.0, **options),  # type: ignore[arg-type]
         )
 
     return run
