@@ -7,39 +7,37 @@ the end, so that it is still told for a LUKS image (and not taken for a raw disk
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from safeimg.drivers.crypto import luks
-from safeimg.drivers.errors import DriverError, FormatError, SecretMissing, StorageError, UsageError
+from safeimg.drivers.errors import FormatError, SecretMissing, StorageError, UsageError
 from safeimg.drivers.formats.api import Image, Patch
 from safeimg.drivers.formats.features import Measured
 from safeimg.drivers.formats.luks.driver import CREATE_OPTIONS
 from safeimg.drivers.formats.luks.image import KEY_SECRET
+from safeimg.drivers.formats.new_file import empty, new_file
 from safeimg.drivers.formats.options import check_names, storage_preallocation
 from safeimg.drivers.secrets import Secrets
 from safeimg.drivers.storage.api import File, FileSystem
 
 
 def create(fs: FileSystem, path: str, size: int, options: Mapping[str, str], secrets: Secrets, *,
-           cache: str = "writeback", unfinished: bool = False) -> None:
+           cache: str = "writeback", unfinished: bool = False, ready: Callable[[], None] = lambda: None) -> None:
     """Writes an empty image at `path`, into the file that is there if there is one (its content is dropped).
 
-    Nothing is synced. Raises `UsageError` and `UnsupportedError` in qemu-img's words, `SecretMissing`, `StorageError`.
-    As with qemu-img there is no file any more after an error, but for values of options that make no sense."""
+    Nothing is synced. `ready`: see `api.Driver.create`. Raises `UsageError` and `UnsupportedError` in qemu-img's words,
+    `SecretMissing`, `StorageError`."""
     check_names(path, options, CREATE_OPTIONS)
     wanted = luks.choice(options)
-    preallocation = options.get("preallocation", "off")
-    if preallocation != "metadata":  # of which there is none
-        storage_preallocation(path, options)
-    file = fs.create(path, cache=cache, locking=True)
-    try:
-        _fill(file, size, wanted, _password(options, secrets), preallocation, unfinished)
-    except DriverError:
-        if not file.stat().is_device:
-            fs.unlink(path)
-        raise
-    finally:
-        file.close()
+    preallocation = storage_preallocation(path, options)
+    with new_file(fs, path, cache=cache) as file:
+        password = _password(options, secrets)
+        header, head = luks.create(wanted, password, unfinished=unfinished)
+        if header.payload_offset + size >> 63:
+            raise _too_large()
+        ready()
+        empty(file)
+        _fill(file, size, header, head, preallocation)
 
 
 def _password(options: Mapping[str, str], secrets: Secrets) -> bytes:
@@ -48,13 +46,8 @@ def _password(options: Mapping[str, str], secrets: Secrets) -> bytes:
     return secrets.password(options[KEY_SECRET])
 
 
-def _fill(
-    file: File, size: int, wanted: luks.Choice, password: bytes, preallocation: str, unfinished: bool
-) -> None:
-    header, head = luks.create(wanted, password, unfinished=unfinished)
+def _fill(file: File, size: int, header: luks.Luks, head: bytes, preallocation: str) -> None:
     start = header.payload_offset
-    if start + size >> 63:
-        raise _too_large()
     material = header.slots[0].offset + header.material_bytes
     file.pwrite(0, head[:material])
     if file.stat().is_device:

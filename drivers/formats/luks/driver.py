@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from safeimg.drivers.formats.api import (
@@ -74,10 +74,11 @@ class LuksDriver(PlainDriver):
         return open_image(image.file, repair=True).inherit(own_image(image))
 
     def create(self, fs: FileSystem, path: str, size: int, options: Mapping[str, str], *,
-               cache: str = "writeback", unfinished: str | None = None, secrets: Secrets = NO_SECRETS) -> None:
+               cache: str = "writeback", unfinished: str | None = None, secrets: Secrets = NO_SECRETS,
+               ready: Callable[[], None] = lambda: None) -> None:
         from safeimg.drivers.formats.luks.create import create
 
-        create(fs, path, size, options, secrets, cache=cache, unfinished=unfinished is not None)
+        create(fs, path, size, options, secrets, cache=cache, unfinished=unfinished is not None, ready=ready)
 
     def planner(self, image: Image) -> Planner:
         from safeimg.drivers.formats.luks.planner import LuksPlanner
