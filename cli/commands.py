@@ -33,7 +33,7 @@ _MODULES = {
     "recover": "recover",
     "log": "history",
     "show": "history",
-    "audit": "history",
+    "audit": "audit",
 }
 
 PROGRAM = Command(

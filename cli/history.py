@@ -1,15 +1,14 @@
-"""log, show and audit: what safeimg did to an image, from the history."""
+"""log and show: what safeimg did to an image, from the history."""
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from safeimg.cli.common import filesystem, print_json, print_text
 from safeimg.cli.errors import CommandError
-from safeimg.cli.options import Argument, Command, Option
+from safeimg.cli.options import Argument, Command
 from safeimg.cli.parser import Arguments
 from safeimg.cli.shared import HELP, IMAGE, OUTPUT
 from safeimg.cli.values import output_format
@@ -17,12 +16,6 @@ from safeimg.cli.values import output_format
 if TYPE_CHECKING:
     from safeimg.journal.chain import EventRow, OperationRow
     from safeimg.journal.events import Identity
-
-CONFLICT = 4
-
-ANCHOR = Option(
-    "anchor", None, "anchor", "HASH", "A head that `audit verify` printed before: was the history cut since?"
-)
 
 COMMANDS = (
     Command(
@@ -43,25 +36,12 @@ COMMANDS = (
         "",
         True,
     ),
-    Command(
-        "audit",
-        "Verify an image's history.",
-        (Argument("verify", "The word verify."), IMAGE),
-        (HELP, OUTPUT, ANCHOR),
-        (("Is the history complete, and the image as it left it?", "audit verify disk.qcow2"),),
-        "Exit code 0: it verifies; 4: an event was edited, removed or swapped, or the image changed.",
-        True,
-    ),
 )
 
 
 def run(command: Command, arguments: Arguments) -> int:
     output = output_format(arguments.last("output"))
     words = arguments.positional
-    if command.name == "audit":
-        if len(words) != 2 or words[0] != "verify":
-            raise CommandError("Expecting the word verify and one image file name", code=2, hint=True)
-        return _verify(words[1], output, arguments.last("anchor"))
     if command.name == "show":
         if len(words) != 2:
             raise CommandError("Expecting an image file name and an operation", code=2, hint=True)
@@ -71,7 +51,8 @@ def run(command: Command, arguments: Arguments) -> int:
     return _log(words[0], output)
 
 
-def _identity(image: str) -> Identity:
+def identity_of(image: str) -> Identity:
+    """Which file the image is now."""
     from safeimg.drivers.errors import StorageError
     from safeimg.journal.identity import identify
 
@@ -88,7 +69,7 @@ def _identity(image: str) -> Identity:
 def _log(image: str, output: str) -> int:
     from safeimg.journal.sqlite import SqliteHistory
 
-    rows = SqliteHistory().log(_identity(image))
+    rows = SqliteHistory().log(identity_of(image))
     if output == "json":
         print_json([_operation(row) for row in rows])
     elif rows:
@@ -117,15 +98,16 @@ def _operation(row: OperationRow) -> dict[str, Any]:
 def _show(image: str, operation: str, output: str) -> int:
     from safeimg.journal.sqlite import SqliteHistory
 
-    rows = SqliteHistory().show(_identity(image), operation)
+    rows = SqliteHistory().show(identity_of(image), operation)
     if output == "json":
-        print_json([_event(row) for row in rows])
+        print_json([event_members(row) for row in rows])
     else:
         print_text("\n".join(_event_line(row) for row in rows))
     return 0
 
 
-def _event(row: EventRow) -> dict[str, Any]:
+def event_members(row: EventRow) -> dict[str, Any]:
+    """An event as JSON shows it."""
     return {
         "position": row.position, "operation": row.operation, "sequence": row.sequence, "kind": row.kind,
         "body": _parsed(row.body), "hash": row.hash.hex(),
@@ -158,43 +140,6 @@ def _short(value: Any) -> str:
         return f"[{len(value)} items]"
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 60 else text[:57] + "…"
-
-
-def _verify(image: str, output: str, anchor: str | None) -> int:
-    from safeimg.journal import audit
-    from safeimg.journal.sqlite import SqliteHistory
-
-    expected = None
-    if anchor is not None:
-        try:
-            expected = bytes.fromhex(anchor)
-        except ValueError:
-            raise CommandError("--anchor takes the hash that `audit verify` printed", code=2) from None
-    history, identity = SqliteHistory(), _identity(image)
-    findings = audit.verify(history, identity, anchor=expected)
-    rows = history.chain(identity)
-    operations = len({row.operation for row in rows})
-    head = audit.head(history, identity)
-    if output == "json":
-        print_json({
-            "image": image, "verified": not findings, "events": len(rows), "operations": operations,
-            "head": None if head is None else head.hex(), "findings": [_finding(each) for each in findings],
-        })  # fmt: skip
-    elif not findings:
-        what = f"{len(rows)} events of {operations} operations verify" if rows else "nothing on record"
-        print_text(f"{image}: {what}" + (f"; head {head.hex()}" if head is not None else ""))
-    if findings:
-        raise CommandError(*_complaints(image, findings), code=CONFLICT)
-    return 0
-
-
-def _complaints(image: str, findings: Sequence[Any]) -> list[str]:
-    return [f"{image}: {finding.message}" for finding in findings]
-
-
-def _finding(finding: Any) -> dict[str, Any]:
-    return {"kind": finding.kind, "position": finding.position, "operation": finding.operation,
-            "message": finding.message}  # fmt: skip
 
 
 def _date(seconds: float) -> str:

@@ -28,11 +28,9 @@ class Finding:
     message: str  # one line
 
 
-def head(history: History, image: Identity) -> bytes | None:
-    """The hash that covers the image's whole history (keep it elsewhere as an anchor); None if there is
-    none."""
-    rows = history.chain(image)
-    return rows[-1].hash if rows else None
+def head(chain: Sequence[EventRow]) -> bytes | None:
+    """The hash that covers an image's whole history (keep it elsewhere as an anchor); None if there is none."""
+    return chain[-1].hash if chain else None
 
 
 def verify(history: History, image: Identity, *, anchor: bytes | None = None) -> list[Finding]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import signal
@@ -179,6 +180,17 @@ class TestCommit:
         assert safeimg(["audit", "verify", "--anchor", audited["head"], "base.raw"], chain).code == 0
         foreign = safeimg(["audit", "verify", "--anchor", "00" * 32, "base.raw"], chain)
         assert foreign.code == 4 and b"anchor" in foreign.stderr
+        assert safeimg(["audit", "anchor", "base.raw"], chain).stdout.decode() == audited["head"] + "\n"
+        assert safeimg(["audit", "anchor", "--output=json", "new.raw"], chain).code == 1  # no such file
+        exported = safeimg(["audit", "export", "base.raw"], chain).stdout.decode().splitlines()
+        events = [json.loads(line) for line in exported]
+        assert len(events) == audited["events"] and events[-1]["hash"] == audited["head"]
+        assert [one["hash"] for one in events[:-1]] == [other["previous"] for other in events[1:]]
+        table = safeimg(["audit", "export", "--format", "csv", "base.raw"], chain).stdout.decode()
+        rows = list(csv.DictReader(table.splitlines()))
+        assert [(row["kind"], row["hash"]) for row in rows] == [(one["kind"], one["hash"]) for one in events]
+        assert json.loads(rows[0]["body"]) == events[0]["body"]
+        assert safeimg(["audit", "export", "--format", "xml", "base.raw"], chain).code == 2
 
     @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
     def test_signals_pause(

@@ -11,6 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from journal_fakes import DECLARED, OPERATION, OWNER, STARTED, STEP, identity
 from safeimg.journal import audit
 from safeimg.journal.chain import body_of
@@ -269,12 +271,30 @@ def test_audit_finds(tmp_path: Path, tamper: Tamper, kind: str, position: int) -
     assert all("\n" not in finding.message for finding in findings)
 
 
+@given(
+    position=st.integers(1, 10), column=st.sampled_from(["operation", "kind", "body", "previous", "hash"]),
+    place=st.integers(0, 1 << 16), bits=st.integers(1, 255),
+)  # fmt: skip
+def test_any_changed_byte_is_found(position: int, column: str, place: int, bits: int) -> None:
+    history = MemoryHistory()
+    for number in (1, 2):
+        history.record_settled(operation(number), home="/b")
+    rows = next(iter(history.events.values()))
+    row = rows[position - 1]
+    value = getattr(row, column)
+    content = bytearray(value if isinstance(value, bytes) else value.encode())
+    content[place % len(content)] ^= bits
+    changed = bytes(content) if isinstance(value, bytes) else content.decode("utf-8", "backslashreplace")
+    rows[position - 1] = replace(row, **{column: changed})
+    assert position in [finding.position for finding in audit.verify(history, HOME)]
+
+
 def test_an_anchor_tells_a_history_made_anew(history: History) -> None:
     history.record_settled(operation(1), home="/b")
-    anchor = audit.head(history, HOME)
+    anchor = audit.head(history.chain(HOME))
     history.record_settled(operation(2), home="/b")
     assert audit.verify(history, HOME, anchor=anchor) == []
     anew = MemoryHistory()
     anew.record_settled(operation(2), home="/b")
     assert [finding.kind for finding in audit.verify(anew, HOME, anchor=anchor)] == ["anchor"]
-    assert audit.head(MemoryHistory(), HOME) is None
+    assert audit.head([]) is None
