@@ -136,7 +136,7 @@ def _explain(error: BaseException) -> CommandError:
             code = (
                 getattr(error, "exit_code", 1) if program_name() == "safeimg" else 1
             )  # qemu-img has no others
-            return CommandError(str(error), code=code)
+            return CommandError(*getattr(error, "messages", (str(error),)), code=code)
     if isinstance(error, OSError) and error.strerror:
         return CommandError(f"{error.filename}: {error.strerror}" if error.filename else error.strerror)
     return CommandError(f"internal error: {type(error).__name__}: {error} (SAFEIMG_DEBUG=1 shows where)")

@@ -50,20 +50,17 @@ def run(command: Command, arguments: Arguments) -> int:
         raise CommandError("Either --size N or one filename must be specified.")
     if words and flag("size"):
         raise CommandError("--size N cannot be used together with a filename.")
-    from safeimg.ops.measure import InvalidOptions, measure_image, measure_size
+    from safeimg.ops.measure import measure_image, measure_size
 
     target: str = arguments.last("target-format", "raw")
-    try:
-        if words:
-            name, fmt = image_name(arguments, words[0], arguments.last("format"))
-            found = measure_image(
-                filesystem(), name, target, options, fmt=fmt, snapshot=arguments.last("snapshot"),
-                force_share=flag("force-share"), secrets=arguments.secrets,
-            )  # fmt: skip
-        else:
-            found = measure_size(arguments.last("size"), target, options, secrets=arguments.secrets)
-    except InvalidOptions as error:
-        raise CommandError(*error.messages) from error
+    if words:
+        name, fmt = image_name(arguments, words[0], arguments.last("format"))
+        found = measure_image(
+            filesystem(), name, target, options, fmt=fmt, snapshot=arguments.last("snapshot"),
+            force_share=flag("force-share"), secrets=arguments.secrets,
+        )  # fmt: skip
+    else:
+        found = measure_size(arguments.last("size"), target, options, secrets=arguments.secrets)
     if output == "json":
         bitmaps = {} if found.bitmaps is None else {"bitmaps": found.bitmaps}
         print_json({**bitmaps, "required": found.required, "fully-allocated": found.fully_allocated})

@@ -113,7 +113,10 @@ def _change(arguments: Arguments, action: str, name: str | Blockdev) -> None:
 
 
 def _refusal(action: str, which: str, error: RefusedError) -> list[str]:
-    """qemu-img's words for what an image does not allow."""
+    """qemu-img's words for what an image does not allow; where that is damaged, qemu-img does not say how."""
+    from safeimg.cli.main import program_name
+    from safeimg.drivers.errors import FormatError
+
     reason = error.problem if error.errno is None else os.strerror(error.errno)
     if action == "create":
         reason = f"Could not create snapshot '{which}': -{error.errno} ({reason})"
@@ -121,4 +124,5 @@ def _refusal(action: str, which: str, error: RefusedError) -> list[str]:
         reason = f"Could not apply snapshot '{which}': Failed to load snapshot: {reason}"
     else:
         reason = f"Could not {action} snapshot '{which}': {reason}"
-    return [error.problem, reason] if error.explain else [reason]
+    explain = error.explain and not (program_name() == "qemu-img" and isinstance(error.__cause__, FormatError))
+    return [error.problem, reason] if explain else [reason]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from errno import EIO
+
 
 class DriverError(Exception):
     """Base of everything that `safeimg.drivers` raises on purpose. `str()` is the whole message."""
@@ -27,14 +29,19 @@ class LockError(DriverError):
 
 
 class FormatError(DriverError):
-    """The bytes of an image are not what its format's specification allows."""
+    """The bytes of an image are not what its format's specification allows. `errno`: what QEMU's message names."""
 
-    def __init__(self, path: str, problem: str, *, offset: int | None = None) -> None:
+    def __init__(self, path: str, problem: str, *, offset: int | None = None, errno: int = EIO) -> None:
         self.path = path
         self.problem = problem
         self.offset = offset
+        self.errno = errno
         where = "" if offset is None else f" at offset {offset:#x}"
         super().__init__(f"{path}: {problem}{where}")
+
+
+class SnapshotDamaged(FormatError):
+    """An internal snapshot cannot be used; the `problem` is in QEMU's words."""
 
 
 class UnsupportedError(DriverError):
@@ -73,7 +80,11 @@ class RefusedError(UnsupportedError):
 
 
 class UsageError(DriverError):
-    """An option or argument that makes no sense, in qemu-img's words."""
+    """An option or argument that makes no sense, in qemu-img's words: of `messages`, each is a line of its own."""
+
+    def __init__(self, *messages: str) -> None:
+        self.messages = messages
+        super().__init__("; ".join(messages))
 
 
 class FormatNotSaid(UsageError):

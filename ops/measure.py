@@ -17,14 +17,6 @@ from safeimg.ops.create_options import parse_options
 from safeimg.ops.map import blocks
 
 
-class InvalidOptions(UsageError):
-    """Options that the target's format does not have: `messages` are qemu-img's two."""
-
-    def __init__(self, *messages: str) -> None:
-        self.messages = messages
-        super().__init__("; ".join(messages))
-
-
 def measure_size(
     size: int, target_format: str, options: Sequence[str], *, secrets: Secrets = NO_SECRETS
 ) -> Measured:
@@ -60,7 +52,7 @@ def _target(name: str, options: Sequence[str]) -> tuple[Measuring, dict[str, str
     try:
         values = parse_options(driver.create_options, options)
     except UsageError as error:
-        raise InvalidOptions(str(error), f"Invalid options for file format '{name}'") from error
+        raise UsageError(str(error), f"Invalid options for file format '{name}'") from error
     if driver.measuring is None:
         raise UsageError(f"Block driver '{name}' does not support size measurement")
     return driver.measuring, values

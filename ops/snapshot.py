@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
-from safeimg.drivers.errors import FormatError, RefusedError
+from safeimg.drivers.errors import FormatError, RefusedError, SnapshotDamaged
 from safeimg.drivers.formats.api import Changes, Image, Planner
 from safeimg.drivers.formats.chain import close_chain, open_chain
 from safeimg.drivers.formats.features import SnapshotEntry
@@ -77,8 +77,13 @@ async def apply(
         if snapshots is None:
             raise RefusedError(image.file.path, "Block driver does not support snapshots")
         snapshots.refuse(image, applying=True)
-        if by_id_or_name(snapshots.entries(image), name) is None:
+        entry = by_id_or_name(snapshots.entries(image), name)
+        if entry is None:
             raise RefusedError(image.file.path, f"there is no snapshot '{name}'", errno=errno.ENOENT)
+        try:
+            snapshots.at(image, entry)
+        except SnapshotDamaged as error:
+            raise RefusedError(image.file.path, error.problem, errno=error.errno, explain=True) from None
 
     settings = {"action": "apply", "name": name}
     await _changing.run(environment, filename, settings, backing=True, warn=warn, check=check)
@@ -94,8 +99,13 @@ async def delete(
     """Deletes the first snapshot with that name."""
 
     def check(image: Image) -> None:
-        if by_name(entries(image), name) is None:
+        snapshots, entry = lookup(image.format).snapshots, by_name(entries(image), name)
+        if snapshots is None or entry is None:
             raise RefusedError(image.file.path, "snapshot not found")
+        try:
+            snapshots.at(image, entry)
+        except SnapshotDamaged as error:
+            raise RefusedError(image.file.path, error.problem) from None
 
     settings = {"action": "delete", "name": name}
     await _changing.run(environment, filename, settings, backing=True, warn=warn, check=check)
@@ -131,7 +141,7 @@ def _refusing(plan: Action) -> Action:
         try:
             yield from plan(image, planner)
         except FormatError as error:
-            raise RefusedError(image.file.path, str(error), errno=errno.EIO, explain=True) from error
+            raise RefusedError(image.file.path, str(error), errno=error.errno, explain=True) from error
 
     return refusing
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 
-from safeimg.drivers.errors import UnsupportedError, UsageError
+from safeimg.drivers.errors import DriverError, FormatError, UnsupportedError, UsageError
 from safeimg.drivers.formats.naming import Blockdev, local_name
 from safeimg.journal import find
+from safeimg.journal.errors import JournalError
 from safeimg.journal.owner import current_owner
-from safeimg.ops.errors import SomethingPending
+from safeimg.ops.errors import OperationError, SomethingPending
 from safeimg.ops.launch import Environment
 from safeimg.ops.repair import REPAIR
 from safeimg.recovery.settle import abandon, resume, rollback
@@ -19,7 +21,7 @@ async def begin_or_resume(
 ) -> None:
     """Runs `begin`, which does `command` to an image, unless the identical command is pending there.
 
-    What the image turns out not to allow is taken back.
+    What the image turns out not to allow is taken back, as is what meets damage.
 
     The operation's home may be another image (of a commit, the base), and a crash just before its start or just
     before its very end leaves a log there and no pointer to it: `begin` is refused then, and tried again once that
@@ -33,6 +35,10 @@ async def begin_or_resume(
             await begin()
     except (UsageError, UnsupportedError):
         await _withdraw(local_name(image), environment)
+        raise
+    except FormatError:
+        with suppress(DriverError, JournalError, OperationError):  # of the two, the damage is what to tell
+            await _withdraw(local_name(image), environment)
         raise
 
 

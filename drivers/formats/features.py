@@ -119,7 +119,7 @@ class Snapshotting(Protocol):
 
     def at(self, image: Image, entry: SnapshotEntry) -> Image:
         """The guest content of a snapshot, as an image of the present virtual size on the same open files: closing
-        either closes both. For reading. `FormatError`."""
+        either closes both. For reading. `SnapshotDamaged` if the entry cannot be right, `FormatError`."""
         ...
 
     def refuse(self, image: Image, *, applying: bool) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from safeimg.drivers.errors import UsageError
+from safeimg.drivers.errors import SnapshotDamaged, UsageError
 from safeimg.drivers.formats.api import Image
 from safeimg.drivers.formats.features import SnapshotEntry
 from safeimg.drivers.formats.options import split_options
@@ -49,4 +49,7 @@ def load(layers: Sequence[Image], wanted: str) -> list[Image]:
         entry = by_id_or_name(listed, wanted)
     if entry is None:
         raise UsageError("Failed to load snapshot: Can't find snapshot")
-    return [snapshots.at(top, entry), *layers[1:]]
+    try:
+        return [snapshots.at(top, entry), *layers[1:]]
+    except SnapshotDamaged as error:
+        raise UsageError(f"Failed to load snapshot: {error.problem}") from error

@@ -90,3 +90,64 @@ def test_same_as_qemu_img(pristine: Path, tmp_path: Path, line: str, monkeypatch
 def masked(outcome: Outcome) -> Outcome:
     """Without dates: those of new snapshots differ."""
     return outcome._replace(stdout=re.sub(rb"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d", b"DATE", outcome.stdout))
+
+
+# Where QEMU puts things in the image below: the L2 table, and the snapshot's entry.
+L2, ENTRY = 0x40000, 0x70000
+DAMAGES = {
+    "as it is": ("", []),
+    "an L1 table out of place": ("old", [(">Q", ENTRY, 0x400200)]),
+    "an L1 table too large": ("old", [(">I", ENTRY + 8, 1 << 28)]),
+    "too many snapshots": ("new", [(">Q", 64, 1 << 24), (">I", 60, 1 << 16)]),
+    "snapshots past the end": ("list", [(">Q", 64, 1 << 24), (">I", 60, 3)]),
+    "data past all that can be": ("new", [(">Q", L2, 0x80FFFFFFFFFF0000)]),
+    "and reserved bits": ("new", [(">Q", L2, 0xBFFFFFFFFFFF0000)]),
+    "data past all that is counted": ("new", [(">Q", L2, 0x800000FFFFFF0000)]),
+}
+DAMAGED_LINES = {
+    "old": ("convert -l s i out", "measure -O raw -l s i", "snapshot -a s i", "snapshot -d s i", "snapshot -l i",
+            "amend -o compat=0.10 i"),
+    "new": ("snapshot -c t i",),
+    "list": ("snapshot -l i", "snapshot -a no i", "snapshot -d no i"),
+    "": ("snapshot -a s i", "snapshot -d s i", "amend -o compat=0.10 i"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damage(tmp_path: Path, damage: str) -> None:
+    """In QEMU's words; and whatever was begun is taken back."""
+    folders = tmp_path / "ours", tmp_path / "theirs"
+    for folder in folders:
+        folder.mkdir()
+    image = folders[1] / "i"
+    assert qemu_img(["create", "-q", "-f", "qcow2", "i", "64M"], folders[1]).code == 0
+    qemu_io(folders[1], "-c", "write 0 512", "i")
+    kind, patches = DAMAGES[damage]
+    if kind != "new":
+        assert qemu_img(["snapshot", "-c", "s", "i"], folders[1]).code == 0
+    data = bytearray(image.read_bytes())
+    for layout, offset, value in patches:
+        struct.pack_into(layout, data, offset, value)
+    for line in DAMAGED_LINES[kind]:
+        for folder in folders:
+            (folder / "i").write_bytes(data)
+        expected = qemu_img(words(line), folders[1])
+        assert safeimg(words(line), folders[0], name="qemu-img") == expected, line
+        assert [path.name for path in folders[0].iterdir()] == ["i"]
+        if expected.code:
+            assert (folders[0] / "i").read_bytes() == data
+
+
+def test_what_meets_damage_is_taken_back(tmp_path: Path) -> None:
+    """An amendment finds out behind its fence: nothing stays pending, and the image is as it was."""
+    assert qemu_img(["create", "-q", "-f", "qcow2", "i", "64M"], tmp_path).code == 0
+    qemu_io(tmp_path, "-c", "write 0 512", "i")
+    assert qemu_img(["snapshot", "-c", "s", "i"], tmp_path).code == 0
+    data = bytearray((tmp_path / "i").read_bytes())
+    struct.pack_into(">Q", data, ENTRY, 1 << 30)  # behind the end of the file
+    (tmp_path / "i").write_bytes(data)
+    found = safeimg(words("amend -o compat=0.10 i"), tmp_path)
+    assert (found.code, found.stderr.splitlines()[1:]) == (1, [])
+    assert b"past the end of the file" in found.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["i"]
+    assert (tmp_path / "i").read_bytes() == data

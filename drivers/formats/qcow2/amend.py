@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
-from safeimg.drivers.errors import UsageError
+from safeimg.drivers.errors import SnapshotDamaged, UsageError
 from safeimg.drivers.formats.api import Changes, CreateOption, Image, Kind, Planner
 from safeimg.drivers.formats.encryption import luks_amend_options
 from safeimg.drivers.formats.features import Amendment
@@ -144,6 +144,12 @@ def _check_downgrade(image: Qcow2Image, refcount_bits: int, size: int) -> None:
         features &= ~COMPRESSION_TYPE
     if features:
         raise UsageError(f"Cannot downgrade an image with incompatible features {features:#x} set")
+    try:
+        for snapshot in image.snapshots:
+            image.at(snapshot)
+    except SnapshotDamaged as error:
+        failed = f"Failed to turn zero into data clusters: {os.strerror(error.errno)}"
+        raise UsageError(error.problem, failed) from error
 
 
 def _has_compressed(image: Qcow2Image) -> bool:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator
 from copy import copy
 from dataclasses import replace
 from functools import cached_property
 from itertools import pairwise
 
-from safeimg.drivers.errors import FormatError, NotClosed, UnsupportedError
+from safeimg.drivers.errors import FormatError, NotClosed, SnapshotDamaged, UnsupportedError
 from safeimg.drivers.formats.api import Cipher, Extent
 from safeimg.drivers.formats.encryption import Locked
 from safeimg.drivers.formats.qcow2.bitmaps import Bitmap, read_bitmaps
@@ -143,13 +144,13 @@ class Qcow2Image:
 
     def at(self, snapshot: Snapshot) -> Qcow2Image:
         """The guest content of an internal snapshot, for reading. The virtual size is the present one, as QEMU has
-        it. Raises `FormatError` if the snapshot's L1 table cannot be right."""
+        it. Raises `SnapshotDamaged` if the snapshot's L1 table cannot be right."""
         header, path = self._header, self._file.path
         if 8 * snapshot.l1_size > MAX_L1_BYTES:
-            raise FormatError(path, "Snapshot L1 table too large", offset=snapshot.offset)
+            raise SnapshotDamaged(path, "Snapshot L1 table too large", errno=errno.EFBIG)
         end = snapshot.l1_table_offset + 8 * snapshot.l1_size
         if snapshot.l1_table_offset % header.cluster_size or end >= 1 << 63:
-            raise FormatError(path, "Snapshot L1 table offset invalid", offset=snapshot.offset)
+            raise SnapshotDamaged(path, "Snapshot L1 table offset invalid", errno=errno.EINVAL)
         image = copy(self)
         image._shown = snapshot
         image._adopt(replace(header, l1_table_offset=snapshot.l1_table_offset, l1_size=snapshot.l1_size))
@@ -192,7 +193,8 @@ def open_image(file: File, *, write: bool = False, repair: bool = False,
 
 
 def check_tables(file: File, header: Header) -> None:
-    """`FormatError` if header, refcount table, L1 table or snapshot table overlap or leave the file."""
+    """`FormatError` if header, refcount table, L1 table or snapshot table overlap, or leave the file; of a snapshot
+    table, that part reads as zeroes."""
     length = file.length()
     tables = [
         ("header", 0, header.cluster_size),
@@ -203,7 +205,7 @@ def check_tables(file: File, header: Header) -> None:
         tables.append(("snapshot table", header.snapshots_offset, 40 * header.nb_snapshots))
     tables = sorted((table for table in tables if table[2]), key=lambda table: table[1])
     for name, offset, size in tables:
-        if name != "header" and offset + size > length:
+        if name not in ("header", "snapshot table") and offset + size > length:
             raise FormatError(file.path, f"{name} lies past the end of the file", offset=offset)
     for (first, first_offset, first_size), (second, second_offset, _) in pairwise(tables):
         if first_offset + first_size > second_offset:

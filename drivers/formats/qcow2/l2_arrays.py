@@ -44,6 +44,13 @@ def referred(l2: L2Layout, words: Words) -> Referred | None:
     return Referred(hosts[hosts != 0], found[is_compressed])
 
 
+def standard_hosts(l2: L2Layout, words: Words) -> Words:
+    """Offsets of the standard clusters that entries refer to, whatever else the entries may be."""
+    found = descriptors(l2, words)
+    standard: Words = found[(found & np.uint64(COMPRESSED)) == 0]
+    return standard & np.uint64(OFFSET_MASK)
+
+
 def _are_sound(l2: L2Layout, found: Words, bitmaps: Words) -> bool:
     """`L2Layout.is_sound` of all entries."""
     allocated, zeroes = bitmaps & np.uint64(EVERY), bitmaps >> np.uint64(SUBCLUSTERS)

@@ -238,12 +238,15 @@ def count_below(planner: Qcow2Planner, references: Counting, tables: Mapping[tup
 
 def _count_l2(planner: Qcow2Planner, references: Counting, table: int, times: int) -> None:
     import numpy
-    from safeimg.drivers.formats.qcow2.l2_arrays import compressed_clusters, referred
+    from safeimg.drivers.formats.qcow2.l2_arrays import compressed_clusters, referred, standard_hosts
 
     l2, bits = planner.header.l2, planner.header.cluster_bits
     words = numpy.frombuffer(planner.view.read(table, planner.cluster_size), ">u8").astype(numpy.uint64)
     found = referred(l2, words)
     if found is None:
+        # QEMU overlooks most of that, and stops where such an entry leads to.
+        host = int(standard_hosts(l2, words).max(initial=0))
+        references.add_range(host, 1, bits, 0)
         raise FormatError(planner.path, "L2 table has invalid entries", offset=table)
     if not planner.header.has_data_file:
         references.add_many(found.hosts >> numpy.uint64(bits), bits, times)

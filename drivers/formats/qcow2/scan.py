@@ -50,7 +50,7 @@ def count_references(image: Qcow2Image) -> Counts:
 
     Raises `FormatError` and `UnsupportedError` if the image is too damaged or too large to tell."""
     scan = ReferenceScan(image)
-    scan.run(read_snapshots(image.file, image.header, zero_fill=True))
+    scan.run(read_snapshots(image.file, image.header))
     return scan.counts
 
 

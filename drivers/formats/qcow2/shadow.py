@@ -184,7 +184,7 @@ class Shadow:
         data = self._planner.view.read(self._blocks[index] << self._bits, 1 << self._bits)
         counts = decode_block(data, self._layout.refcount_order)
         if int(counts.max()) > MAX_COUNT:
-            raise FormatError(self._planner.path, f"a refcount is too large: {REPAIR}")
+            raise FormatError(self._planner.path, f"a refcount is too large: {REPAIR}", errno=errno.EINVAL)
         narrowed: Counts = counts.astype(np.int32)
         return narrowed
 
@@ -206,9 +206,11 @@ class Shadow:
 
     def _check_end(self, cluster: int) -> None:
         if cluster >= len(self._counts):
+            # QEMU makes refcount blocks for it, and gives up after that, or because no table would have room for them.
+            most = MAX_REFCOUNT_TABLE_BYTES // 8 * self._layout.block_entries
             raise FormatError(
                 self._planner.path, "metadata refers to a cluster past the end of the file",
-                offset=cluster << self._bits,
+                offset=cluster << self._bits, errno=errno.EFBIG if cluster >= most else errno.EAGAIN,
             )
 
     def _find_free(self) -> deque[tuple[int, int]]:

@@ -37,23 +37,25 @@ _OFFSET, _COPIED = np.uint64(OFFSET_MASK), np.uint64(COPIED)
 
 
 def create(planner: Qcow2Planner, name: str, seconds: int, nanoseconds: int) -> Iterator[Changes]:
-    """See `features.Snapshotting`. QEMU cuts names after 255 bytes, and so it is done here."""
+    """See `features.Snapshotting`. QEMU cuts names after 255 bytes, and so it is done here. What only the snapshot has
+    comes first in the file, as with QEMU."""
     header = planner.header
     snapshots = read_snapshots(planner.file, header)
     shadow = Shadow(planner)
     active = planner.l1_table_offset, planner.l1_size
     shadow.count({active: 1})
     shadow.check()
-    entries = yield from _tables(planner, shadow, _l1(planner, *active), 2)
-    l1, copy = _place_table(planner, shadow, len(entries)), _place_table(planner, shadow, len(entries))
-    yield from shadow.write(l1, _encode(entries))
-    yield from shadow.write(copy, _encode(entries & ~_COPIED))
-    shadow.drop(active[0], 8 * active[1])
+    copy = _place_table(planner, shadow, planner.l1_size)
     new = Snapshot(
         copy, planner.l1_size, _next_id(snapshots), os.fsdecode(os.fsencode(name)[:MAX_NAME]), seconds, nanoseconds,
         0, 0, planner.current_size, 0, b"", 0, 0, 0,
     )
     table = yield from _snapshot_table(planner, shadow, snapshots, [*snapshots, new])
+    entries = yield from _tables(planner, shadow, _l1(planner, *active), 2)
+    yield from shadow.write(copy, _encode(entries & ~_COPIED))
+    l1 = _place_table(planner, shadow, len(entries))
+    yield from shadow.write(l1, _encode(entries))
+    shadow.drop(active[0], 8 * active[1])
     yield from shadow.switch(l1_table_offset=l1, **table)
 
 

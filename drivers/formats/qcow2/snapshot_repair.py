@@ -48,7 +48,7 @@ def read_table(image: Qcow2Image, findings: Findings, *, fix: bool) -> Table:
         mended += many
         header = replace(header, nb_snapshots=MAX_SNAPSHOTS)
     try:
-        snapshots = read_snapshots(image.file, header, zero_fill=True, discard=discard if fix else None)
+        snapshots = read_snapshots(image.file, header, discard=discard if fix else None)
     except TooMuch as error:
         what = "this extra metadata" if error.entry is not None else f"all {error.snapshots} overhanging snapshots"
         problem = f"ERROR failed to read the snapshot table: {error.problem}\n{_REMEDY.format(what)}"

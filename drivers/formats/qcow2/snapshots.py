@@ -63,20 +63,20 @@ class TooMuch(FormatError):
 
 
 def read_snapshots(
-    file: File, header: Header, *, zero_fill: bool = False, discard: Callable[[int, int], None] | None = None
+    file: File, header: Header, *, discard: Callable[[int, int], None] | None = None
 ) -> tuple[Snapshot, ...]:
     """All snapshots, in table order. The L1 tables that they name are not looked at.
 
-    With `zero_fill`, what lies past the end of the file reads as zeroes (as in QEMU), else it is a `FormatError`. More
-    extra data and a larger table than QEMU takes are `TooMuch`, or with `discard` they are left out: it is told the
-    index of each such entry, and the size of its extra data.
+    What lies past the end of the file reads as zeroes, as with QEMU. More extra data and a larger table than QEMU takes
+    are `TooMuch`, or with `discard` they are left out: it is told the index of each such entry, and the size of its
+    extra data.
     """
     if not header.nb_snapshots:
         return ()
     if header.nb_snapshots > MAX_SNAPSHOTS:
         raise FormatError(file.path, "Snapshot table too large")
     position = header.snapshots_offset
-    reader = _Reader(file, position, zero_fill)
+    reader = _Reader(file, position)
     snapshots = []
     for index in range(header.nb_snapshots):
         start = reader.position
@@ -124,12 +124,11 @@ def encode_snapshots(snapshots: Sequence[Snapshot]) -> bytes:
 
 
 class _Reader:
-    """Reads a file front to back in pieces of 64 KiB."""
+    """Reads a file front to back in pieces of 64 KiB, and zeroes behind its end."""
 
-    def __init__(self, file: File, position: int, zero_fill: bool) -> None:
+    def __init__(self, file: File, position: int) -> None:
         self.position = position
         self._file = file
-        self._zero_fill = zero_fill
         self._buffer = b""
         self._start = position  # of the buffer, in the file
 
@@ -142,9 +141,6 @@ class _Reader:
             readable = self._start + wanted < 1 << 63
             self._buffer = self._file.pread(self._start, wanted) if readable else b""
             if len(self._buffer) < length:
-                if not self._zero_fill:
-                    raise FormatError(self._file.path, "snapshot table lies past the end of the file",
-                                      offset=self.position)
                 self._buffer = self._buffer.ljust(wanted, b"\0")
         self.position += length
         return self._buffer[index:index + length]
