@@ -187,11 +187,12 @@ def run(command: Command, arguments: Arguments) -> int:
 
 
 def _io_error(error: StorageError) -> str:
-    from safeimg.ops.convert_write import CopyFailed
+    from safeimg.ops.convert_plan import CopyFailed
 
     if not isinstance(error, CopyFailed):
         return str(error)
-    return f"error while {error.what} at byte {error.at}: {error.strerror}"
+    unit = "offset" if error.what == "reading block status" else "byte"
+    return f"error while {error.what} at {unit} {error.at}: {error.strerror}"
 
 
 def _check(arguments: Arguments) -> None:

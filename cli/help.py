@@ -14,7 +14,7 @@ import typer
 from safeimg.cli import commands
 from safeimg.cli.main import program_name
 from safeimg.cli.options import Argument, Command, Option
-from safeimg.drivers.formats.registry import names
+from safeimg.cli.overview import supported
 
 FILES = ("image", "filename", "first", "second", "source", "target", "path")
 
@@ -30,7 +30,7 @@ def show(command: Command | None) -> int:
     if command is not None:
         return run_typer([command.name, "--help"])
     code = run_typer(["--help"])
-    print(f"Supported formats: {' '.join(sorted(names()))}")
+    print(supported())
     return code
 
 

@@ -50,7 +50,7 @@ def run(command: Command, arguments: Arguments) -> int:
         raise usage("Expecting one image file name")
     output = output_format(arguments.last("output"))
     name, fmt = image_name(arguments, arguments.positional[0], arguments.last("format"))
-    from safeimg.drivers.errors import DriverError
+    from safeimg.drivers.errors import DriverError, StorageError
     from safeimg.drivers.formats.chain import close_chain, open_chain
     from safeimg.ops.map import block_map
 
@@ -66,6 +66,8 @@ def run(command: Command, arguments: Arguments) -> int:
             _print_table(entries, layers)
     except DriverError as error:
         sys.stdout.flush()
+        if isinstance(error, StorageError):
+            raise CommandError(f"Could not read file metadata: {error.strerror}") from error
         raise CommandError(str(error), "Could not read file metadata: Input/output error") from error
     finally:
         close_chain(layers)
@@ -90,12 +92,13 @@ def _hex(number: int) -> str:
 def _print_json(entries: Iterator[Entry], start: int) -> None:
     from safeimg.ops.map import Entry
 
-    separator = "["
+    print("[", end="")
+    separator = ""
     for entry in entries:
         print(separator + _object(entry), end="")
         separator = ",\n"
-    if separator == "[":  # an empty range is printed too
-        print(separator + _object(Entry(start, 0, 0, False, False, False, None)), end="")
+    if not separator:  # an empty range is printed too
+        print(_object(Entry(start, 0, 0, False, False, False, None)), end="")
     print("]")
 
 

@@ -9,6 +9,7 @@ from safeimg.cli.commands import find, names
 from safeimg.cli.main import version_line
 from safeimg.cli.options import Command
 from safeimg.drivers.formats import registry
+from safeimg.drivers.formats.protocols import OPENED
 
 
 def show() -> int:
@@ -33,7 +34,12 @@ def _lines() -> Iterator[str]:
     yield ""
     yield "'safeimg COMMAND --help' tells what each of them does."
     yield ""
-    yield f"Supported formats: {' '.join(sorted(registry.names()))}"
+    yield supported()
+
+
+def supported() -> str:
+    """The line that programs look for: the formats, and what images may lie in."""
+    return f"Supported formats: {' '.join(sorted((*registry.names(), *OPENED)))}"
 
 
 def _syntax(command: Command) -> str:

@@ -48,6 +48,10 @@ class UnsupportedError(DriverError):
     """The image is valid but uses something that safeimg does not handle."""
 
 
+class RemoteError(DriverError):
+    """A server that holds an image cannot be reached, or does not give it. The message is QEMU's where it has one."""
+
+
 class NotClosed(UnsupportedError):
     """The image is marked as dirty: it has to be repaired before it can be written to."""
 

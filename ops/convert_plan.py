@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import NamedTuple
 
+from safeimg.drivers.errors import StorageError
 from safeimg.drivers.formats.api import Kind
 from safeimg.drivers.transfer.view import LayerExtent, Source
 
@@ -61,6 +62,15 @@ class _Fate(Enum):
     NOTHING = "nothing"
 
 
+class CopyFailed(StorageError):
+    """`what` ("reading", "writing", "reading block status") failed at or behind guest offset `at`."""
+
+    def __init__(self, error: StorageError, what: str, at: int) -> None:
+        super().__init__(error.path, error.action, OSError(error.errno, error.strerror))
+        self.what = what
+        self.at = at
+
+
 class _Part(NamedTuple):
     fate: _Fate
     piece: LayerExtent
@@ -74,7 +84,7 @@ def chunks(source: Source, start: int, rules: Rules) -> Iterator[Chunk]:
     held: list[_Part] = []  # the parts of the window under way
     at = opened = start
     ticket = 0
-    for piece in source.extents(start, source.size - start):
+    for piece in _pieces(source, start):
         for part in _judge(piece, rules):
             end = part.piece.extent.start + part.piece.extent.length
             while at < end:
@@ -97,6 +107,17 @@ def chunks(source: Source, start: int, rules: Rules) -> Iterator[Chunk]:
                     opened = at
     if held:
         yield _chunk(ticket, opened, at, held, rules, source.size)
+
+
+def _pieces(source: Source, start: int) -> Iterator[LayerExtent]:
+    """What the source holds from `start` on. Raises `CopyFailed`."""
+    at = start
+    try:
+        for piece in source.extents(start, source.size - start):
+            yield piece
+            at = piece.extent.start + piece.extent.length
+    except StorageError as error:
+        raise CopyFailed(error, "reading block status", at) from error
 
 
 def _judge(piece: LayerExtent, rules: Rules) -> Iterator[_Part]:

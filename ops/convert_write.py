@@ -17,7 +17,7 @@ from safeimg.drivers.transfer.digest import Written, digests, zero_digests
 from safeimg.drivers.transfer.target import Target
 from safeimg.drivers.transfer.view import Source
 from safeimg.drivers.transfer.zero import data_runs, fill_zero
-from safeimg.ops.convert_plan import Chunk, Span
+from safeimg.ops.convert_plan import Chunk, CopyFailed, Span
 from safeimg.ops.steps import Move
 
 AHEAD = 64 << 20  # bytes that a growing file is preallocated ahead of what is written
@@ -34,15 +34,6 @@ class Batch:
     at: int  # everything before this guest offset has been given to workers
     written: list[Written] = field(default_factory=list)
     moves: list[Move] = field(default_factory=list)
-
-
-class CopyFailed(StorageError):
-    """`what` ("reading" or "writing") failed at or behind guest offset `at`."""
-
-    def __init__(self, error: StorageError, what: str, at: int) -> None:
-        super().__init__(error.path, error.action, OSError(error.errno, error.strerror))
-        self.what = what
-        self.at = at
 
 
 class Space(Protocol):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,7 +16,7 @@ from safeimg.drivers.formats.naming import (
     STRONG,
     Blockdev,
     Value,
-    from_filename,
+    from_argument,
     shown,
 )
 from safeimg.drivers.formats.registry import lookup
@@ -38,6 +39,8 @@ _ORDER = (
     "backing-filename",
     "dirty-flag",
 )
+
+_CLEAN = ("nbd", "null-co", "null-aio", "quorum")  # say nothing about themselves, not even that they are clean
 
 
 def info(
@@ -65,7 +68,7 @@ def info(
                 raise InfiniteLoop(f"Backing file '{name}' creates an infinite loop.")
             if status.inode:
                 seen.add((status.device, status.inode))
-            options = (from_filename(name) if isinstance(name, str) else name).options
+            options = (from_argument(name, fmt) if isinstance(name, str) else name).options
             found.append(_describe(image, options))
             backing = image.backing_file if chain else None
             name = None if backing is None else _below(image, backing)
@@ -73,6 +76,12 @@ def info(
         finally:
             close_chain(images)
     return found
+
+
+def _lowest(options: Mapping[str, Value]) -> Value:
+    """The driver at the lower end of a description, if it names one."""
+    found = [key for key in options if re.fullmatch(r"((file|image)\.)*driver", key)]
+    return options[max(found, key=len)] if found else None
 
 
 def _below(image: Image, backing: str) -> str:
@@ -96,7 +105,7 @@ def _describe(image: Image, options: Mapping[str, Value]) -> dict[str, Any]:
         "filename": shown(options, format, strong),
         "format": format,
     }
-    if not format.startswith("null-"):  # which have nothing that could be dirty
+    if image.format != "raw" or _lowest(options) not in _CLEAN:
         members["dirty-flag"] = bool(getattr(header, "is_dirty", False))
     if image.cipher is not None:
         members["encrypted"] = True

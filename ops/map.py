@@ -84,7 +84,9 @@ class _Resolver:
         if self._layers[depth].cipher is not None:
             offset = None  # what is there is not what the guest sees
         if kind is Kind.ZERO:
-            yield Entry(start, length, depth, True, True, False, offset)
+            yield Entry(start, length, depth, True, True, bool(extent.allocated), offset)
+        elif extent.allocated is False:  # a hole, whatever it reads as
+            yield Entry(start, length, depth, False, False, False, None)
         elif kind is Kind.COMPRESSED or offset is None:
             yield Entry(start, length, depth, True, False, True, None)
         elif not self._may_be_hole(depth):

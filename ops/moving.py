@@ -26,7 +26,7 @@ async def save_before(
     ranges: list[tuple[int, int, int]] = []  # image, offset, length of what is data
     for move in moves:
         end = move.offset
-        for start, length, is_data in files[move.image].spans(move.offset, move.length):
+        for start, length, is_data, _ in files[move.image].spans(move.offset, move.length):
             end = start + length
             if is_data:
                 ranges.append((move.image, start, length))

@@ -42,6 +42,7 @@ class Extent(NamedTuple):
     kind: Kind
     offset: int | None = None  # host: in the image's `data` file; COMPRESSED: in the image's own file
     stored: int = 0  # COMPRESSED: upper bound of the compressed bytes at `offset`
+    allocated: bool | None = None  # of raw images: see `storage.api.Span`
 
 
 class Patch(NamedTuple):

@@ -24,6 +24,7 @@ from safeimg.drivers.formats.naming import (
     Options,
     Value,
     below,
+    from_argument,
     from_filename,
     plain,
     protocol,
@@ -81,7 +82,7 @@ def open_chain(
             depth = len(images)
             try:
                 if layer is None:
-                    named = from_filename(filename) if isinstance(filename, str) else filename
+                    named = from_argument(filename, format) if isinstance(filename, str) else filename
                     layer = _Layer(named.text, Options(_below_format(named.options)), format)
                 image = opener.open(layer, writes(depth, layer.name), repairs(depth))
                 images.append(image)

@@ -24,13 +24,16 @@ FILE_DRIVERS = ("file", "host_device", "host_cdrom")  # of local files and block
 PROTOCOLS = frozenset((
     "blkdebug", "blklogwrites", "blkreplay", "blkverify", "cloop", "compress", "copy-before-write", "copy-on-read",
     "dmg", "fat", "ftp", "ftps", "gluster", "gluster+rdma", "gluster+tcp", "gluster+unix", "http", "https", "io_uring",
-    "iscsi", "iser", "nbd", "nbd+tcp", "nbd+unix", "nbd+vsock", "nfs", "null-aio", "null-co", "nvme", "preallocate",
+    "iscsi", "iser", "nbd", "nbd+tcp", "nbd+unix", "nfs", "null-aio", "null-co", "nvme", "preallocate",
     "quorum", "rbd", "replication", "ssh", "throttle", "vvfat",
 ))  # fmt: skip
+_NBD = ("nbd", "nbd+tcp", "nbd+unix")
 # The order of members in file names that QEMU writes (that of its hash table)
 _ORDER = (
-    "offset", "encrypt.key-secret", "read-zeroes", "children", "config", "image", "driver", "size", "vote-threshold",
-    "file", "key-secret",
+    "offset", "encrypt.key-secret", "read-zeroes", "server.mptcp", "server.to", "server.abstract", "server.path",
+    "server.tight", "server.host", "server.port", "server.ipv6", "server.numeric", "children", "config", "image",
+    "port", "host", "driver", "path", "size", "vote-threshold", "file", "key-secret", "export", "server.type",
+    "server.ipv4", "tls-hostname", "server.keep-alive",
 )  # fmt: skip
 _SIZE_ERROR = (
     "Parameter '{}' expects a non-negative number below 2^64\n"
@@ -118,9 +121,27 @@ def from_filename(name: str) -> Blockdev:
         return Blockdev(name, {"file.driver": prefix, "file.filename": name[len(prefix) + 1 :]})
     if prefix is not None and prefix not in PROTOCOLS:
         raise UsageError(f"Unknown protocol '{prefix}'")
+    if prefix in _NBD:
+        from safeimg.drivers.formats.nbd_names import parse_name
+
+        options = {f"file.{key}": value for key, value in parse_name(name).items()}
+        return Blockdev(name, {"file.driver": "nbd", **options})
     if prefix is not None:
         return Blockdev(name, {"file.driver": prefix, "file.filename": name})
     return Blockdev(name, {"file.filename": name})
+
+
+def from_argument(name: str, format: str | None) -> Blockdev:
+    """What a file name means together with `-f FORMAT`, which may be a protocol instead of a format. `UsageError`."""
+    if format is None or not is_protocol(format) or name.startswith("json:"):
+        return from_filename(name)
+    if format in FILE_DRIVERS:
+        return Blockdev(name, {"driver": format, "filename": name.removeprefix(f"{format}:")})
+    if format == "nbd":
+        from safeimg.drivers.formats.nbd_names import parse_name
+
+        return Blockdev(name, {"driver": format, **parse_name(name)})
+    return Blockdev(name, {"driver": format, "filename": name})
 
 
 def from_options(text: str, warn: Callable[[str], None] | None = None) -> Blockdev:
@@ -176,6 +197,10 @@ def _plain_name(found: Mapping[str, Any]) -> str | None:
             return plain(path)
         case {"driver": "null-co" | "null-aio" as driver} if len(found) == 1:
             return f"{driver}://"
+        case {"driver": "nbd"}:
+            from safeimg.drivers.formats.nbd_names import plain_name
+
+            return plain_name(found)
         case {"driver": "blkdebug", "image": dict(image)} if found.keys() <= {"driver", "config", "image"}:
             name = _plain_name(image)
             return None if name is None else f"blkdebug:{found.get('config', '')}:{name}"
@@ -190,6 +215,11 @@ STRONG = {
     "null-co": ("read-zeroes", "size"),
     "null-aio": ("read-zeroes", "size"),
     "blkdebug": ("config",),
+    "nbd": (
+        "path", "host", "port", "export", "tls-creds", "tls-hostname", "server.type", "server.path", "server.abstract",
+        "server.tight", "server.host", "server.port", "server.numeric", "server.to", "server.ipv4", "server.ipv6",
+        "server.keep-alive", "server.mptcp", "server.cid", "server.str",
+    ),
     "quorum": ("vote-threshold", "blkverify", "rewrite-corrupted", "read-pattern"),
 }  # fmt: skip
 
@@ -212,7 +242,7 @@ def _members(options: Mapping[str, Value], driver: str, strong: Sequence[str]) -
         children = below(options, "children")
         count = len({key.partition(".")[0] for key in children})
         found["children"] = [_child(children, str(number)) for number in range(count)]
-    elif driver not in ("null-co", "null-aio"):
+    elif driver not in ("null-co", "null-aio", "nbd"):
         place = "image" if driver == "blkdebug" else "file"
         found[place] = _child(options, place)
     return {name: found[name] for name in sorted(found, key=_position)}
@@ -261,6 +291,8 @@ class Options:
 
     def text(self, name: str) -> str | None:
         value = self.take(name)
+        if isinstance(value, bool):
+            return "on" if value else "off"
         return None if value is None else str(value)
 
     def boolean(self, name: str) -> bool | None:
@@ -287,6 +319,15 @@ class Options:
             return value
         if not isinstance(value, str) or not re.fullmatch(r"[0-9]{1,19}", value):
             raise UsageError(f"Parameter '{name}' expects a number")
+        return int(value)
+
+    def integer(self, name: str) -> int | None:
+        """Like `number`, of those that may be negative."""
+        value = self.take(name)
+        if value is None or type(value) is int:
+            return value
+        if not isinstance(value, str) or not re.fullmatch(r"-?[0-9]{1,19}", value):
+            raise UsageError(f"Parameter '{name}' expects integer")
         return int(value)
 
     def choice(self, name: str, allowed: Sequence[str], message: str = "invalid parameter value: {}") -> str | None:

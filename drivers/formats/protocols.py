@@ -9,10 +9,21 @@ import stat
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from safeimg.drivers.errors import UnsupportedError, UsageError
-from safeimg.drivers.formats.naming import FILE_DRIVERS, PROTOCOLS, Options, Value, below, from_filename
+from safeimg.drivers.errors import DriverError, UnsupportedError, UsageError
+from safeimg.drivers.formats.naming import (
+    FILE_DRIVERS,
+    PROTOCOLS,
+    STRONG,
+    Options,
+    Value,
+    below,
+    from_filename,
+    shown,
+)
 from safeimg.drivers.storage.api import File, FileStat, FileSystem
 
+# What images may lie in, by the name of QEMU's driver
+OPENED = ("blkdebug", *FILE_DRIVERS, "nbd", "null-aio", "null-co", "quorum")
 _FORMATS = frozenset((
     "bochs", "luks", "parallels", "qcow", "qcow2", "qed", "vdi", "vhdx", "vmdk", "vpc",
 ))  # fmt: skip
@@ -81,6 +92,8 @@ def open_file(
         return _window(fs, options, access, seen)
     if driver in ("null-co", "null-aio"):
         return _null(driver, options, access)
+    if driver == "nbd":
+        return _nbd(options, access, shown(values, driver, STRONG[driver]))
     if driver == "blkdebug":
         return _blkdebug(fs, options, access, seen)
     if driver == "quorum":
@@ -155,6 +168,26 @@ def _null(driver: str, options: Options, access: Access) -> File:
     return NullFile(
         f"{driver}://", DEFAULT_SIZE if size is None else size, reads_zeroes=reads_zeroes, write=access.write
     )
+
+
+def _nbd(options: Options, access: Access, name: str) -> File:
+    from safeimg.drivers.formats.nbd_names import take_named
+    from safeimg.drivers.storage.nbd.file import open_export
+
+    access = take_access(options, access)
+    named = take_named(options)
+    file = open_export(
+        name, named.address, named.export, write=access.write, cache=access.cache, bitmap=named.bitmap,
+        patience=named.patience,
+    )  # fmt: skip
+    try:
+        refuse_unknown(options, "nbd", protocol=True)
+        if access.write:
+            raise UnsupportedError("Writing to a server is not supported yet")
+    except DriverError:
+        file.close()
+        raise
+    return file
 
 
 def _blkdebug(fs: FileSystem, options: Options, access: Access, seen: Callable[[FileStat], object]) -> File:

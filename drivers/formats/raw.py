@@ -70,7 +70,7 @@ class RawImage(PlainImage):
         position = start
         for span in self._file.spans(self.offset + start, end - start) if end > start else ():
             kind = Kind.DATA if span.is_data else Kind.ZERO
-            yield Extent(span.start - self.offset, span.length, kind, span.start)
+            yield Extent(span.start - self.offset, span.length, kind, span.start, allocated=span.allocated)
             position = span.start - self.offset + span.length
         if position < end:
             yield Extent(position, end - position, Kind.ZERO, self.offset + position)

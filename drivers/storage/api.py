@@ -39,6 +39,7 @@ class Span(NamedTuple):
     start: int
     length: int
     is_data: bool
+    allocated: bool | None = None  # where a server tells it: zeroes may take space, holes hold anything
 
 
 class File(Protocol):

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from safeimg.drivers.formats import registry
+from safeimg.drivers.formats.protocols import OPENED
 from twin import safeimg
 
 MAIN = "import sys; sys.argv[0] = {name!r}; from safeimg.cli.main import main; main()"
@@ -45,7 +46,8 @@ def test_nothing_heavy_is_imported(disk: Path, command: str) -> None:
     code = (
         "import sys; from safeimg.cli.main import guarded; sys.argv = ['safeimg', *sys.argv[1:]]; "
         "code = guarded(sys.argv); "
-        "heavy = {'trio', 'sqlite_utils', 'sqlite3', 'typer', 'click', 'rich', 'argparse', 'json', 'numpy'}; "
+        "heavy = {'trio', 'sqlite_utils', 'sqlite3', 'typer', 'click', 'rich', 'argparse', 'json', 'numpy', "
+        "'safeimg.drivers.storage.nbd', 'safeimg.drivers.formats.nbd_names'}; "
         f"allowed = {{'numpy'}} if {command!r} == 'check' else set(); "
         "print(sorted((heavy - allowed) & set(sys.modules)), file=sys.stderr)"
     )
@@ -83,7 +85,8 @@ def test_help(tmp_path: Path) -> None:
     overview = run(tmp_path, "--help").stdout.decode()
     for name in ("create", "commit", "resume", "rollback", "status"):
         assert name in overview
-    assert overview.endswith(f"\nSupported formats: {' '.join(sorted(registry.names()))}\n")
+    formats = overview.splitlines()[-1].removeprefix("Supported formats: ").split()
+    assert formats == sorted((*registry.names(), *OPENED))
     commit = run(tmp_path, "commit", "-h")
     assert commit.returncode == 0
     assert b"safeimg commit -b base.qcow2 top.qcow2" in commit.stdout

@@ -46,7 +46,7 @@ def create(path: Path, cache: str = "writeback") -> LocalFile:
 def read_by_spans(file: LocalFile, offset: int, length: int) -> bytes:
     """What the spans say the range holds: data read, holes as zeroes. Also checks that they are in order."""
     parts = []
-    for start, size, is_data in file.spans(offset, length):
+    for start, size, is_data, _ in file.spans(offset, length):
         assert start == offset and size > 0
         parts.append(file.pread(start, size) if is_data else bytes(size))
         offset += size
