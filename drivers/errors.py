@@ -69,6 +69,7 @@ class SecretMissing(DriverError):
     `option`: the one that names the secret."""
 
     def __init__(self, option: str) -> None:
+        self.option = option
         super().__init__(f"Parameter '{option}' is required for cipher")
 
 

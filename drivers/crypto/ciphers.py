@@ -1,4 +1,4 @@
-"""Block ciphers by QEMU's names, over the cryptography package. Serpent and Twofish it does not have."""
+"""Block ciphers by QEMU's names: AES and CAST5 of the cryptography package, and those that it does not have."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ ALGORITHMS = {
     "twofish-256": ("twofish", 32),
 }  # fmt: skip
 
+SHOWN = {"aes": "AES", "cast5": "CAST5", "serpent": "Serpent", "twofish": "Twofish"}  # as QEMU's messages call them
+
 
 def algorithm(name: str, key_bytes: int) -> str | None:
     """The option's name of a cipher that a LUKS header names."""
@@ -26,7 +28,7 @@ def algorithm(name: str, key_bytes: int) -> str | None:
 
 def supported(name: str) -> bool:
     """Whether there is a block cipher of this name (one of `ALGORITHMS`)."""
-    return ALGORITHMS[name][0] in ("aes", "cast5")
+    return ALGORITHMS[name][0] in SHOWN
 
 
 class Block:
@@ -34,23 +36,39 @@ class Block:
 
     def __init__(self, name: str, key: bytes) -> None:
         """`name`: one that is `supported`."""
-        self.block = 16 if ALGORITHMS[name][0] == "aes" else 8
-        self._cipher = _ecb(name, key)
+        family = ALGORITHMS[name][0]
+        self.block = 8 if family == "cast5" else 16
+        self._encryptor, self._decryptor = _WAYS[family](family, key)
 
     def encryptor(self) -> Ecb:
-        context = self._cipher.encryptor()
-        return context.update_into  # type: ignore[no-any-return]
+        return self._encryptor()
 
     def decryptor(self) -> Ecb:
-        context = self._cipher.decryptor()
-        return context.update_into  # type: ignore[no-any-return]
+        return self._decryptor()
 
 
-def _ecb(name: str, key: bytes) -> Any:
+Way = tuple[Callable[[], Ecb], Callable[[], Ecb]]  # what makes an encryptor, and a decryptor
+
+
+def _of_openssl(family: str, key: bytes) -> Way:
     from cryptography.hazmat.decrepit.ciphers.algorithms import CAST5
     from cryptography.hazmat.primitives.ciphers import Cipher
     from cryptography.hazmat.primitives.ciphers.algorithms import AES
     from cryptography.hazmat.primitives.ciphers.modes import ECB
 
-    kind: Callable[[bytes], Any] = AES if ALGORITHMS[name][0] == "aes" else CAST5
-    return Cipher(kind(key), ECB())
+    kind: Callable[[bytes], Any] = AES if family == "aes" else CAST5
+    cipher: Any = Cipher(kind(key), ECB())
+    return lambda: cipher.encryptor().update_into, lambda: cipher.decryptor().update_into
+
+
+def _of_arrays(family: str, key: bytes) -> Way:
+    from safeimg.drivers.crypto.serpent import Serpent
+    from safeimg.drivers.crypto.twofish import Twofish
+
+    cipher = Serpent(key) if family == "serpent" else Twofish(key)
+    return lambda: cipher.encrypt, lambda: cipher.decrypt
+
+
+_WAYS: dict[str, Callable[[str, bytes], Way]] = {
+    "aes": _of_openssl, "cast5": _of_openssl, "serpent": _of_arrays, "twofish": _of_arrays,
+}  # fmt: skip

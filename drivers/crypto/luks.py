@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
-from safeimg.drivers.crypto.ciphers import ALGORITHMS, Block, algorithm, supported
+from safeimg.drivers.crypto.ciphers import ALGORITHMS, SHOWN, Block, algorithm, supported
 from safeimg.drivers.crypto.sectors import IV_GENERATORS, MODES, SECTOR, SectorCipher
 from safeimg.drivers.crypto.splitter import STRIPES, merge, split
 from safeimg.drivers.errors import FormatError, UnsupportedError, UsageError
@@ -237,7 +237,7 @@ def sector_cipher(luks: Luks, key: bytes) -> SectorCipher:
         hashed = _hash(luks.ivgen_hash, key)
         name = algorithm(ALGORITHMS[luks.cipher][0], len(hashed))
         if name is None:
-            shown = {"aes": "AES", "cast5": "CAST5"}[ALGORITHMS[luks.cipher][0]]
+            shown = SHOWN[ALGORITHMS[luks.cipher][0]]
             raise UnsupportedError(f"No {shown} cipher with key size {len(hashed)} available")
         essiv = Block(name, hashed)
     if luks.mode != "xts":

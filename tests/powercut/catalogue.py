@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from powercut.bitmaps import BITMAPS
+from powercut.luks_disks import LUKS_DISKS
 from powercut.outside import OUTSIDE
 from powercut.repairs import REPAIRS
 from powercut.resizes import REBASES, RESIZES
@@ -10,4 +11,5 @@ from powercut.scenarios import AMENDMENTS, CHANGES, COMMITS, CONVERSIONS, SNAPSH
 
 SCENARIOS = [
     *COMMITS, *CONVERSIONS, *CHANGES, *AMENDMENTS, *SNAPSHOTS, *RESIZES, *REBASES, *BITMAPS, *REPAIRS, *OUTSIDE,
+    *LUKS_DISKS,
 ]  # fmt: skip

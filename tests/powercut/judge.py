@@ -40,6 +40,7 @@ from safeimg.ops.session import refuse_pending_on
 from safeimg.recovery.pending import NothingPending
 from safeimg.recovery.settle import resume, rollback
 
+NO_CHECKS = 63  # qemu-img check's exit code for an image that opens, and whose format has none
 STEP_BYTES = 16384  # of guest data: several steps even where images are small
 
 
@@ -368,17 +369,19 @@ class Judge:
             named = f"driver={fmt},file.filename={folder / path[1:]}"
             named += _beside(fs, path, "", folder)
             if path == "/top.qcow2":
-                named += _beside(fs, "/base.qcow2", "backing.", folder)
+                named += "".join(_beside(fs, f"/base.{name}", "backing.", folder) for name in ("qcow2", "luks"))
             words = ["--object", "secret,id=s0,data=hunter2", "--image-opts", named]
             result = subprocess.run(["qemu-img", "check", "-U", *words], capture_output=True, text=True, check=False)
-            allowed = (0, 1, 2, 3) if self.scenario.broken else (0, 3)
+            allowed = (0, 1, 2, 3) if self.scenario.broken else (0, 3, NO_CHECKS)
             if result.returncode not in allowed and not _lost_blocks(fmt, result.stderr):
                 raise Violation(f"G1: qemu-img check {path}: {result.stdout}{result.stderr}")
 
 
 def _beside(fs: SimulatedFileSystem, path: str, prefix: str, folder: Path) -> str:
-    """The options that a qcow2 image takes to be opened: its secret, and where its data file was exported to."""
+    """The options that an image takes to be opened: its secret, and where its data file was exported to."""
     head = fs.read_file(path)[:80] if fs.stat(path) is not None else b""
+    if head[:4] == b"LUKS":
+        return f",{prefix}key-secret=s0"
     if head[:4] != b"QFI\xfb":
         return ""
     key = f",{prefix}encrypt.key-secret=s0" if head[32:36].strip(b"\0") else ""
