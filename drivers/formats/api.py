@@ -330,7 +330,8 @@ class Driver(Protocol):
                ready: Callable[[], None] = lambda: None) -> None:
         """Writes an empty image. `unfinished` names the command for which it is fenced until `finish`. `secrets`:
         those that options name. `ready` is called once all that is asked for is found possible, and may refuse it:
-        a file that was there is unchanged until then, one that was not is gone again."""
+        a file that was there is unchanged until then (some formats remove it, as QEMU does: not under `unfinished`),
+        one that was not is gone again."""
         ...
 
     def planner(self, image: Image) -> Planner: ...

@@ -10,8 +10,11 @@ from safeimg.drivers.storage.api import File, FileSystem
 
 
 @contextmanager
-def new_file(fs: FileSystem, path: str, *, cache: str, locking: bool = True) -> Iterator[File]:
-    """The file at `path`, open, with what it holds: made if it is not there, and gone again if the body fails.
+def new_file(
+    fs: FileSystem, path: str, *, cache: str, locking: bool = True, doomed: bool = False
+) -> Iterator[File]:
+    """The file at `path`, open, with what it holds: made if it is not there, and gone again if the body fails; with
+    `doomed` gone then even if it was there, unless it is a device.
 
     As in QEMU, it comes before everything else: where it cannot be made, that is what is wrong, whatever is asked for
     besides. Raises `StorageError`, `LockError`."""
@@ -20,7 +23,7 @@ def new_file(fs: FileSystem, path: str, *, cache: str, locking: bool = True) -> 
     try:
         yield file
     except DriverError:
-        if is_new:
+        if is_new or (doomed and not file.stat().is_device):
             fs.unlink(path)
         raise
     finally:

@@ -25,12 +25,13 @@ def create(fs: FileSystem, path: str, size: int, options: Mapping[str, str], sec
            cache: str = "writeback", unfinished: bool = False, ready: Callable[[], None] = lambda: None) -> None:
     """Writes an empty image at `path`, into the file that is there if there is one (its content is dropped).
 
-    Nothing is synced. `ready`: see `api.Driver.create`. Raises `UsageError` and `UnsupportedError` in qemu-img's words,
-    `SecretMissing`, `StorageError`."""
+    As with qemu-img, a file that was there is gone after an error, but for values of options that make no sense; not
+    the target of an operation, which may be pending on it. Nothing is synced. `ready`: see `api.Driver.create`.
+    Raises `UsageError` and `UnsupportedError` in qemu-img's words, `SecretMissing`, `StorageError`."""
     check_names(path, options, CREATE_OPTIONS)
     wanted = luks.choice(options)
     preallocation = storage_preallocation(path, options)
-    with new_file(fs, path, cache=cache) as file:
+    with new_file(fs, path, cache=cache, doomed=not unfinished) as file:
         password = _password(options, secrets)
         header, head = luks.create(wanted, password, unfinished=unfinished)
         if header.payload_offset + size >> 63:
