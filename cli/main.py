@@ -22,13 +22,26 @@ def program_name() -> str:
 
 def main() -> None:
     """Runs the command line and exits with its code. Never shows a traceback (but see SAFEIMG_DEBUG)."""
+    _open_streams()
     code = guarded(sys.argv)
     try:
         sys.stdout.flush()
     except BrokenPipeError:
         _silence_stdout()
         code = code or 1
+    except OSError as error:
+        _silence_stdout()
+        code = code or _fail(_explain(error))
     sys.exit(code)
+
+
+def _open_streams() -> None:
+    """Those that the caller has closed lead nowhere: an image must not get their numbers, and what is printed with
+    them."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            number = os.open(os.devnull, os.O_RDWR)  # the lowest one that is free
+            setattr(sys, name, os.fdopen(number, mode))
 
 
 def guarded(words: list[str]) -> int:

@@ -271,3 +271,27 @@ def test_sigusr1_shows_progress(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=60)
     assert (done.stdout, done.stderr) == (b"", b"    (50.00/100%)\n")
+
+
+def test_a_full_disk_for_the_output_is_one_line(disk: Path) -> None:
+    program = [sys.executable, "-c", MAIN.format(name="safeimg"), "--version"]
+    with Path("/dev/full").open("wb") as full:
+        done = subprocess.run(program, stdout=full, stderr=subprocess.PIPE, timeout=60, env=_environment(disk))
+    assert (done.returncode, done.stderr) == (1, b"safeimg: No space left on device\n")
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-", "2>/dev/full"])
+@pytest.mark.parametrize(
+    ("line", "code"), [("info disk.qcow2", 0), ("snapshot -c s disk.qcow2", 0), ("info nothing", 1)]
+)
+def test_streams_that_lead_nowhere(disk: Path, closed: str, line: str, code: int) -> None:
+    """As with qemu-img, the work is done all the same; and nothing is printed into an image."""
+    shell = f'"$@" {line} {closed}'
+    program = [sys.executable, "-c", MAIN.format(name="qemu-img")]
+    done = subprocess.run(
+        ["sh", "-c", shell, "sh", *program], cwd=disk, capture_output=True, timeout=60, env=_environment(disk)
+    )
+    assert (done.returncode, done.stderr.replace(b"qemu-img: Could not open 'nothing': ", b"")) in (
+        (code, b""), (code, b"Could not open 'nothing': No such file or directory\n")
+    )  # fmt: skip
+    assert safeimg(["check", "disk.qcow2"], disk).code == 0
