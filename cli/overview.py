@@ -9,7 +9,7 @@ from safeimg.cli.commands import find, names
 from safeimg.cli.main import version_line
 from safeimg.cli.options import Command
 from safeimg.drivers.formats import registry
-from safeimg.drivers.formats.protocols import OPENED
+from safeimg.drivers.formats.protocols import opened
 
 
 def show() -> int:
@@ -39,7 +39,7 @@ def _lines() -> Iterator[str]:
 
 def supported() -> str:
     """The line that programs look for: the formats, and what images may lie in."""
-    return f"Supported formats: {' '.join(sorted((*registry.names(), *OPENED)))}"
+    return f"Supported formats: {' '.join(sorted((*registry.names(), *opened())))}"
 
 
 def _syntax(command: Command) -> str:

@@ -40,7 +40,7 @@ _ORDER = (
     "dirty-flag",
 )
 
-_CLEAN = ("nbd", "null-co", "null-aio", "quorum")  # say nothing about themselves, not even that they are clean
+_CLEAN = ("nbd", "ssh", "null-co", "null-aio", "quorum")  # say nothing about themselves, not even that they are clean
 
 
 def info(

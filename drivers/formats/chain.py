@@ -16,7 +16,7 @@ from safeimg.drivers.errors import (
     UnsupportedError,
     UsageError,
 )
-from safeimg.drivers.formats.api import Image, Opening, RuntimeOption
+from safeimg.drivers.formats.api import Driver, Image, Opening, RuntimeOption
 from safeimg.drivers.formats.naming import (
     FILE_DRIVERS,
     PROTOCOLS,
@@ -137,7 +137,7 @@ def local_path(filename: str) -> str:
     if prefix == "file":
         return filename[len("file:"):]
     if prefix in PROTOCOLS:
-        raise UnsupportedError(f"Protocol '{prefix}' is not supported yet")
+        raise UnsupportedError(f"Making images with protocol '{prefix}' is not supported yet")
     raise UsageError(f"Unknown protocol '{prefix}'")
 
 
@@ -243,7 +243,7 @@ class _Opener:
         file = open_file(self.fs, file_options, access, seen=lambda found: self._note(layer.name, found))
         try:
             if driver is None:
-                driver = probe(file)
+                driver = _probed(file)
                 if write and self.warn is not None and driver.name == "raw":
                     self.warn(
                         f"Image format was not specified for '{layer.name}' and probing guessed raw.\n"
@@ -273,6 +273,13 @@ class _Opener:
         if (found.device, found.inode) in self.seen:
             raise InfiniteLoop(f"Backing file '{name}' creates an infinite loop.")
         self.seen.add((found.device, found.inode))
+
+
+def _probed(file: File) -> Driver:
+    try:
+        return probe(file)
+    except StorageError as error:
+        raise UsageError(f"Could not read image for determining its format: {error.strerror}") from error
 
 
 def _reason(error: DriverError) -> str:

@@ -32,8 +32,8 @@ _NBD = ("nbd", "nbd+tcp", "nbd+unix")
 _ORDER = (
     "offset", "encrypt.key-secret", "read-zeroes", "server.mptcp", "server.to", "server.abstract", "server.path",
     "server.tight", "server.host", "server.port", "server.ipv6", "server.numeric", "children", "config", "image",
-    "port", "host", "driver", "path", "size", "vote-threshold", "file", "key-secret", "export", "server.type",
-    "server.ipv4", "tls-hostname", "server.keep-alive",
+    "port", "host", "host_key_check", "driver", "path", "size", "vote-threshold", "file", "key-secret", "export",
+    "server.type", "server.ipv4", "user", "tls-hostname", "server.keep-alive",
 )  # fmt: skip
 _SIZE_ERROR = (
     "Parameter '{}' expects a non-negative number below 2^64\n"
@@ -126,6 +126,11 @@ def from_filename(name: str) -> Blockdev:
 
         options = {f"file.{key}": value for key, value in parse_name(name).items()}
         return Blockdev(name, {"file.driver": "nbd", **options})
+    if prefix == "ssh":
+        from safeimg.drivers.formats import ssh_names
+
+        options = {f"file.{key}": value for key, value in ssh_names.parse_name(name).items()}
+        return Blockdev(name, {"file.driver": "ssh", **options})
     if prefix is not None:
         return Blockdev(name, {"file.driver": prefix, "file.filename": name})
     return Blockdev(name, {"file.filename": name})
@@ -141,6 +146,10 @@ def from_argument(name: str, format: str | None) -> Blockdev:
         from safeimg.drivers.formats.nbd_names import parse_name
 
         return Blockdev(name, {"driver": format, **parse_name(name)})
+    if format == "ssh":
+        from safeimg.drivers.formats import ssh_names
+
+        return Blockdev(name, {"driver": format, **ssh_names.parse_name(name)})
     return Blockdev(name, {"driver": format, "filename": name})
 
 
@@ -201,6 +210,10 @@ def _plain_name(found: Mapping[str, Any]) -> str | None:
             from safeimg.drivers.formats.nbd_names import plain_name
 
             return plain_name(found)
+        case {"driver": "ssh"}:
+            from safeimg.drivers.formats import ssh_names
+
+            return ssh_names.plain_name(found)
         case {"driver": "blkdebug", "image": dict(image)} if found.keys() <= {"driver", "config", "image"}:
             name = _plain_name(image)
             return None if name is None else f"blkdebug:{found.get('config', '')}:{name}"
@@ -219,6 +232,10 @@ STRONG = {
         "path", "host", "port", "export", "tls-creds", "tls-hostname", "server.type", "server.path", "server.abstract",
         "server.tight", "server.host", "server.port", "server.numeric", "server.to", "server.ipv4", "server.ipv6",
         "server.keep-alive", "server.mptcp", "server.cid", "server.str",
+    ),
+    "ssh": (
+        "host", "port", "path", "user", "host_key_check", "server.host", "server.port", "server.numeric", "server.to",
+        "server.ipv4", "server.ipv6", "server.keep-alive", "server.mptcp",
     ),
     "quorum": ("vote-threshold", "blkverify", "rewrite-corrupted", "read-pattern"),
 }  # fmt: skip
@@ -242,7 +259,7 @@ def _members(options: Mapping[str, Value], driver: str, strong: Sequence[str]) -
         children = below(options, "children")
         count = len({key.partition(".")[0] for key in children})
         found["children"] = [_child(children, str(number)) for number in range(count)]
-    elif driver not in ("null-co", "null-aio", "nbd"):
+    elif driver not in ("null-co", "null-aio", "nbd", "ssh"):
         place = "image" if driver == "blkdebug" else "file"
         found[place] = _child(options, place)
     return {name: found[name] for name in sorted(found, key=_position)}

@@ -13,8 +13,9 @@ from typing import Any
 from urllib.parse import unquote
 
 from safeimg.drivers.errors import UsageError
+from safeimg.drivers.formats.addresses import take_socket
 from safeimg.drivers.formats.naming import Options, Value
-from safeimg.drivers.storage.nbd.address import Address, Descriptor, Inet, Unix, Vsock
+from safeimg.drivers.storage.address import Address, Inet, Unix
 from safeimg.drivers.storage.nbd.wire import MAX_STRING
 
 DEFAULT_PORT = "10809"
@@ -132,45 +133,7 @@ def _take_address(options: Options) -> Address:
         return Inet(host, DEFAULT_PORT if port is None else port)
     if not server:
         raise UsageError("NBD server address missing")
-    return _take_server(Options(server))
-
-
-def _take_server(given: Options) -> Address:
-    """QEMU's SocketAddress."""
-    kind = _required(given, "type")
-    address: Address
-    match kind:
-        case "inet":
-            host, port = _required(given, "host"), _required(given, "port")
-            given.boolean("numeric")
-            if (to := given.integer("to")) is not None and not 0 <= to < 1 << 16:
-                raise UsageError("Parameter 'to' expects uint16_t")
-            ipv4, ipv6 = given.boolean("ipv4"), given.boolean("ipv6")
-            keep_alive = given.boolean("keep-alive") or False
-            given.boolean("mptcp")
-            address = Inet(host, port, ipv4, ipv6, keep_alive)
-        case "unix":
-            path = _required(given, "path")
-            abstract, tight = given.boolean("abstract") or False, given.boolean("tight")
-            address = Unix(path, abstract, tight is not False)
-        case "vsock":
-            address = Vsock(_required(given, "cid"), _required(given, "port"))
-        case "fd":
-            address = Descriptor(_required(given, "str"))
-        case _:
-            raise UsageError(f"Parameter 'type' does not accept value '{kind}'")
-    if given.left is not None:
-        if "." in given.left:
-            raise UsageError(f"Parameters '{given.left.partition('.')[0]}.*' are unexpected")
-        raise UsageError(f"Parameter '{given.left}' is unexpected")
-    return address
-
-
-def _required(given: Options, name: str) -> str:
-    value = given.text(name)
-    if value is None:
-        raise UsageError(f"Parameter '{name}' is missing")
-    return value
+    return take_socket(Options(server))
 
 
 def plain_name(members: Mapping[str, Any]) -> str | None:

@@ -8,6 +8,7 @@ import re
 import stat
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 from safeimg.drivers.errors import DriverError, UnsupportedError, UsageError
 from safeimg.drivers.formats.naming import (
@@ -22,13 +23,17 @@ from safeimg.drivers.formats.naming import (
 )
 from safeimg.drivers.storage.api import File, FileStat, FileSystem
 
-# What images may lie in, by the name of QEMU's driver
-OPENED = ("blkdebug", *FILE_DRIVERS, "nbd", "null-aio", "null-co", "quorum")
+_OPENED = ("blkdebug", *FILE_DRIVERS, "nbd", "null-aio", "null-co", "quorum")
 _FORMATS = frozenset((
     "bochs", "luks", "parallels", "qcow", "qcow2", "qed", "vdi", "vhdx", "vmdk", "vpc",
 ))  # fmt: skip
 _DISCARD = ("ignore", "off", "unmap", "on")
 _DETECT_ZEROES = ("off", "on", "unmap")
+
+
+def opened() -> tuple[str, ...]:
+    """What images may lie in here, by the name of QEMU's driver."""
+    return (*_OPENED, "ssh") if find_spec("paramiko") is not None else _OPENED
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +99,8 @@ def open_file(
         return _null(driver, options, access)
     if driver == "nbd":
         return _nbd(options, access, shown(values, driver, STRONG[driver]))
+    if driver == "ssh":
+        return _ssh(options, access, shown(values, driver, STRONG[driver]))
     if driver == "blkdebug":
         return _blkdebug(fs, options, access, seen)
     if driver == "quorum":
@@ -187,6 +194,19 @@ def _nbd(options: Options, access: Access, name: str) -> File:
     except DriverError:
         file.close()
         raise
+    return file
+
+
+def _ssh(options: Options, access: Access, name: str) -> File:
+    from safeimg.drivers.formats.ssh_names import take_named
+    from safeimg.drivers.storage.ssh import open_remote
+
+    access = take_access(options, access)
+    named = take_named(options)
+    file = open_remote(name, named.address, named.user, named.path, named.check)
+    if access.write:
+        file.close()
+        raise UnsupportedError("Writing over ssh is not supported yet")
     return file
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from safeimg.drivers.formats import registry
-from safeimg.drivers.formats.protocols import OPENED
+from safeimg.drivers.formats.protocols import opened
 from twin import safeimg
 
 MAIN = "import sys; sys.argv[0] = {name!r}; from safeimg.cli.main import main; main()"
@@ -47,7 +47,7 @@ def test_nothing_heavy_is_imported(disk: Path, command: str) -> None:
         "import sys; from safeimg.cli.main import guarded; sys.argv = ['safeimg', *sys.argv[1:]]; "
         "code = guarded(sys.argv); "
         "heavy = {'trio', 'sqlite_utils', 'sqlite3', 'typer', 'click', 'rich', 'argparse', 'json', 'numpy', "
-        "'safeimg.drivers.storage.nbd', 'safeimg.drivers.formats.nbd_names'}; "
+        "'paramiko', 'safeimg.drivers.storage.nbd', 'safeimg.drivers.formats.nbd_names'}; "
         f"allowed = {{'numpy'}} if {command!r} == 'check' else set(); "
         "print(sorted((heavy - allowed) & set(sys.modules)), file=sys.stderr)"
     )
@@ -86,7 +86,7 @@ def test_help(tmp_path: Path) -> None:
     for name in ("create", "commit", "resume", "rollback", "status"):
         assert name in overview
     formats = overview.splitlines()[-1].removeprefix("Supported formats: ").split()
-    assert formats == sorted((*registry.names(), *OPENED))
+    assert formats == sorted((*registry.names(), *opened()))
     commit = run(tmp_path, "commit", "-h")
     assert commit.returncode == 0
     assert b"safeimg commit -b base.qcow2 top.qcow2" in commit.stdout

@@ -16,8 +16,8 @@ from nbd_fake import Fake, serving
 from nbd_servers import qemu_nbd
 from safeimg.drivers.errors import DriverError, StorageError
 from safeimg.drivers.formats.chain import close_chain, open_chain
+from safeimg.drivers.storage.address import Unix
 from safeimg.drivers.storage.file import LocalFileSystem
-from safeimg.drivers.storage.nbd.address import Unix
 from safeimg.drivers.storage.nbd.file import NbdFile, open_export
 from twin import assert_same, qemu_img, qemu_io, safeimg
 

@@ -10,9 +10,9 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 from safeimg.drivers.errors import RemoteError, StorageError, SyncFailed
+from safeimg.drivers.storage.address import Address, connect
 from safeimg.drivers.storage.api import Buffer, FileStat, Span
 from safeimg.drivers.storage.nbd import wire
-from safeimg.drivers.storage.nbd.address import Address, connect
 from safeimg.drivers.storage.nbd.client import Client
 from safeimg.drivers.storage.nbd.handshake import negotiate
 from safeimg.drivers.storage.virtual import VirtualFile
