@@ -22,6 +22,7 @@ from safeimg.cli.shared import (
     SHORT_FORMAT,
 )
 from safeimg.cli.values import cache_mode
+from safeimg.drivers.formats.naming import text_of
 
 COMMANDS = (
     Command(
@@ -66,8 +67,9 @@ def run(command: Command, arguments: Arguments) -> int:
         raise usage("Expecting one image file name")
     name, fmt = image_name(arguments, arguments.positional[0], arguments.last("format"))
     cache = cache_mode(arguments.last("cache", "writeback"), "Invalid cache option")
+    from safeimg.drivers.errors import StorageError
     from safeimg.drivers.transfer.core import Settings
-    from safeimg.ops.commit_job import commit
+    from safeimg.ops.commit_job import EmptyingFailed, commit
     from safeimg.ops.launch import Environment
     from safeimg.recovery.gate import begin_or_resume
 
@@ -88,10 +90,14 @@ def run(command: Command, arguments: Arguments) -> int:
 
         await begin_or_resume(name, environment, "commit", begin)
 
+    def io_error(error: StorageError) -> str:
+        if isinstance(error, EmptyingFailed):
+            return f"Failed to empty {text_of(name)}: {error.strerror}"
+        return f"Block job failed: {error.strerror}"
+
     with display(arguments) as shown:
         run_stoppable(
-            arguments, shown, work, image=name, settings=settings,
-            io_error=lambda error: f"Block job failed: {error.strerror}",
+            arguments, shown, work, image=name, settings=settings, io_error=io_error
         )  # fmt: skip
         shown.finish()
     if not arguments.flag("quiet"):

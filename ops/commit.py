@@ -67,6 +67,7 @@ class Commit:
         self.images: tuple[Image, ...] = (self._base, *layers[:base])
         self._filler = Filler(self.images, transfer, unlinked=unlinked, step_bytes=step_bytes)
         self._planner = self._filler.planner
+        self.emptying = False  # whether the base has it all, and the top image is next
 
     def total(self) -> int:
         """Guest bytes that the layers above the base hold."""
@@ -129,11 +130,13 @@ class Commit:
 
     async def _empty(self, cursor: dict[str, Any]) -> AsyncIterator[Step]:
         if not self._drop:
+            self.emptying = True
             changes = lookup(self._top.format).planner(self._top).empty()
             yield Step("empty", {"phase": "compact"}, self.total(), changes=[(1, changes)])
 
     async def _compact(self, cursor: dict[str, Any]) -> AsyncIterator[Step]:
         if not self._drop:
+            self.emptying = True
             driver = lookup(self._top.format)
             emptied = driver.reopen(self._top)  # its header is another one now
             changes, length = driver.planner(emptied).compact()

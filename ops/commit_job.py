@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from safeimg.drivers.errors import DriverError, UnsupportedError, UsageError
+from safeimg.drivers.errors import DriverError, StorageError, UnsupportedError, UsageError
 from safeimg.drivers.formats.api import Image
 from safeimg.drivers.formats.chain import backing_filename, close_chain, local_path, open_chain
 from safeimg.drivers.formats.naming import Blockdev, are_options, lasting, protocol, recalled, text_of
@@ -24,6 +24,13 @@ from safeimg.ops.repair import open_sound
 from safeimg.ops.session import DATA_FILE, refuse_pending_on, touched
 
 
+class EmptyingFailed(StorageError):
+    """The base has everything; the committed image could not be emptied."""
+
+    def __init__(self, error: StorageError) -> None:
+        super().__init__(error.path, error.action, OSError(error.errno, error.strerror))
+
+
 async def commit(
     environment: Environment,
     filename: str | Blockdev,
@@ -38,7 +45,8 @@ async def commit(
 ) -> None:
     """Commits `filename` into its backing image, or into `base` further down (which implies `drop`).
 
-    `drop`: the committed image keeps its content. Raises what opening raises, `SomethingPending`, `OperationPaused`."""
+    `drop`: the committed image keeps its content. Raises what opening raises, `SomethingPending`, `OperationPaused`,
+    `EmptyingFailed`."""
     job = await open_sound(
         environment,
         lambda: open_job(
@@ -48,6 +56,10 @@ async def commit(
     )  # fmt: skip
     try:
         await launch(job, environment)
+    except StorageError as error:
+        if isinstance(job.operation, Commit) and job.operation.emptying:
+            raise EmptyingFailed(error) from error
+        raise
     finally:
         job.close()
 

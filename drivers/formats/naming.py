@@ -78,11 +78,26 @@ def local_name(name: str | Blockdev) -> str:
 
 
 def lasting(name: str | Blockdev, resolve: Callable[[str], str]) -> dict[str, Value]:
-    """The options of a name, to be kept in a log: what replaces backing images is named by absolute paths."""
+    """The options of a name, to be kept in a log: what replaces backing images is named by absolute paths. Errors that
+    were asked for (blkdebug) are not what recovery is to meet again."""
     named = from_filename(name) if isinstance(name, str) else name
     return {
         key: resolve(value) if isinstance(value, str) and re.fullmatch(r"backing\..*filename", key) else value
-        for key, value in named.options.items()
+        for key, value in _without_errors(named.options).items()
+    }
+
+
+def _without_errors(options: Mapping[str, Value]) -> Mapping[str, Value]:
+    """The file that lies below blkdebug, in its place."""
+    name = options.get("file.filename")
+    if options.get("file.driver") != "blkdebug":
+        return options
+    if isinstance(name, str):
+        image = below(from_filename(name.split(":", 2)[-1]).options, "file")
+    else:
+        image = below(options, "file.image")
+    return {key: value for key, value in options.items() if not key.startswith("file.")} | {
+        f"file.{key}": value for key, value in image.items()
     }
 
 
