@@ -14,6 +14,7 @@ from safeimg.drivers.formats.registry import lookup
 from safeimg.drivers.secrets import NO_SECRETS, Secrets
 from safeimg.drivers.storage.api import FileSystem
 from safeimg.drivers.transfer.core import Transfer
+from safeimg.drivers.transfer.view import View
 from safeimg.journal.state import OperationState
 from safeimg.ops.commit import Commit
 from safeimg.ops.errors import Conflict
@@ -88,7 +89,7 @@ def open_job(
     try:
         if depth >= len(layers):
             raise UsageError("Image does not have a backing file")
-        _check_growth(layers[0], layers[depth])
+        _check_growth(layers, depth)
         settings = {
             "base": depth, "drop": drop, "cache": cache, "format": layers[0].format, "step": step_bytes,
             "options": lasting(filename, fs.resolve),
@@ -99,13 +100,25 @@ def open_job(
         raise
 
 
-def _check_growth(top: Image, base: Image) -> None:
-    """A base that cannot grow is refused before anything has begun, in qemu-img's words."""
-    if top.size > base.size:
-        try:
-            lookup(base.format).planner(base).prepare_resize(top.size)
-        except UnsupportedError as error:
-            raise UsageError("Block job failed: Operation not supported") from error
+def _check_growth(layers: Sequence[Image], depth: int) -> None:
+    """A base that cannot grow is refused before anything has begun, in qemu-img's words; so is one that would show
+    something else than zeroes where the layers above it hold nothing (qemu-img commits all the same)."""
+    top, base = layers[0], layers[depth]
+    if top.size <= base.size:
+        return
+    planner = lookup(base.format).planner(base)
+    try:
+        planner.prepare_resize(top.size)
+    except UnsupportedError as error:
+        raise UsageError("Block job failed: Operation not supported") from error
+    if base.cluster_size > 1:
+        return
+    above = View(layers[:depth])
+    for start, length in planner.exposed(top.size, 0):
+        if any(layer == depth for layer, _ in above.extents(start, length)):
+            raise UsageError(
+                f"Block job failed: {base.file.path} is smaller than its overlay and would read as noise where it grows"
+            )
 
 
 def open_layers(fs: FileSystem, home: str, state: OperationState, secrets: Secrets) -> list[Image]:

@@ -349,6 +349,28 @@ def test_a_convert_into_a_disk_that_is_full_of_noise(tmp_path: Path) -> None:
     assert_same(same, tmp_path)
 
 
+def overlay_of(base: Path, size: int) -> str:
+    top = base.with_name("top.qcow2")
+    run("qemu-img", "create", "-q", "-u", "-f", "qcow2", "-b", base, "-F", "luks", top, str(size))
+    below = f"backing.driver=luks,backing.key-secret=s,backing.file.filename={base}"
+    return f"driver=qcow2,file.filename={top},{below}"
+
+
+def test_a_base_grows_only_where_its_overlay_holds_all(tmp_path: Path) -> None:
+    """Where it does not, zeroes would become noise."""
+    base = made(tmp_path / "base.luks", 64 * KIB)
+    top = overlay_of(base, 192 * KIB)
+    run("qemu-io", *WORDS, "--image-opts", "-c", "write -P 5 64k 64k", top)
+    before = base.read_bytes()
+    refused = safeimg(["commit", *WORDS, "--image-opts", top], tmp_path)
+    assert (refused.code, refused.stderr.count(b"would read as noise")) == (1, 1)
+    assert base.read_bytes() == before
+    run("qemu-io", *WORDS, "--image-opts", "-c", "write -P 6 128k 64k", top)
+    assert safeimg(["commit", *WORDS, "--image-opts", top], tmp_path).code == 0
+    content = read_by_qemu(base)
+    assert content[64 * KIB :] == b"\5" * 64 * KIB + b"\6" * 64 * KIB
+
+
 def test_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The file that was emptied is gone after an error, as with qemu-img."""
     path = tmp_path / "image.luks"

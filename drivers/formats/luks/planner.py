@@ -39,13 +39,17 @@ class LuksPlanner(PlainPlanner):
     def zero(self, start: int, length: int) -> Sequence[Placement]:
         return self.place(start, length)
 
+    def exposed(self, size: int, backing_size: int) -> Sequence[tuple[int, int]]:
+        """What the file grows by is a hole, which is noise once it is decrypted."""
+        return [(self._size, size - self._size)] if size > self._size else []
+
     def prepare_resize(self, size: int) -> Sequence[Changes]:
         if self._device and size > self._size:
             raise UsageError(f"{self._path}: cannot grow device files")
         return ()
 
     def resize(self, size: int) -> Sequence[Changes]:
-        """What the file grows by is a hole, which no guest reads as zeroes: so it is with QEMU."""
+        """Nothing but the length of the file."""
         self.prepare_resize(size)
         self._size = size
         return (Changes(length=self._payload + size),)
