@@ -86,6 +86,7 @@ def run(command: Command, arguments: Arguments) -> int:
                 cache=cache,
                 undo=not arguments.flag("no-undo"),
                 warn=warn_image,
+                begun=shown.begin,
             )
 
         await begin_or_resume(name, environment, "commit", begin)
@@ -96,6 +97,7 @@ def run(command: Command, arguments: Arguments) -> int:
         return f"Block job failed: {error.strerror}"
 
     with display(arguments) as shown:
+        shown.hold(wholly=True)
         run_stoppable(
             arguments, shown, work, image=name, settings=settings, io_error=io_error
         )  # fmt: skip

@@ -50,14 +50,11 @@ def run(command: Command, arguments: Arguments) -> int:
     fmt: str | None = arguments.last("format")
     target_format: str = arguments.last("target-format", "raw")
     source, target = str(operands["if"]), str(operands["of"])
-    from safeimg.drivers.formats.registry import names
     from safeimg.drivers.transfer.core import Settings, sensible_workers
     from safeimg.ops.convert import Blocks, Options, convert
     from safeimg.ops.launch import Environment
     from safeimg.recovery.gate import resumed, supersede
 
-    if target_format not in names():
-        raise CommandError("Unknown file format")
     count, skip, block = operands.get("count"), operands.get("skip", 0), operands.get("bs", 512)
     assert isinstance(block, int) and isinstance(skip, int) and not isinstance(count, str)
     request = Options(
@@ -88,7 +85,7 @@ def _operand(word: str) -> tuple[str, str | int]:
     if name in ("if", "of"):
         return name, value
     if name == "bs":
-        block = size("bs", value)
+        block = size("bs", value, maximum=1 << 128)
         if not 1 <= block <= MAX_BLOCK:
             raise CommandError(f"Invalid bs specified. Must be between 1 and {MAX_BLOCK}.")
         return name, block

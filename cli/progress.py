@@ -36,7 +36,7 @@ class Display:
     def __init__(self, form: Form | None) -> None:
         self._form = form
         self._asked = False  # SIGUSR1 came
-        self._held = False
+        self._held = self._silent = False
 
     def ask(self) -> None:
         """Prints the state on stderr at the next report. Safe in a signal handler."""
@@ -50,13 +50,18 @@ class Display:
         if self._form is not None and not self._held:
             self._form.show(done, total)
 
-    def hold(self) -> None:
-        """Nothing is shown until `begin`."""
-        self._held = True
+    def hold(self, *, wholly: bool = False) -> None:
+        """Nothing is shown until `begin`; `wholly`: nor is the line ended if that never comes."""
+        self._held, self._silent = True, wholly
 
     def begin(self) -> None:
-        self._held = False
+        self._held = self._silent = False
         self.report(0, 1)
+
+    def close(self) -> None:
+        """Ends the line."""
+        if self._form is not None and not self._silent:
+            self._form.close()
 
     def finish(self, total: int = 1) -> None:
         """All is done: shown as such even if the last report said less."""
@@ -87,16 +92,14 @@ def display(arguments: Arguments) -> Iterator[Display]:
     """The display that -p, --progress and -q ask for. Answers SIGUSR1 while the body runs.
 
     Leaves the cursor on a fresh line, as qemu-img does, whether the command succeeds or fails."""
-    form = _form(arguments)
-    shown = Display(form)
+    shown = Display(_form(arguments))
     previous = _on_usr1(lambda *_: shown.ask())
     try:
         yield shown
     finally:
         if previous is not None:
             signal.signal(signal.SIGUSR1, previous)
-        if form is not None:
-            form.close()
+        shown.close()
 
 
 def _on_usr1(handler: Callable[..., None]) -> Any:

@@ -8,7 +8,7 @@ from safeimg.drivers.errors import UsageError
 from safeimg.drivers.formats.api import Driver, Image
 from safeimg.drivers.formats.chain import close_chain, open_chain
 from safeimg.drivers.formats.features import Amending
-from safeimg.drivers.formats.naming import Blockdev
+from safeimg.drivers.formats.naming import FILE_DRIVERS, Blockdev
 from safeimg.drivers.formats.registry import lookup
 from safeimg.drivers.storage.api import FileSystem
 from safeimg.ops.change import Action, Changing, Settings
@@ -39,7 +39,7 @@ async def amend(
     erased: list[list[int]] = []
 
     def check(image: Image) -> None:
-        amending = amendable(lookup(image.format))
+        amending = amendable(lookup(image.format), filename)
         amending.check(image, values, force=force)
         erased.extend([offset, length] for offset, length in amending.erased(image, values))
 
@@ -73,10 +73,12 @@ def image_driver(
         close_chain(layers)
 
 
-def amendable(driver: Driver) -> Amending:
-    """`UsageError` if images of this format have no options that can be changed."""
+def amendable(driver: Driver, filename: str | Blockdev | None = None) -> Amending:
+    """`UsageError` if images of this format have no options that can be changed. `filename`: whose image it is."""
     if driver.amending is None:
-        raise UsageError(f"Format driver '{driver.name}' does not support option amendment")
+        own = filename.options.get("driver") if isinstance(filename, Blockdev) else None
+        name = own if own in FILE_DRIVERS else driver.name  # a file by itself has no format
+        raise UsageError(f"Format driver '{name}' does not support option amendment")
     return driver.amending
 
 

@@ -43,16 +43,18 @@ async def commit(
     undo: bool = True,
     step_bytes: int = STEP_BYTES,
     warn: Callable[[str], None] | None = None,
+    begun: Callable[[], None] = lambda: None,
 ) -> None:
     """Commits `filename` into its backing image, or into `base` further down (which implies `drop`).
 
-    `drop`: the committed image keeps its content. Raises what opening raises, `SomethingPending`, `OperationPaused`,
-    `EmptyingFailed`."""
+    `drop`: the committed image keeps its content. `begun` is called once the images are open. Raises what opening
+    raises, `SomethingPending`, `OperationPaused`, `EmptyingFailed`."""
     job = await open_sound(
         environment,
         lambda: open_job(
             environment.fs, filename, environment.transfer, base=base, fmt=fmt, drop=drop or base is not None,
-            cache=cache, undo=undo, step_bytes=step_bytes, warn=warn, secrets=environment.secrets,
+            cache=cache, undo=undo, step_bytes=step_bytes, warn=warn, begun=begun,
+            secrets=environment.secrets,
         ),
     )  # fmt: skip
     try:
@@ -77,15 +79,21 @@ def open_job(
     undo: bool,
     step_bytes: int,
     warn: Callable[[str], None] | None = None,
+    begun: Callable[[], None] = lambda: None,
     secrets: Secrets = NO_SECRETS,
 ) -> Job:
     """The chain is opened twice: read-only to find the base, and what may be pending there; then the base and the top
     for writing, which a pending operation's fence would refuse in less helpful words."""
     depth = _depth(fs, filename, base, fmt, secrets)
+    if depth is None:  # told once the image is open for writing
+        close_chain(open_chain(fs, filename, format=fmt, write=True, cache=cache, warn=warn, secrets=secrets))
+        begun()
+        raise UsageError(f"Did not find '{base}' in the backing chain of '{text_of(filename)}'")
     layers = open_chain(
         fs, filename, format=fmt, write=lambda level, _: level in (0, depth), cache=cache, warn=warn,
         secrets=secrets,
     )  # fmt: skip
+    begun()
     try:
         if depth >= len(layers):
             raise UsageError("Image does not have a backing file")
@@ -177,15 +185,13 @@ def _job(
 
 def _depth(
     fs: FileSystem, filename: str | Blockdev, base: str | None, fmt: str | None, secrets: Secrets
-) -> int:
-    """How far down the chain the image called `base` is; 1 if None. Raises `SomethingPending` for it or the top."""
+) -> int | None:
+    """How far down the chain the image called `base` is (None: nowhere); 1 without a name. Raises `SomethingPending`
+    for it or the top."""
     layers = open_chain(fs, filename, format=fmt, force_share=True, secrets=secrets)
     try:
         depth = 1 if base is None else _find(fs, layers, base)
-        if depth is None:
-            top = text_of(filename)
-            raise UsageError(f"Did not find '{base}' in the backing chain of '{top}'")
-        for layer in (layers[0], *layers[depth : depth + 1]):
+        for layer in (layers[0], *(() if depth is None else layers[depth : depth + 1])):
             refuse_pending_on(fs, layer.file.path)
         return depth
     finally:
@@ -197,8 +203,11 @@ def _find(fs: FileSystem, layers: Sequence[Image], base: str) -> int | None:
     image, and not at the current one."""
     for depth, image in enumerate(layers[1:], start=1):
         overlay = layers[depth - 1]
-        if base in (image.file.path, overlay.backing_file) and protocol(base) is not None:
+        named = overlay.backing_file or ""
+        if base in (image.file.path, named) and protocol(base) is not None:
             return depth
+        if protocol(named) is not None or named.startswith("json:"):  # which is no path
+            continue
         if _resolved(fs, backing_filename(overlay.file.path, base)) == _resolved(fs, image.file.path):
             return depth
     return None

@@ -15,7 +15,7 @@ from safeimg.drivers.errors import DriverError, LockError, StorageError, UsageEr
 from safeimg.drivers.formats.api import Driver, Image, Kind
 from safeimg.drivers.formats.chain import close_chain, local_path, open_chain
 from safeimg.drivers.formats.naming import Blockdev, from_filename, lasting, local_name, text_of
-from safeimg.drivers.formats.registry import lookup
+from safeimg.drivers.formats.registry import lookup, names
 from safeimg.drivers.formats.snapshots import load
 from safeimg.drivers.secrets import NO_SECRETS, Secrets
 from safeimg.drivers.storage.api import CACHE_MODES, FileSystem
@@ -305,6 +305,8 @@ def _unlocking(options: Options, driver: Driver, asked: Mapping[str, str]) -> Op
 
 def _creation(options: Options, *, several: bool) -> tuple[Driver, dict[str, str]]:
     """The target's driver and the options it creates with, if it can make what is asked for."""
+    if options.command == "dd" and options.format not in names():
+        raise UsageError("Unknown file format")  # without its name
     driver = format_driver(options.format)
     given = [f"{name}={value.replace(',', ',,')}" for name, value in options.create_options.items()]
     values = parse_options(driver.create_options, given)

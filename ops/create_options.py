@@ -84,7 +84,7 @@ def parse_amend_options(
     try:
         return _parse({option.name: option for option in options}, given, warn)
     except UsageError as error:
-        created = {option.name: option for option in available(create_options, with_file=False)}
+        created = {option.name: option for option in (*options, *available(create_options, with_file=False))}
         try:
             _parse(created, given, None)
         except UsageError:

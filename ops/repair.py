@@ -164,7 +164,7 @@ async def open_to_change(
     It is opened twice: what is pending on it is refused before its fence would, in less helpful words. Raises what
     opening raises, `SomethingPending`."""
     fs, secrets = environment.fs, environment.secrets
-    found = open_chain(fs, filename, format=fmt, backing=present, force_share=True, secrets=secrets)
+    found = open_chain(fs, filename, format=fmt, backing=backing or present, force_share=True, secrets=secrets)
     try:
         refuse_pending_on(fs, found[0].file.path)
     finally:

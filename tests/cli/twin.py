@@ -48,7 +48,7 @@ def safeimg(arguments: list[str], folder: Path, *, name: str = "safeimg") -> Out
 
 
 def qemu_img(arguments: list[str], folder: Path) -> Outcome:
-    done = subprocess.run(["qemu-img", *arguments], cwd=folder, capture_output=True, timeout=120)
+    done = subprocess.run(["qemu-img", *arguments], cwd=folder, capture_output=True, timeout=60)
     return Outcome(done.returncode, done.stdout, done.stderr)
 
 

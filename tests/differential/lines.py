@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from random import Random
 
-from differential.images import BROKEN, GOOD, format_of
+from differential.images import BROKEN, ENCRYPTED, GOOD, SECRET, UNCOUNTED, format_of, opening
 
 Part = tuple[str, ...]
 
@@ -32,27 +32,44 @@ class Line:
         return cls(command, tuple((word,) for word in words))
 
 
-SIZES = ("0", "1", "512", "1000", "64k", "100K", "700k", "1M", "1048576", "1.5M", "2M", "5M", "33M")
-BAD_SIZES = ("", "x", "1Q", "-1", "1.5.5", "9E", "16E", "0x100", "1e6", " 1M", "1 M", "99999999999999999999")
-FORMATS = ("raw", "qcow2", "vdi")
+SIZES = (
+    "0", "1", "512", "1000", "64k", "100K", "700k", "1M", "1048576", "1.5M", "2M", "5M", "33M", "0.5k", "1.25M",
+    "513", "2.0", "1e", "700000",
+)  # fmt: skip
+BAD_SIZES = (
+    "", "0.0001k", "1.k", "x", "1Q", "-1", "1.5.5", "9E", "16E", "0x100", "1e6", " 1M", "1 M",
+    "99999999999999999999",
+)  # fmt: skip
+FORMATS = ("raw", "qcow2", "qcow2", "vdi", "luks")
 BAD_FORMATS = ("foo", "", "vmdk2", "QCOW2")
 CACHES = ("none", "writeback", "writethrough", "directsync", "unsafe", "foo")
 CREATE_OPTIONS = (
-    "compat=0.10", "compat=1.1", "compat=v3", "compat=2", "cluster_size=512", "cluster_size=4k", "cluster_size=2M",
-    "cluster_size=4M", "cluster_size=1000", "cluster_size=0", "cluster_size=x", "refcount_bits=1",
-    "refcount_bits=64", "refcount_bits=7", "refcount_bits=128", "preallocation=off", "preallocation=metadata",
-    "preallocation=falloc", "preallocation=full", "preallocation=foo", "lazy_refcounts=on", "lazy_refcounts=off",
-    "lazy_refcounts=maybe", "compression_type=zlib", "compression_type=zstd", "compression_type=lz4",
-    "extended_l2=on", "extended_l2=off", "data_file=new.data", "data_file_raw=on", "nocow=on", "nocow=off",
-    "encryption=off", "static=on", "static=off", "size=2M", "size=x", "foo=bar", "foo", "help", "?", "",
-    "backing_fmt=qcow2", "backing_fmt=raw", "backing_file=plain.qcow2", "backing_file=nowhere",
+    "compat=0.10", "compat=1.1", "compat=v3", "compat=2", "cluster_size=512", "cluster_size=4k",
+    "cluster_size=2M", "cluster_size=4M", "cluster_size=1000", "cluster_size=0", "cluster_size=x",
+    "refcount_bits=1", "refcount_bits=64", "refcount_bits=7", "refcount_bits=128", "preallocation=off",
+    "preallocation=metadata", "preallocation=falloc", "preallocation=full", "preallocation=foo",
+    "lazy_refcounts=on", "lazy_refcounts=off", "lazy_refcounts=maybe", "compression_type=zlib",
+    "compression_type=zstd", "compression_type=lz4", "extended_l2=on", "extended_l2=off", "data_file=new.data",
+    "data_file_raw=on", "nocow=on", "nocow=off", "encryption=off", "encryption=on", "encrypt.format=luks",
+    "encrypt.format=aes", "encrypt.format=luks,encrypt.iter-time=10,encrypt.key-secret=sec0",
+    "encrypt.key-secret=sec0", "key-secret=sec0,iter-time=10", "cipher-alg=aes-128", "refcount_bits=2",
+    "refcount_bits=8", "refcount_bits=0x10", "cluster_size=64k,extended_l2=on", "compat=v2",
+    "cluster_size=1.5k", "size=1.5M", "nocow", "nolazy_refcounts", "lazy_refcounts", "static=on", "static=off",
+    "size=2M", "size=x", "foo=bar", "foo", "help", "?", "", "backing_fmt=qcow2", "backing_fmt=raw",
+    "backing_file=plain.qcow2", "backing_file=nowhere",
 )  # fmt: skip
 AMEND_OPTIONS = (
     "compat=0.10", "compat=1.1", "compat=foo", "lazy_refcounts=on", "lazy_refcounts=off", "lazy_refcounts=x",
     "refcount_bits=1", "refcount_bits=8", "refcount_bits=16", "refcount_bits=64", "refcount_bits=3", "size=2M",
     "size=512k", "size=1M", "size=x", "data_file_raw=on", "data_file_raw=off", "data_file=x", "backing_file=x",
     "backing_file=plain.qcow2", "backing_fmt=raw", "cluster_size=4k", "preallocation=full", "help", "foo=bar",
-    "compression_type=zstd", "compression_type=zlib", "extended_l2=on", "encryption=on", "",
+    "compression_type=zstd", "compression_type=zlib", "extended_l2=on", "encryption=on", "", "compat=v3",
+    "compat=v2", "refcount_bits=2", "refcount_bits=0", "refcount_bits=32", "size=0", "size=33M", "size=700k",
+    "nocow=on", "?", "backing_fmt=qcow2", "backing_file=",
+    "encrypt.state=active,encrypt.new-secret=sec0,encrypt.iter-time=10",
+    "encrypt.state=inactive,encrypt.old-secret=sec0", "encrypt.state=inactive,encrypt.keyslot=0",
+    "encrypt.state=inactive,encrypt.keyslot=3", "encrypt.state=x", "encrypt.keyslot=9,encrypt.state=active",
+    "state=active,new-secret=sec0,iter-time=10", "state=inactive,keyslot=0",
 )  # fmt: skip
 NEW = ("new.qcow2", "new.raw", "new.vdi", "nowhere/new.img")
 # No -h: safeimg's help is its own.
@@ -64,6 +81,7 @@ class Generator:
 
     def __init__(self, rng: Random, commands: tuple[str, ...] | None = None) -> None:
         self.rng = rng
+        self.command = ""  # of the line that is being made
         self.commands = [name for name in COMMANDS if commands is None or name in commands]
 
     def case(self) -> list[Line]:
@@ -71,21 +89,83 @@ class Generator:
         return [self.line() for _ in range(self.rng.choice((1, 1, 1, 2, 2, 3)))]
 
     def line(self) -> Line:
-        command = self.rng.choice(self.commands)
-        parts = COMMANDS[command](self)
+        command = self.command = self.rng.choice(self.commands)
+        parts = [part for part in COMMANDS[command](self) if part]
         if self.maybe(0.04):
-            parts.insert(self.rng.randrange(len(parts) + 1), self.rng.choice(ODD))
+            # What measure does not know, qemu-img answers with its help: safeimg's is its own.
+            odd = [part for part in ODD if command != "measure" or part[0] not in ("--foo", "-Z")]
+            parts.insert(self.rng.randrange(len(parts) + 1), self.rng.choice(odd))
         if parts and self.maybe(0.03):
             parts.pop(self.rng.randrange(len(parts)))
-        return Line(command, tuple(part for part in parts if part))
+        if command != "dd" and self.maybe(0.07):
+            parts = [self.renamed(part) for part in parts]
+        if self.maybe(0.06) or (self.maybe(0.6) and any(name in word for part in parts for word in part
+                                                        for name in (*ENCRYPTED, "sec0"))):  # fmt: skip
+            parts = self.opened(command, parts)
+        if self.maybe(0.1):
+            parts = [self.abbreviated(part) for part in parts]
+        if self.maybe(0.1):
+            self.rng.shuffle(parts)
+        return Line(command, tuple(parts))
+
+    def renamed(self, part: Part) -> Part:
+        """The same image by another name."""
+        name = part[-1]
+        if len(part) > 1 or name not in (*GOOD, *BROKEN, *ENCRYPTED):
+            return part
+        fmt = format_of(name)
+        file = f'"file":{{"driver":"file","filename":"{name}"}}'
+        return (self.rng.choice((
+            f"file:{name}", f"./{name}", f'json:{{"driver":"{fmt}",{file}}}', f"json:{{{file}}}",
+            f'json:{{"driver":"{fmt}","file.filename":"{name}"}}', f'json:{{"driver":"file","filename":"{name}"}}',
+            f'json:{{"driver":"{fmt}",{file},"foo":1}}', f'json:{{"driver":"{fmt}",{file}', f"foo:{name}",
+            f'json:{{"driver":"raw","offset":512,"size":65536,{file}}}',
+        )),)  # fmt: skip
+
+    def opened(self, command: str, parts: list[Part]) -> list[Part]:
+        """With --image-opts, mostly all that belongs to them."""
+        found = []
+        for part in parts:
+            name = part[-1].removeprefix("if=")
+            if len(part) > 1 or name not in (*GOOD, *BROKEN, *ENCRYPTED) or self.maybe(0.1):
+                found.append(part)
+                continue
+            driver, file = f"driver={format_of(name)}", f"file.filename={name}"
+            if name in ENCRYPTED and self.maybe(0.9):
+                text = opening(name)
+            else:
+                text = self.rng.choice((
+                    f"{driver},{file}", file, f"file.driver=file,{file}", f"driver=file,filename={name}", name,
+                    f"{driver},{file},foo=bar", f"driver=raw,offset=1k,{file}",
+                    f"driver=qcow2,lazy-refcounts=on,{file}",
+                    f"driver=qcow2,backing.driver=raw,{file}", f"{driver},file={name}",
+                    f"driver=qcow2,{file},backing=",
+                ))  # fmt: skip
+            found.append((part[-1].replace(name, text),))
+        if self.maybe(0.95):  # with it, no format is to be given
+            found = [part for part in found if part[0] != "-f" and (part[0] != "-F" or command != "compare")]
+            found.insert(0, ("--image-opts",))
+        return [SECRET, *found] if self.maybe(0.9) else found
+
+    def abbreviated(self, part: Part) -> Part:
+        """A long option, shorter; a short one with its value in one word."""
+        word = part[0]
+        if word.startswith("--") and len(word) > 4 and self.maybe(0.8):
+            short = word[: self.rng.randint(3, len(word))]
+            return (f"{short}={part[1]}",) if len(part) == 2 and self.maybe(0.5) else (short, *part[1:])
+        if len(part) == 2 and len(word) == 2 and word[0] == "-":
+            return (word + part[1],)
+        return part
 
     def maybe(self, chance: float = 0.3) -> bool:
         return self.rng.random() < chance
 
     def image(self) -> str:
         if self.maybe(0.15):
-            return self.rng.choice((*BROKEN, "missing.qcow2", *NEW))
-        return self.rng.choice(GOOD)
+            only_read = self.command in ("info", "check")
+            name = self.rng.choice((*BROKEN, "missing.qcow2", *NEW))
+            return name if only_read or name not in UNCOUNTED else "corrupt.qcow2"
+        return self.rng.choice(ENCRYPTED) if self.maybe(0.06) else self.rng.choice(GOOD)
 
     def size(self) -> str:
         return self.rng.choice(BAD_SIZES if self.maybe(0.12) else SIZES)
@@ -132,8 +212,10 @@ class Generator:
 
     def check(self) -> list[Part]:
         image = self.rng.choice(BROKEN) if self.maybe() else self.image()
+        # qemu-img 7.2 loses the snapshots of an image that has bitmaps, too; safeimg does not.
+        repair = () if image == "all.qcow2" else self.of("-r", ("leaks", "all", "foo"), 0.5)
         return [self.said("-f", image), self.of("--output", ("json", "human", "xml")), self.flag("-q"),
-                self.of("-r", ("leaks", "all", "foo"), 0.5), self.of("-T", CACHES, 0.1), (image,)]  # fmt: skip
+                repair, self.of("-T", CACHES, 0.1), (image,)]  # fmt: skip
 
     def map(self) -> list[Part]:
         image = self.image()
@@ -164,17 +246,25 @@ class Generator:
                 self.flag("-U", chance=0.1), self.of("-T", CACHES, 0.1), (one,), (other,)]  # fmt: skip
 
     def convert(self) -> list[Part]:
-        sources = [self.image() for _ in range(self.rng.choice((1, 1, 1, 1, 2)))]
+        sources = [self.image() for _ in range(self.rng.choice((1, 1, 1, 1, 1, 1, 2, 3)))]
         target = self.rng.choice((*NEW, *NEW, self.image()))
         parts = [
             self.said("-f", sources[0]), ("-O", self.format()) if self.maybe(0.9) else (), self.flag("-c", chance=0.15),
-            self.flag("-n", chance=0.1), self.flag("-q", chance=0.1), self.flag("-W", chance=0.1),
+            self.flag("-q", chance=0.1), self.flag("-W", chance=0.1), self.flag("-U", chance=0.05),
             self.of("-S", ("0", "4k", "64k", "1", "x", "-1"), 0.15), self.of("-m", ("1", "16", "17", "0"), 0.1),
-            self.of("-t", CACHES, 0.1), self.of("-T", CACHES, 0.1), self.flag("--target-is-zero", chance=0.05),
-            self.of("-l", ("first", "2", "snapshot.name=first", "snapshot.id=2", "nope"), 0.1),
+            self.of("-t", CACHES, 0.1), self.of("-T", CACHES, 0.1), self.flag("-p", chance=0.05),
+            self.of("-l", ("first", "2", "snapshot.name=first", "snapshot.id=2", "nope", "snapshot.foo=1"), 0.1),
             self.flag("--bitmaps", chance=0.1), self.flag("--skip-broken-bitmaps", chance=0.05),
             self.flag("--salvage", chance=0.05), self.flag("-C", chance=0.05), self.of("-r", ("1G", "x"), 0.05),
         ]  # fmt: skip
+        if self.maybe(0.1):
+            parts.append(("-n",))
+            target = self.image()
+            if self.maybe():  # which has to be true: what lies there otherwise is anybody's guess
+                target = self.rng.choice(("empty.qcow2", "zero.qcow2", "new.raw"))
+                parts.append(("--target-is-zero",))
+        elif self.maybe(0.02):
+            parts.append(("--target-is-zero",))
         if self.maybe(0.3):
             parts += self.options(CREATE_OPTIONS, 2)
         if self.maybe(0.15):
@@ -183,13 +273,15 @@ class Generator:
         return [*parts, *((source,) for source in sources), (target,)]
 
     def commit(self) -> list[Part]:
-        image = self.rng.choice(("mid.qcow2", "top.qcow2", "on-raw.qcow2", "on-vdi.qcow2", self.image()))
+        image = self.rng.choice(("mid.qcow2", "top.qcow2", "on-raw.qcow2", "on-vdi.qcow2", "short.qcow2",
+                                 "long.qcow2", "on-short.qcow2", "on-narrow.qcow2", self.image()))
         return [self.said("-f", image), self.flag("-d"), self.flag("-q", chance=0.1), self.flag("-p", chance=0.1),
                 self.of("-b", ("plain.qcow2", "mid.qcow2", "nope"), 0.25), self.of("-t", CACHES, 0.1),
                 self.of("-r", ("1G", "x"), 0.05), (image,)]  # fmt: skip
 
     def rebase(self) -> list[Part]:
-        image = self.rng.choice(("mid.qcow2", "top.qcow2", "on-raw.qcow2", "on-vdi.qcow2", self.image()))
+        image = self.rng.choice(("mid.qcow2", "top.qcow2", "on-raw.qcow2", "on-vdi.qcow2", "short.qcow2",
+                                 "long.qcow2", "on-short.qcow2", "on-narrow.qcow2", "named.qcow2", self.image()))
         backing = self.rng.choice(("", "plain.qcow2", self.image()))
         # Not with a wrong format: qemu-img takes a file of the old chain for what it is there, and changes the content.
         said = ("-F", self.rng.choice((format_of(backing), format_of(backing), "foo", "")))
@@ -206,19 +298,21 @@ class Generator:
                 (image,), (size,)]  # fmt: skip
 
     def snapshot(self) -> list[Part]:
-        image = self.rng.choice(("snaps.qcow2", self.image()))
-        actions = (("-l",), *((verb, name) for verb in ("-a", "-c", "-d") for name in
-                   ("first", "second one", "1", "2", "new", "", "x" * 300)))  # fmt: skip
+        known = ("snaps.qcow2", "sized.qcow2", "state.qcow2", "old-state.qcow2", "all.qcow2")
+        image = self.rng.choice((*known, self.image()))
+        names = ("first", "first", "second one", "1", "2", "3", "new", "with state", "larger", "", "x" * 300)
+        actions = (("-l",), *((verb, name) for verb in ("-a", "-c", "-d") for name in names))
         parts = [self.rng.choice(actions) for _ in range(1 + self.maybe(0.05))]
         return [*parts, self.flag("-q", chance=0.1), self.flag("-U", chance=0.1), (image,)]
 
     def bitmap(self) -> list[Part]:
-        image = self.rng.choice(("bitmaps.qcow2", "bitmaps.qcow2", self.image()))
+        image = self.rng.choice(("bitmaps.qcow2", "all.qcow2", "broken-bitmaps.qcow2", self.image()))
         actions: list[Part] = [("--add",), ("--remove",), ("--clear",), ("--enable",), ("--disable",),
-                               ("--merge", "b0"), ("--merge", "nope")]  # fmt: skip
+                               ("--merge", "b0"), ("--merge", "b1"), ("--merge", "nope")]  # fmt: skip
         parts = [self.rng.choice(actions) for _ in range(self.rng.choice((1, 1, 1, 2, 3, 0)))]
         if self.maybe(0.1):
-            parts += [("-b", "bitmaps.qcow2"), self.said("-F", "bitmaps.qcow2", 0.7)]
+            other = self.rng.choice(("bitmaps.qcow2", "bitmaps.qcow2", "broken-bitmaps.qcow2", "all.qcow2", "disk.raw"))
+            parts += [("-b", other), self.said("-F", other, 0.7)]
         name = self.rng.choice(("b0", "b1", "new", "", "y" * 1100))
         granularity = self.of("-g", ("512", "64k", "1k", "100", "x", "4G"), 0.2)
         return [*parts, granularity, self.said("-f", image), (image,), (name,)]
@@ -239,9 +333,21 @@ class Generator:
                 (f"skip={self.rng.choice(numbers)}",) if self.maybe() else ()]  # fmt: skip
 
 
+    def bench(self) -> list[Part]:
+        image = self.image()
+        return [self.said("-f", image, 0.7), ("-c", self.rng.choice(("0", "1", "20", "x", "-1"))), self.flag("-w"),
+                self.of("-s", ("512", "4k", "64k", "x", "0"), 0.4), self.of("-S", ("0", "4k", "100", "x"), 0.2),
+                self.of("-o", ("0", "64k", "100", "x"), 0.2), self.of("-d", ("1", "8", "0", "x"), 0.2),
+                self.of("-t", CACHES, 0.1), self.flag("-n", chance=0.1), self.flag("-q", chance=0.1),
+                self.of("-i", ("threads", "native", "x"), 0.1), self.of("--pattern", ("7", "255", "256", "x"), 0.2),
+                self.of("--flush-interval", ("1", "5", "x"), 0.1), self.flag("--no-drain", chance=0.1),
+                self.flag("-U", chance=0.1), (image,)]  # fmt: skip
+
+
 COMMANDS: dict[str, Callable[[Generator], list[Part]]] = {
     "create": Generator.create, "info": Generator.info, "check": Generator.check, "map": Generator.map,
     "measure": Generator.measure, "compare": Generator.compare, "convert": Generator.convert,
     "commit": Generator.commit, "rebase": Generator.rebase, "resize": Generator.resize,
     "snapshot": Generator.snapshot, "bitmap": Generator.bitmap, "amend": Generator.amend, "dd": Generator.dd,
+    "bench": Generator.bench,
 }  # fmt: skip

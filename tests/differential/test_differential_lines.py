@@ -19,14 +19,6 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-@pytest.mark.parametrize("seed", [4])
-def test_generated_lines_have_the_same_outcome(
-    seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("SAFEIMG_STATE_DIR", "")  # put back afterwards: the soak sets its own
-    assert not soak.run(tmp_path, lines=25, seed=seed, chosen=soak.known(), shrink=False)
-
-
 # What the soak has found once.
 FOUND = (
     "convert -t foo --bitmaps wide.qcow2 nowhere/new.img",
@@ -56,6 +48,19 @@ FOUND = (
     "amend -o compat=foo -p top.qcow2",
     "amend -o compression_type=zstd,lazy_refcounts=x zstd.qcow2",
     "measure -O qcow2 -o compat=v3 --size 512",
+    "amend -o preallocation=full,encrypt.state=inactive zstd.qcow2",
+    "amend --image-opts -o size=2M driver=file,filename=old.qcow2",
+    "check -f luks plain.qcow2",
+    "commit -p -f vdi plain.qcow2",
+    "commit -p -b nope mid.qcow2",
+    "commit -b plain.qcow2 named.qcow2",
+    "commit -b plain.qcow2 disk.raw",
+    "convert ./lost-data.qcow2 new.raw",
+    "dd if=plain.qcow2 of=new.raw bs=99999999999999999999",
+    "dd -O foo if=missing.qcow2 of=new.raw",
+    "rebase --image-opts -b plain.qcow2 driver=qcow2,backing.driver=raw,file.filename=mid.qcow2",
+    "rebase --image-opts -u driver=qcow2,backing.driver=raw,file.filename=mid.qcow2",
+    "resize zstd.qcow2 1e",
 )
 
 
@@ -65,6 +70,11 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SAFEIMG_STATE_DIR", str(folder / "state"))
         yield Bench(folder)
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3, 4])
+def test_generated_lines_have_the_same_outcome(bench: Bench, seed: int) -> None:
+    assert not soak.run(bench, lines=25, seed=seed, chosen=soak.known(), shrink=False)
 
 
 @pytest.mark.parametrize("case", FOUND)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from safeimg.drivers.errors import FormatError, SecretMissing
 from safeimg.drivers.formats.api import (
     PLAIN,
     CreateOption,
@@ -60,7 +61,13 @@ class LuksDriver(PlainDriver):
     def open(self, file: File, *, write: bool = False, repair: bool = False, given: Opening = PLAIN) -> Image:
         from safeimg.drivers.formats.luks.image import KEY_SECRET, check_length, open_image
 
-        image, secret = open_image(file, repair=repair), given.options.get(KEY_SECRET)
+        secret = given.options.get(KEY_SECRET)
+        try:
+            image = open_image(file, repair=repair)
+        except FormatError:
+            if given.open_file is not None and secret is None:  # missed before the image is looked at
+                raise SecretMissing(KEY_SECRET) from None
+            raise
         if given.open_file is not None:
             # Recovery takes steps back without a secret; the log still names the one that there was.
             known = isinstance(secret, str) and (not repair or secret in given.secrets)

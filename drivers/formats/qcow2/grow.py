@@ -34,7 +34,7 @@ def prepare_resize(planner: Qcow2Planner, size: int) -> Sequence[Changes]:
     changes: list[Changes] = []
     entries = -(-size // header.l2_coverage)
     if 8 * entries > MAX_L1_BYTES:
-        raise UnsupportedError(f"{planner.path}: {size} bytes need an L1 table larger than 32 MiB")
+        raise UsageError("Failed to grow the L1 table: File too large")
     for bitmap in planner.bitmaps:
         _check_bitmap(planner, bitmap, size)
     if entries > planner.l1_size:

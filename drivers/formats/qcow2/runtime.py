@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from safeimg.drivers.errors import UsageError
+from collections.abc import Callable, Mapping
+from errno import ENOENT
+from typing import Any
+
+from safeimg.drivers.errors import StorageError, UsageError
 from safeimg.drivers.formats.api import Opening, RuntimeOption
 from safeimg.drivers.formats.chain import backing_filename
 from safeimg.drivers.formats.naming import below, from_filename
 from safeimg.drivers.formats.qcow2.image import Qcow2Image
+from safeimg.drivers.storage.api import File
 
 DATA_FILE = "data-file"
 
@@ -70,6 +75,20 @@ def _attach(image: Qcow2Image, given: Opening) -> None:
     if wanted is None:
         if not header.data_file:
             raise UsageError("'data-file' is required for this image")
-        named = from_filename(backing_filename(image.file.path, header.data_file))
-        wanted = below(named.options, "file")
+        image.attach(_open_named(given.open_file, image.file.path, header.data_file))
+        return
     image.attach(given.open_file(wanted))
+
+
+def _open_named(open_file: Callable[[Mapping[str, Any]], File], image: str, name: str) -> File:
+    """The data file that an image names: as in QEMU it is looked for from here; where it is not, beside the image."""
+    try:
+        return open_file(below(from_filename(name).options, "file"))
+    except StorageError as missing:
+        beside = backing_filename(image, name)
+        if missing.errno != ENOENT or beside == name:
+            raise
+        try:
+            return open_file(below(from_filename(beside).options, "file"))
+        except StorageError:
+            raise missing from None
