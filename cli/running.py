@@ -212,7 +212,8 @@ def paused(image: str, error: BaseException, stop: Stop, own: bool) -> CommandEr
         code = PAUSED if own else 128 + stop.signal
     if program_name() == "qemu-img" and stop.signal is not None:  # which says nothing then
         return CommandError(code=code)
-    return CommandError(f"{image}: {why}; {ways_out(image)}", code=code)
+    rest = ways_out(image) if _is_pending(image) else "no journal was kept: begin again"
+    return CommandError(f"{image}: {why}; {rest}", code=code)
 
 
 def _is_pending(image: str) -> bool:

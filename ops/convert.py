@@ -13,8 +13,16 @@ from typing import Any
 
 from safeimg.drivers.errors import DriverError, LockError, StorageError, UsageError
 from safeimg.drivers.formats.api import Driver, Image, Kind
-from safeimg.drivers.formats.chain import close_chain, local_path, open_chain
-from safeimg.drivers.formats.naming import Blockdev, from_filename, lasting, local_name, text_of
+from safeimg.drivers.formats.chain import OpenError, close_chain, local_path, open_chain
+from safeimg.drivers.formats.naming import (
+    NBD,
+    Blockdev,
+    from_filename,
+    lasting,
+    local_name,
+    protocol,
+    text_of,
+)
 from safeimg.drivers.formats.registry import lookup, names
 from safeimg.drivers.formats.snapshots import load
 from safeimg.drivers.secrets import NO_SECRETS, Secrets
@@ -193,11 +201,15 @@ def _check_cache(options: Options) -> None:
 
 
 def _writes_existing(fs: FileSystem, options: Options) -> bool:
-    """With -n, and a block device as a raw target: its size is what it is, and it may hold anything."""
-    if not options.create:
+    """With -n, and a block device or server as a raw target: its size is what it is, and it may hold anything."""
+    if not options.create or (options.format == "raw" and _is_on_server(options)):
         return True
     found = fs.stat(local_path(options.target_name)) if options.format == "raw" else None
     return found is not None and found.is_device
+
+
+def _is_on_server(options: Options) -> bool:
+    return isinstance(options.target, str) and protocol(options.target) in NBD
 
 
 def _open_target(fs: FileSystem, options: Options, secrets: Secrets, *, unfinished: bool) -> list[Image]:
@@ -218,13 +230,22 @@ def _into_existing(
     _check_cache(options)
     if not isinstance(options.target, str) and options.target_format is not None:
         raise UsageError("--image-opts and --format are mutually exclusive")
-    target = _open_target(fs, options, secrets, unfinished=False)
+    try:
+        target = _open_target(fs, options, secrets, unfinished=False)
+    except OpenError as error:
+        if not (options.create and _is_on_server(options)):
+            raise
+        reason = str(error).removeprefix(f"Could not open '{options.target_name}': ")
+        failed = "Protocol driver 'nbd' does not support image creation, and opening the image failed"
+        raise _not_made(options, f"{failed}: {reason}") from error
     try:
         refuse_pending_on(fs, target[0].file.path)
         if options.bitmaps:
             check_target(lookup(target[0].format), target[0])
         if options.compress:
             compressor(target[0])
+        if target[0].size < part[1] and options.create and _is_on_server(options):
+            raise _not_made(options, "Cannot grow NBD nodes")
         if target[0].size < part[1]:
             raise UsageError("output file is smaller than input file")
         return _job(fs, options, transfer, chains, part, target, created=False)
@@ -349,6 +370,10 @@ def _while_converting(options: Options, error: DriverError) -> UsageError:
     if isinstance(error, StorageError):
         verb = "resize file" if error.action == "truncate" else f"create '{options.target_name}'"
         reason = f"Could not {verb}: {error.strerror}"
+    return _not_made(options, reason)
+
+
+def _not_made(options: Options, reason: str) -> UsageError:
     what = "creating output image" if options.command == "dd" else f"converting {options.format}"
     return UsageError(f"{options.target_name}: error while {what}: {reason}")
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import trio
+from safeimg.drivers.errors import UnsupportedError
 from safeimg.drivers.formats.api import Image
 from safeimg.drivers.secrets import NO_SECRETS, Secrets
 from safeimg.drivers.storage.api import File, FileSystem
@@ -24,6 +25,8 @@ from safeimg.ops.engine import Engine
 from safeimg.ops.session import Session, Touched, refuse_pending
 from safeimg.ops.steps import Operation
 from safeimg.ops.tidy import complete
+
+_REPEATABLE = ("convert", "dd")  # raw images are written in place from sources that stay: interrupted, begun again
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,11 +79,12 @@ class Job:
 async def launch(job: Job, environment: Environment) -> None:
     """Runs a new operation to its end. Refused while anything is pending on an image that it changes."""
     refuse_pending(environment.fs, job.images)
+    keeps_journal = _keeps_journal(job, environment.journal)
     opened: list[Session] = []
     started = time.monotonic()
 
     def begin(cursor: Any | None, now: bool) -> Session | None:
-        if environment.journal == "off" or not (now or time.monotonic() - started >= job.defer):
+        if not keeps_journal or not (now or time.monotonic() - started >= job.defer):
             return None
         for file in job.files:
             if file.writable:  # what was done without a journal is where the journal begins
@@ -106,6 +110,22 @@ async def launch(job: Job, environment: Environment) -> None:
     finally:
         for session in opened:
             session.close()
+
+
+def _keeps_journal(job: Job, wanted: str) -> bool:
+    """Whether an operation has a journal. One whose images are not files of this machine would not be found again: it
+    can do without if running it again comes to the same. `UnsupportedError` if it cannot."""
+    if wanted == "off":
+        return False
+    elsewhere = [image for image in job.images if image.writes and not image.file.stat().is_here]
+    if not elsewhere:
+        return True
+    if wanted != "auto" or job.undo or job.command not in _REPEATABLE or any(i.format != "raw" for i in elsewhere):
+        raise UnsupportedError(
+            f"{elsewhere[0].path}: there is no journal for an image that is no file of this machine, and {job.command} "
+            "needs one to be safe; to do it all the same, add --no-journal"
+        )
+    return False
 
 
 async def go_on(job: Job, environment: Environment, session: Session) -> None:

@@ -27,7 +27,7 @@ PROTOCOLS = frozenset((
     "iscsi", "iser", "nbd", "nbd+tcp", "nbd+unix", "nfs", "null-aio", "null-co", "nvme", "preallocate",
     "quorum", "rbd", "replication", "ssh", "throttle", "vvfat",
 ))  # fmt: skip
-_NBD = ("nbd", "nbd+tcp", "nbd+unix")
+NBD = ("nbd", "nbd+tcp", "nbd+unix")
 # The order of members in file names that QEMU writes (that of its hash table)
 _ORDER = (
     "offset", "encrypt.key-secret", "read-zeroes", "server.mptcp", "server.to", "server.abstract", "server.path",
@@ -35,6 +35,7 @@ _ORDER = (
     "port", "host", "host_key_check", "driver", "path", "size", "vote-threshold", "file", "key-secret", "export",
     "server.type", "server.ipv4", "user", "tls-hostname", "server.keep-alive",
 )  # fmt: skip
+_LASTING = re.compile(r"backing\..*filename|(.*\.)?server\.path")
 _SIZE_ERROR = (
     "Parameter '{}' expects a non-negative number below 2^64\n"
     "Optional suffix k, M, G, T, P or E means kilo-, mega-, giga-, tera-, peta-\n"
@@ -61,7 +62,9 @@ class Blockdev:
         return value if isinstance(value, str) else None
 
     def at(self, path: str) -> Blockdev:
-        """The same, with another local file at its lower end."""
+        """The same, with another local file at its lower end, if there is one."""
+        if self.options and self.path is None:
+            return self
         return replace(self, options={**self.options, self._path_key(): path})
 
     def _path_key(self) -> str:
@@ -78,11 +81,11 @@ def local_name(name: str | Blockdev) -> str:
 
 
 def lasting(name: str | Blockdev, resolve: Callable[[str], str]) -> dict[str, Value]:
-    """The options of a name, to be kept in a log: what replaces backing images is named by absolute paths. Errors that
-    were asked for (blkdebug) are not what recovery is to meet again."""
+    """The options of a name, to be kept in a log: what replaces backing images, and sockets, have absolute paths.
+    Errors that were asked for (blkdebug) are not what recovery is to meet again."""
     named = from_filename(name) if isinstance(name, str) else name
     return {
-        key: resolve(value) if isinstance(value, str) and re.fullmatch(r"backing\..*filename", key) else value
+        key: resolve(value) if isinstance(value, str) and _LASTING.fullmatch(key) else value
         for key, value in _without_errors(named.options).items()
     }
 
@@ -136,7 +139,7 @@ def from_filename(name: str) -> Blockdev:
         return Blockdev(name, {"file.driver": prefix, "file.filename": name[len(prefix) + 1 :]})
     if prefix is not None and prefix not in PROTOCOLS:
         raise UsageError(f"Unknown protocol '{prefix}'")
-    if prefix in _NBD:
+    if prefix in NBD:
         from safeimg.drivers.formats.nbd_names import parse_name
 
         options = {f"file.{key}": value for key, value in parse_name(name).items()}

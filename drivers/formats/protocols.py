@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 
-from safeimg.drivers.errors import DriverError, UnsupportedError, UsageError
+from safeimg.drivers.errors import UnsupportedError, UsageError
 from safeimg.drivers.formats.naming import (
     FILE_DRIVERS,
     PROTOCOLS,
@@ -189,9 +189,7 @@ def _nbd(options: Options, access: Access, name: str) -> File:
     )  # fmt: skip
     try:
         refuse_unknown(options, "nbd", protocol=True)
-        if access.write:
-            raise UnsupportedError("Writing to a server is not supported yet")
-    except DriverError:
+    except UsageError:
         file.close()
         raise
     return file

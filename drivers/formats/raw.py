@@ -83,7 +83,9 @@ class RawPlanner(PlainPlanner):
         super().__init__(image)
         self._offset = image.offset
         self._fixed = image.fixed is not None
-        self._device = image.file.stat().is_device
+        found = image.file.stat()
+        self._device = found.is_device
+        self._remote = found.is_device and not found.is_here
         self._capacity = image.size
 
     @property
@@ -108,6 +110,8 @@ class RawPlanner(PlainPlanner):
     def prepare_resize(self, size: int) -> Sequence[Changes]:
         if self._fixed and size != self._size:
             raise UsageError("Cannot resize fixed-size raw disks")
+        if self._remote and size != self._capacity:
+            raise UsageError("Cannot resize NBD nodes")
         if self._device and size > self._capacity:
             raise UsageError(f"{self._path}: cannot grow device files")
         return ()
@@ -120,6 +124,8 @@ class RawPlanner(PlainPlanner):
 
     def shrink(self, size: int) -> Sequence[Changes]:
         """Nothing but the length of the file, which is cut at the very end."""
+        if self._remote:
+            raise UsageError("Cannot resize NBD nodes")
         if self._fixed:
             raise UsageError("Cannot resize fixed-size raw disks")
         if self._device:

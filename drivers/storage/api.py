@@ -32,6 +32,11 @@ class FileStat:
     allocated: int  # bytes really occupied (st_blocks × 512); -1 where there is no telling
     is_device: bool
 
+    @property
+    def is_here(self) -> bool:
+        """Whether this is a file of this machine: others have no inode to be recognised by."""
+        return self.inode != 0
+
 
 class Span(NamedTuple):
     """A run of a file that is data, or a hole that reads as zeroes."""
