@@ -9,14 +9,16 @@ them is nothing but the cut.
 
 from __future__ import annotations
 
+import errno
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 import trio
-from safeimg.drivers.errors import UsageError
+from safeimg.drivers.errors import StorageError, UsageError
 from safeimg.drivers.formats.api import Image, Patch, Placement
 from safeimg.drivers.formats.chain import close_chain
 from safeimg.drivers.formats.naming import Blockdev, are_options, lasting
+from safeimg.drivers.formats.options import check_offset
 from safeimg.drivers.formats.registry import lookup
 from safeimg.drivers.secrets import Secrets
 from safeimg.drivers.storage.api import FileSystem
@@ -167,6 +169,10 @@ async def resize(
                 "format": layers[0].format, "options": lasting(filename, environment.fs.resolve), "step": step_bytes,
             }
             await launch(_job(layers, settings, environment.transfer), environment)
+    except StorageError as error:
+        if error.errno == errno.EFBIG and error.action == "truncate":  # trying again would not help
+            raise UsageError(f"Could not resize file: {error.strerror}") from error
+        raise
     finally:
         close_chain(layers)
 
@@ -180,6 +186,7 @@ def _check(image: Image, old: int, new: int, preallocation: str, *, shrink: bool
         raise ShrinkRefused("Use the --shrink option to perform a shrink operation.")
     if _is_whole(image) and preallocation == "metadata":
         raise UsageError("Unsupported preallocation mode: metadata")
+    check_offset(new)
     planner = lookup(image.format).planner(image)  # what it refuses is refused before anything is begun
     if new < old:
         planner.shrink(new)

@@ -11,6 +11,7 @@ from safeimg.drivers.formats.api import CreateOption
 _SUFFIXES = {"": 0, "b": 0, "k": 10, "m": 20, "g": 30, "t": 40, "p": 50, "e": 60}  # powers of two
 _SIZE = re.compile(r"\s*(0[xX][0-9a-fA-F]+|[0-9]+(?:\.[0-9]*)?)([bkmgtpeBKMGTPE]?)")
 _NUMBER = re.compile(r"\s*([-+]?)(?:0[xX]([0-9a-fA-F]+)|(0[0-7]+)|([0-9]+))")  # as C's strtoull reads it
+MAX_OFFSET = (1 << 63) - (1 << 30)
 _TRUE = frozenset(("on", "yes", "true", "y"))
 _FALSE = frozenset(("off", "no", "false", "n"))
 
@@ -104,6 +105,12 @@ def bool_option(path: str, options: Mapping[str, str], name: str, default: bool 
     if value not in _TRUE and value not in _FALSE:
         raise UsageError(f"{path}: Parameter '{name}' expects 'on' or 'off'")
     return value in _TRUE
+
+
+def check_offset(offset: int) -> None:
+    """`UsageError` for an end of an image, or of its file, that is too far away for QEMU."""
+    if offset > MAX_OFFSET:
+        raise UsageError(f"offset({offset}) exceeds maximum({MAX_OFFSET})")
 
 
 def is_on(text: str) -> bool:

@@ -190,6 +190,9 @@ resize --preallocation=metadata --image-opts LUKS 2M
 resize --preallocation=full --image-opts LUKS 1500000
 resize --preallocation=falloc --image-opts driver=luks,key-secret=s,file.filename=odd.luks +1M
 resize --image-opts LUKS +1500000
+resize --image-opts LUKS 7E
+resize --image-opts LUKS 9223372035781033984
+resize --image-opts LUKS 9223372035781033985
 dd -f raw -O luks if=a.raw of=new
 dd -O raw --image-opts if=LUKS of=new bs=1000 skip=3
 convert -f raw -O luks a.raw new

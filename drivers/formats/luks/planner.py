@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from safeimg.drivers.errors import UsageError
 from safeimg.drivers.formats.api import Changes, Placement
 from safeimg.drivers.formats.luks.image import LuksImage
+from safeimg.drivers.formats.options import check_offset
 from safeimg.drivers.formats.plain import PlainPlanner
 
 BLOCK = 4096  # whole sectors, which are encrypted as one, and no smaller than those of any disk
@@ -44,6 +45,7 @@ class LuksPlanner(PlainPlanner):
         return [(self._size, size - self._size)] if size > self._size else []
 
     def prepare_resize(self, size: int) -> Sequence[Changes]:
+        check_offset(self._payload + size)
         if self._device and size > self._size:
             raise UsageError(f"{self._path}: cannot grow device files")
         return ()
