@@ -207,3 +207,29 @@ def test_generated_changes(sides: Path) -> None:
         both(sides, f"amend -o {','.join(f'{key}={rng.choice(values[key])}' for key in chosen)} {name}")
         if not rng.randrange(3):
             same_images(sides, name)
+
+
+@pytest.mark.parametrize("bits", [8, 32, 64])
+def test_refcounts_are_taken_over_as_they_are(tmp_path: Path, bits: int) -> None:
+    """Too high or too low: that is for `check` to tell, and to repair."""
+    folders = tmp_path / "ours", tmp_path / "theirs"
+    for folder in folders:
+        folder.mkdir()
+    assert qemu_img(["create", "-q", "-f", "qcow2", "i", "64M"], folders[1]).code == 0
+    qemu_io(folders[1], "-c", "write 0 256k", "i")
+    data = bytearray((folders[1] / "i").read_bytes())
+    data[0x40008:0x40010] = data[0x40000:0x40008]  # two guest clusters in one host cluster
+    data[0x20000 + 2 * 7 : 0x20000 + 2 * 8] = b"\0\3"
+    data[0x20000 + 2 * 20 : 0x20000 + 2 * 21] = b"\0\5"  # behind the end of the file
+    found = []
+    for folder, program in zip(folders, (safeimg, qemu_img), strict=True):
+        (folder / "i").write_bytes(data)
+        assert program(["amend", "-o", f"refcount_bits={bits}", "i"], folder) == (0, b"", b"")
+        checked = qemu_img(["check", "i"], folder)
+        found.append((checked.code, checked.stdout.partition(b"Image end offset")[0], checked.stderr))
+    assert found[0] == found[1]
+    assert found[0][0] == 2 and found[0][2].count(b"Leaked cluster") == 2
+    narrow = ["amend", "-o", "refcount_bits=1", "i"]
+    refused = safeimg(narrow, folders[0], name="qemu-img")
+    assert refused == qemu_img(narrow, folders[1])
+    assert refused.code == 1

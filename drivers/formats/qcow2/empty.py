@@ -1,6 +1,7 @@
 """Switches to new refcount structures: emptying a disk, making the emptied file small, refcounts of another width.
 
-Refcounts are counted from what is referenced, complete with those of the new structures themselves;
+Refcounts are counted from what is referenced (those of another width are taken over as they are), complete with those
+of the new structures themselves;
 everything new goes into space that neither the old nor the new state uses, and one sector of the header makes
 it live. """
 
@@ -10,11 +11,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from safeimg.drivers.errors import UnsupportedError, UsageError
+from safeimg.drivers.errors import FormatError, UnsupportedError, UsageError
 from safeimg.drivers.formats.api import Changes
 from safeimg.drivers.formats.qcow2.header import DIRTY, MAX_REFCOUNT_TABLE_BYTES
 from safeimg.drivers.formats.qcow2.refcounts import RefcountLayout
 from safeimg.drivers.formats.qcow2.references import References, count_everything, count_kept, refcount_blocks
+from safeimg.drivers.formats.qcow2.tables import REPAIR
 
 if TYPE_CHECKING:
     from safeimg.drivers.formats.qcow2.planner import Qcow2Planner
@@ -75,19 +77,15 @@ def compact(planner: Qcow2Planner) -> tuple[Changes, int, list[tuple[int, int]]]
 
 
 def change_refcount_width(planner: Qcow2Planner, order: int) -> Changes:
-    """New refcounts of `1 << order` bits for everything there is. Raises `UsageError` in QEMU's words if a count does
-    not fit. The old structures stay counted until `release`."""
+    """The refcounts with `1 << order` bits each, right or wrong. Raises `UsageError` in QEMU's words if one does not
+    fit. The old structures stay counted until `release`."""
     planner.ready()
     bits, old = planner.header.cluster_bits, planner.refcounts
     blocks = sorted(refcount_blocks(planner))
-    references = count_everything(planner)
+    if len(set(blocks)) < len(blocks):
+        raise FormatError(planner.path, f"a refcount block is in use twice: {REPAIR}")
     layout = RefcountLayout(bits, order)
-    excess = references.first_above(layout.maximum)
-    if excess is not None:
-        raise UsageError(
-            f"Cannot decrease refcount entry width to {1 << order} bits: Cluster at offset {excess << bits:#x} has a "
-            f"refcount of {references.get(excess)}"
-        )
+    references = _as_recorded(planner, layout)
     planner.layout = layout
     places = _lay_out(planner, references, references, _end(planner), l1=False)
     _write(planner, references, places, refcount_order=order)
@@ -95,6 +93,26 @@ def change_refcount_width(planner: Qcow2Planner, order: int) -> Changes:
     for block in blocks:
         planner.unlink_clusters(block >> bits, 1)
     return planner.take()
+
+
+def _as_recorded(planner: Qcow2Planner, wanted: RefcountLayout) -> References:
+    """What the refcounts say, all of which have to fit the layout that is wanted."""
+    from safeimg.drivers.formats.qcow2.check import decode_block
+
+    bits, old = planner.header.cluster_bits, planner.layout
+    references = References(planner.path, 1 << 62 - bits)
+    for index in range(planner.refcounts.table_entries):
+        if block := planner.refcounts.block(index):
+            counts = decode_block(planner.view.read(block, 1 << bits), old.refcount_order)
+            above = (counts > wanted.maximum).nonzero()[0]
+            if len(above):
+                first = int(above[0])
+                raise UsageError(
+                    f"Cannot decrease refcount entry width to {1 << wanted.refcount_order} bits: Cluster at offset "
+                    f"{index * old.block_entries + first << bits:#x} has a refcount of {int(counts[first])}"
+                )
+            references.set_run(index * old.block_entries, counts)
+    return references
 
 
 def _begin(planner: Qcow2Planner) -> None:

@@ -47,13 +47,13 @@ class References:
         page = self._pages.get(cluster // PAGE)
         return 0 if page is None else int(page[cluster % PAGE])
 
-    def first_above(self, limit: int) -> int | None:
-        """The first cluster with more references than `limit`, if there is one."""
-        for number in sorted(self._pages):
-            above = (self._pages[number] > limit).nonzero()[0]
-            if len(above):
-                return number * PAGE + int(above[0])
-        return None
+    def set_run(self, first: int, counts: Array) -> None:
+        """Counts of consecutive clusters, of which `first` is the first of a page, or all of them lie in one."""
+        for start in range(0, len(counts), PAGE):
+            part = counts[start:start + PAGE]
+            if part.any():
+                number, at = divmod(first + start, PAGE)
+                self._page(number)[at:at + len(part)] = part
 
     def add_range(self, offset: int, length: int, cluster_bits: int, times: int = 1) -> None:
         """All clusters that the host range touches."""
