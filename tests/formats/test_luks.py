@@ -9,7 +9,7 @@ import shlex
 from pathlib import Path
 
 import pytest
-from luks_images import FS, KIB, SECRETS, WORDS, made, made_by_qemu, opened, opts, run
+from luks_images import FS, KIB, WORDS, made, made_by_qemu, opened, opts, run
 from planner_harness import needs_qemu
 from safeimg.drivers.crypto.ciphers import ALGORITHMS, supported
 from safeimg.drivers.errors import FormatError, SecretMissing, StorageError, UsageError
@@ -28,12 +28,11 @@ WAYS = [
     *({"cipher_alg": name} for name in ALGORITHMS if supported(name) and not name.startswith("cast5")),
     {"cipher_alg": "serpent-256", "cipher_mode": "cbc", "ivgen_alg": "essiv"},
     {"cipher_alg": "cast5-128", "cipher_mode": "cbc"},
-    {"cipher_alg": "cast5-128", "cipher_mode": "ecb"},
-    {"cipher_mode": "cbc", "ivgen_alg": "plain"},
+    {"cipher_alg": "cast5-128", "cipher_mode": "ecb", "ivgen_alg": "plain", "hash_alg": "sha1"},
     {"cipher_mode": "cbc", "ivgen_alg": "essiv", "ivgen_hash_alg": "md5", "cipher_alg": "aes-128"},
-    {"cipher_mode": "ctr"},
+    {"cipher_mode": "ctr", "hash_alg": "ripemd160"},
     {"cipher_mode": "ecb", "cipher_alg": "aes-256"},
-    *({"hash_alg": name} for name in ("md5", "sha1", "sha224", "sha384", "sha512", "ripemd160")),
+    *({"hash_alg": name} for name in ("md5", "sha224", "sha384")),
 ]
 
 
@@ -108,7 +107,7 @@ def test_an_unfinished_image_is_refused_until_it_is_finished(tmp_path: Path) -> 
     refused = "Could not open .*Hash algorithm 'safeimg-unfinished:sha256' not supported"
     assert b"'safeimg-unfinished:sha256' not supported" in qemu_img(["info", path.name], tmp_path).stderr
     with pytest.raises(OpenError, match=refused):
-        open_chain(FS, str(path), secrets=SECRETS)
+        open_chain(FS, str(path), inspect=True)
     image = opened(path, write=True, repair=True)
     (patch,) = driver.unfence(image)
     image.file.pwrite(patch.offset, patch.after)
@@ -148,15 +147,12 @@ create -f luks -b a.luks -F luks -o key-secret=s new
 create -f luks -o key-secret=zz new 1M
 create -f luks new 1M
 create -f luks -o key-secret=s,iter-time=1,cipher-alg=foo new 1M
-create -f luks -o key-secret=s,iter-time=1,cipher-mode=foo new 1M
-create -f luks -o key-secret=s,iter-time=1,ivgen-alg=foo new 1M
 create -f luks -o key-secret=s,iter-time=1,hash-alg=foo new 1M
 create -f luks -o key-secret=s,iter-time=1,preallocation=foo new 1M
 create -f luks -o key-secret=s,iter-time=1,cipher-alg=des new 1M
 create -f luks -o key-secret=s,iter-time=1,cipher-alg=cast5-128 new 1M
 create -f luks -o key-secret=s,iter-time=1,preallocation=full,nocow=on new 1M
 create -f luks -o key-secret=s,iter-time=1 new 7E
-create -f luks -o key-secret=s,compat=1.1 new 1M
 create -f luks -o key-secret=s,iter-time=1 nowhere/new 1M
 create -f qcow2 -F luks -b a.luks new
 create -f qcow2 -b a.luks new
@@ -164,30 +160,22 @@ info a.luks
 info --output=json a.luks
 info --image-opts driver=luks,key-secret=zz,file.filename=a.luks
 info --output=json --image-opts LUKS
-info odd.luks
 info short.luks
 map a.luks
-map --image-opts driver=luks,key-secret=zz,file.filename=a.luks
 map --image-opts driver=luks,key-secret=w,file.filename=a.luks
-map --image-opts LUKS
 map --output=json --image-opts LUKS
 map --output=json --image-opts driver=luks,key-secret=s,file.filename=odd.luks
 map --image-opts driver=luks,key-secret=s,foo=1,file.filename=a.luks
 check a.luks
 check --image-opts LUKS
 check -r all --image-opts LUKS
-snapshot -l --image-opts LUKS
 snapshot -c x --image-opts LUKS
-snapshot -a x --image-opts LUKS
 rebase -u -b '' --image-opts LUKS
-commit --image-opts LUKS
 compare --image-opts LUKS RAW
 compare --image-opts LUKS driver=luks,key-secret=s,file.filename=odd.luks
-resize a.luks 2M
 resize --image-opts LUKS 1000
 resize --shrink --image-opts LUKS 1000
 resize --preallocation=metadata --image-opts LUKS 2M
-resize --preallocation=full --image-opts LUKS 1500000
 resize --preallocation=falloc --image-opts driver=luks,key-secret=s,file.filename=odd.luks +1M
 resize --image-opts LUKS +1500000
 resize --image-opts LUKS 7E
@@ -198,20 +186,14 @@ dd -O raw --image-opts if=LUKS of=new bs=1000 skip=3
 convert -f raw -O luks a.raw new
 convert -c -f raw -O luks -o key-secret=s,iter-time=1 a.raw new
 convert -B a.raw -F raw -f raw -O luks -o key-secret=s,iter-time=1 a.raw new
-convert -O raw a.luks new
 convert -O raw --image-opts LUKS new
-convert -n -f raw -O luks a.raw a.luks
 convert -n -c --image-opts --target-image-opts RAW LUKS
 convert -n --image-opts --target-image-opts RAW LUKS
-measure -O luks --size 1M
 measure -O luks -o key-secret=zz --size 1M
 measure -O luks -o key-secret=s,cipher-alg=aes-128,cipher-mode=cbc,iter-time=1 --size 7E
-measure -O luks -o key-secret=s,iter-time=1,preallocation=foo --size 1M
-measure -O luks -o key-secret=s,cipher-alg=foo --size 1M
 measure -O luks -o key-secret=s,cipher-alg=des --size 1M
 measure -O luks -o key-secret=s,foo=1 --size 1M
 measure -O luks --output=json -o key-secret=s,iter-time=1 --image-opts driver=luks,key-secret=s,file.filename=odd.luks
-measure -O qcow2 a.luks
 """
 
 
