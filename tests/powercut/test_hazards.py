@@ -25,6 +25,7 @@ from safeimg.journal.events import Declared, ImageRecord, PatchRecord, PointOfNo
 from safeimg.journal.identity import identify
 from safeimg.journal.log import Log, read_events
 from safeimg.journal.state import LiveStep, fold
+from safeimg.ops.bitmap_plan import listed
 from safeimg.ops.commit_job import commit
 from safeimg.ops.errors import Conflict, Impossible, OperationError
 from safeimg.recovery.composite import SECTOR, composite
@@ -327,6 +328,27 @@ def test_hazard_13_a_log_that_names_other_peoples_files() -> None:
             settle(fs, action, "/evil.qcow2")
     assert fs.read_file("/etc/shadow") == b"root:secret\n" * 100
     assert encode_event(declared)
+
+
+@pytest.mark.parametrize("name", ["rebase -u, long name", "bitmap --add, the first"])
+def test_hazard_14_names_and_extensions_fit_their_header_in_every_crash_state(name: str) -> None:
+    """A backing name and its length, a bitmap extension and its flag: all of the one or all of the other."""
+    judge = Judge(scenario(name))
+
+    def header(fs: SimulatedFileSystem) -> tuple[str | None, tuple[str, ...]]:
+        chain = guest.opened(fs, judge.scenario.home, "qcow2", backing=False)
+        try:
+            return chain[0].backing_file, tuple(state.name for state in listed(chain[0]))
+        finally:
+            close_chain(chain)
+
+    allowed = {header(judge.initial.clone()), header(judge.trace_of.clone())}
+    assert len(allowed) == 2
+    seen = set()
+    for state in judge.states(seed=14, prefixes=24, subsets_per_prefix=2, singles_per_prefix=1):
+        seen.add(header(state.fs.clone()))
+        judge.judge(state)
+    assert seen == allowed
 
 
 @pytest.mark.parametrize("action", ["-c third", "-a first", "-d first", "-d second"])
