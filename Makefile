@@ -58,7 +58,7 @@ crash-soak: $(STAMP)
 	cd tests && ../$(BIN)/python -m powercut.soak --seconds $(SECONDS) --seed $(SEED) --jobs $(JOBS) $(addprefix --states ,$(STATES))
 
 mutations: $(STAMP)
-	cd tests && ../$(BIN)/python -m powercut.mutations
+	cd tests && ../$(BIN)/python -m powercut.mutations --jobs $(JOBS)
 
 kill-soak: $(STAMP)
 	cd tests && ../$(BIN)/python -m kills.soak --operation $(OPERATION) --kills $(KILLS) --seed $(SEED) --size $(SIZE)
