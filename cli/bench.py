@@ -58,7 +58,7 @@ COMMANDS = (
             Option("count", "c", None, "count", "Number of requests (75000).",
                    lambda text: _number(text, "request count")),
             Option("depth", "d", None, "depth", "Requests under way at once (64).",
-                   lambda text: _number(text, "queue depth", least=1)),
+                   lambda text: _number(text, "queue depth")),
             SHORT_FORMAT,
             Option("aio", "i", None, "aio", "threads, native or io_uring; all are done by threads here.", _aio),
             Option("aio", "n", None, None, "The same as -i native.", constant="native"),

@@ -59,16 +59,16 @@ def run(command: Command, arguments: Arguments) -> int:
     if len(arguments.positional) != 2:
         raise usage("Expecting two image file names")
     formats = arguments.last("format"), arguments.last("second-format")
-    cache = cache_mode(
-        arguments.last("source-cache", "writeback"), "Invalid source cache option", code=CANNOT_OPEN
-    )
-    if arguments.flag("image-opts") and (formats[0] or formats[1]):
-        raise CommandError("--image-opts and --format are mutually exclusive", code=CANNOT_OPEN)
     from safeimg.drivers.errors import DriverError
     from safeimg.drivers.formats.chain import close_chain, open_chain
 
     fs, chains = filesystem(), list[list["Image"]]()
     with display(arguments) as shown:
+        cache = cache_mode(
+            arguments.last("source-cache", "writeback"), "Invalid source cache option", code=CANNOT_OPEN
+        )
+        if arguments.flag("image-opts") and (formats[0] or formats[1]):
+            raise CommandError("--image-opts and --format are mutually exclusive", code=CANNOT_OPEN)
         try:
             for text, fmt in zip(arguments.positional, formats, strict=True):
                 name, fmt = image_name(arguments, text, fmt, code=CANNOT_OPEN)

@@ -21,6 +21,15 @@ from safeimg.cli.shared import (
 )
 from safeimg.cli.values import warn
 
+
+def _preallocation(text: str) -> str:
+    from safeimg.ops.resize import PREALLOCATIONS
+
+    if text not in PREALLOCATIONS:
+        raise CommandError(f"Invalid preallocation mode '{text}'")
+    return text
+
+
 COMMANDS = (
     Command(
         "resize",
@@ -39,6 +48,7 @@ COMMANDS = (
                 "preallocation",
                 "mode",
                 "Allocate what the image grows by: off, metadata, falloc or full.",
+                _preallocation,
             ),
             QUIET,
             Option("shrink", None, "shrink", None, "Make it smaller: what lies behind the new end is lost."),
@@ -59,10 +69,8 @@ COMMANDS = (
 
 def run(command: Command, arguments: Arguments) -> int:
     preallocation = arguments.last("preallocation", "off")
-    from safeimg.ops.resize import PREALLOCATIONS, ShrinkRefused, resize
+    from safeimg.ops.resize import ShrinkRefused, resize
 
-    if preallocation not in PREALLOCATIONS:
-        raise CommandError(f"Invalid preallocation mode '{preallocation}'")
     if len(arguments.positional) != 2:
         raise usage("Expecting image file name and size")
     wanted = _size(arguments.positional[1])

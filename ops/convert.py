@@ -151,7 +151,7 @@ def open_job(
                            force_share=options.force_share, secrets=secrets)
             )  # fmt: skip
         if options.snapshot is not None:
-            if len(chains) > 1:
+            if len(chains) > 1 and not options.snapshot.startswith("snapshot."):
                 raise UsageError("No support for concatenating multiple snapshot")
             chains[0] = load(chains[0], options.snapshot)
         part = 0, sum(chain[0].size for chain in chains)

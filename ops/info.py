@@ -93,16 +93,25 @@ def _below(image: Image, backing: str) -> str:
         ) from None
 
 
+def shown_name(image: Image, options: Mapping[str, Value]) -> str:
+    """What QEMU calls an image that was opened with `options`: `json:{…}` where no file name says it all."""
+    format = _shown_format(image, options)
+    strong = STRONG.get(format) or [each.name for each in lookup(image.format).runtime_options if each.strong]
+    return shown(options, format, strong)
+
+
+def _shown_format(image: Image, options: Mapping[str, Value]) -> str:
+    return str(options["driver"]) if options.get("driver") in (*FILE_DRIVERS, *PROTOCOLS) else image.format
+
+
 def _describe(image: Image, options: Mapping[str, Value]) -> dict[str, Any]:
     """`options`: what it was opened with."""
-    driver = lookup(image.format)
-    format = str(options["driver"]) if options.get("driver") in (*FILE_DRIVERS, *PROTOCOLS) else image.format
-    strong = STRONG.get(format) or [option.name for option in driver.runtime_options if option.strong]
+    driver, format = lookup(image.format), _shown_format(image, options)
     status = image.file.stat()
     header = getattr(image, "header", None)
     members: dict[str, Any] = {
         "virtual-size": image.size,
-        "filename": shown(options, format, strong),
+        "filename": shown_name(image, options),
         "format": format,
     }
     if image.format != "raw" or _lowest(options) not in _CLEAN:

@@ -9,7 +9,7 @@ from typing import Any
 from safeimg.drivers.errors import DriverError, UsageError
 from safeimg.drivers.formats.api import Changes, Image, Planner
 from safeimg.drivers.formats.chain import backing_filename, close_chain, open_chain
-from safeimg.drivers.formats.naming import Blockdev, are_options, lasting
+from safeimg.drivers.formats.naming import Blockdev, are_options, from_argument, lasting, protocol
 from safeimg.drivers.formats.registry import lookup, names
 from safeimg.drivers.secrets import Secrets
 from safeimg.drivers.storage.api import FileSystem
@@ -18,6 +18,7 @@ from safeimg.journal.state import OperationState
 from safeimg.ops.change import Action, Changing, Settings
 from safeimg.ops.errors import Conflict
 from safeimg.ops.filling import STEP_BYTES
+from safeimg.ops.info import shown_name
 from safeimg.ops.launch import Environment, Job, launch
 from safeimg.ops.rebase_safe import Rebase, refused, set_backing
 from safeimg.ops.reopening import reopen_home, started_settings, unlinked_by
@@ -64,6 +65,7 @@ async def rebase(
         old = len(layers) - 1
         _check_format(backing_format)
         if backing:
+            _check_relative(layers[0], filename, fmt, backing)
             layers += _open_new(environment, layers[0].file.path, backing, backing_format)
         _check(layers[0], backing, backing_format)
         settings = {
@@ -74,6 +76,16 @@ async def rebase(
         await launch(_job(layers, settings, environment.transfer), environment)
     finally:
         close_chain(layers)
+
+
+def _check_relative(image: Image, filename: str | Blockdev, fmt: str | None, backing: str) -> None:
+    """A relative name needs a file name that it could be relative to."""
+    named = from_argument(filename, fmt) if isinstance(filename, str) else filename
+    base = shown_name(image, named.options)
+    if base.startswith("json:") and not backing.startswith(("/", "json:")) and protocol(backing) is None:
+        raise UsageError(
+            f"Could not resolve backing filename: Cannot use relative backing file names for '{base}'"
+        )
 
 
 def _open_new(

@@ -71,6 +71,8 @@ class Rebase:
         self._old = View(before, size=self._top.size) if before else None
         self._old_end = before[0].size if before else 0
         self._new = View(after, size=self._top.size) if after else None
+        # Without a backing image, what is not allocated reads as zeroes: which it would not do any more.
+        self._marks_zeroes = bool(before) or rebasing(self._top).marks_zeroes(self._top)
         self._transfer = transfer
         self._backing = backing, backing_format
         self._unlinked = list(unlinked)
@@ -121,7 +123,7 @@ class Rebase:
             async for step in filler.reserve(here, here["done"], wanted):
                 yield step
             for start, length, zero in found:
-                filler.plan(batch, start, length, zero=zero)
+                filler.plan(batch, start, length, zero=zero and self._marks_zeroes)
             here = {"phase": "data", "at": at, "done": done}
             yield await filler.step("data", here, done, self.view, batch)
             self._transfer.progress.set_done(done)

@@ -83,7 +83,8 @@ def open_chain(
             try:
                 if layer is None:
                     named = from_argument(filename, format) if isinstance(filename, str) else filename
-                    layer = _Layer(named.text, Options(_below_format(named.options)), format)
+                    plain_name = "" if named is filename or named.text.startswith("json:") else named.text
+                    layer = _Layer(named.text, Options(_below_format(named.options)), format, plain_name)
                 image = opener.open(layer, writes(depth, layer.name), repairs(depth))
                 images.append(image)
                 found = _next_layer(layer, image, backing)
@@ -148,6 +149,7 @@ class _Layer:
     name: str  # what messages and callers call it
     options: Options
     format: str | None  # overrides the options'
+    plain: str = ""  # its file name, if that is how it was named
 
 
 def _below_format(options: Mapping[str, Value]) -> Mapping[str, Value]:
@@ -246,7 +248,7 @@ class _Opener:
                 driver = _probed(file)
                 if write and self.warn is not None and driver.name == "raw":
                     self.warn(
-                        f"Image format was not specified for '{layer.name}' and probing guessed raw.\n"
+                        f"Image format was not specified for '{layer.plain or file.path}' and probing guessed raw.\n"
                         "         Automatically detecting the format is dangerous for raw images, "
                         "write operations on block 0 will be restricted.\n"
                         "         Specify the 'raw' format explicitly to remove the restrictions."

@@ -26,6 +26,10 @@ class Rebasing(Protocol):
         Raises `UnsupportedError` if the header has no room for the name."""
         ...
 
+    def marks_zeroes(self, image: Image) -> bool:
+        """Whether what has no space can be zero, whatever a backing image shows there."""
+        ...
+
     def accepts(self, image: Image, filename: str) -> bool:
         """Whether the image can have a backing image, of that name, as far as that can be told beforehand."""
         ...

@@ -53,9 +53,10 @@ _OVERLAYS: tuple[tuple[str, str, str, str, tuple[str, ...]], ...] = (
     ("on-narrow.qcow2", "narrow.qcow2", "qcow2", "extended_l2=on", ("write -P 8 16k 3k",)),
 )
 
+OVERLAYS = tuple(made[0] for made in _OVERLAYS)
 GOOD = (
     *(made[0] for made in _MADE),
-    *(made[0] for made in _OVERLAYS),
+    *OVERLAYS,
     "packed.qcow2",
     "zstd.qcow2",
     "snaps.qcow2",

@@ -135,13 +135,20 @@ class Bench:
         if texts[0] != texts[1]:
             return f"info of qemu-img's:\n{texts[0]}\ninfo of safeimg's:\n{texts[1]}"
         checks = [_check(path) for path in both]
-        if checks[0] != checks[1]:
+        # qemu-img leaks clusters here and there (shrinking an image that has a machine's state, say).
+        if any(checks[1][1].get(key, 0) > checks[0][1].get(key, 0) for key in checks[1][1]) or (
+            checks[1][0] not in (0, checks[0][0])
+        ):
             return f"check of qemu-img's: {checks[0]}\ncheck of safeimg's: {checks[1]}"
-        # An external data file is looked for in the current folder: where it is not found, it is compared as a file
-        # of its own, in which the guest's bytes lie where the guest has them.
         encrypted = '"encrypted": true' in texts[0]
+        outside = re.search(r'"data-file": "([^"]*)"', texts[0])
         words = [images.opening(str(path)) if encrypted else str(path) for path in both]
-        compared = _run("compare", "-U", *(("--image-opts", *images.SECRET) if encrypted else ()), *words)
+        if outside is not None:
+            words = [
+                f"driver=qcow2,file.filename={path},data-file.filename={path.parent / outside[1]}" for path in both
+            ]
+        opened = ("--image-opts", *images.SECRET) if encrypted or outside is not None else ()
+        compared = _run("compare", "-U", *opened, *words)
         if compared.returncode == 1:
             return compared.stdout.decode(errors="replace").strip()
         return ""

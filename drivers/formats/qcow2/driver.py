@@ -74,6 +74,9 @@ class Qcow2Rebasing:
 
         return set_backing(own_planner(planner), filename, fmt)
 
+    def marks_zeroes(self, image: Image) -> bool:
+        return own_image(image).header.version > 2
+
     def accepts(self, image: Image, filename: str) -> bool:
         from safeimg.drivers.formats.qcow2.backing import accepts_backing
 

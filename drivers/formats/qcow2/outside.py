@@ -60,7 +60,7 @@ class OutsidePlacer:
             behind = self._l2.subclusters if right == self._planner.size else (right - base) // unit
             whole = mask_of(-(-(left - base) // unit), behind)
             reads_zero = self._planner.tables.reads_zero(cluster, entry)
-            if whole & ~reads_zero:
+            if whole & ~self._planner.tables.says_zero(entry):  # not left to the images below: there may be others soon
                 self._zeroed[cluster] = self._zeroed.get(cluster, 0) | (whole & allocated)
                 has_place = base | COPIED if allocated or entry & COPIED else 0
                 entry = self._l2.with_masks(has_place, allocated & ~whole, zeroes | whole)

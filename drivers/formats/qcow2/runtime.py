@@ -49,6 +49,8 @@ def apply_runtime(image: Qcow2Image, given: Opening, *, repair: bool) -> None:
             "L2 cache entry size must be a power of two between 512 and the cluster size "
             f"({image.cluster_size})"
         )
+    if given.options.get("lazy-refcounts") and image.header.version < 3:
+        raise UsageError("Lazy refcounts require a qcow2 image with at least qemu 1.1 compatibility level")
     _attach(image, given)
     secret = given.options.get("encrypt.key-secret")
     if image.cipher is not None and given.open_file is not None:

@@ -120,7 +120,8 @@ def _encode(words: Words) -> bytes:
 
 
 def _place_table(planner: Qcow2Planner, shadow: Shadow, entries: int) -> int:
-    return shadow.place(-(-8 * max(entries, 1) // planner.cluster_size))
+    """A table of no entries has its place where the active one is: it takes none."""
+    return shadow.place(-(-8 * entries // planner.cluster_size)) if entries else planner.l1_table_offset
 
 
 def _tables(
