@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Iterable, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
 
 import trio
@@ -17,6 +18,7 @@ from safeimg.drivers.storage.simulated import SimulatedFileSystem
 from safeimg.journal.errors import JournalError
 from safeimg.journal.log import read_events
 from safeimg.journal.state import OperationState, fold
+from safeimg.ops.commit_job import EmptyingFailed
 from safeimg.ops.errors import OperationError
 from safeimg.recovery.gate import begin_or_resume
 from safeimg.recovery.settle import resume, rollback
@@ -152,10 +154,31 @@ def sync_fails(judge: Judge, number: int) -> SimulatedFileSystem:
     fs.begin_trace()
     fs.fail_sync(number)
     error = attempt(judge, fs)
-    assert isinstance(error, SyncFailed), repr(error)
+    if isinstance(error, EmptyingFailed):
+        assert isinstance(error.__cause__, SyncFailed), repr(error)
+    else:
+        assert isinstance(error, SyncFailed), repr(error)
     kinds = [entry.kind for entry in fs.trace.entries]
     assert not WRITES.intersection(kinds[kinds.index("sync_failed") :]), kinds
     return fs
+
+
+def rollback_syncs_fail(judge: Judge) -> Iterator[SimulatedFileSystem]:
+    """What kills leave and a rollback, one of whose syncs fails once: what that should have covered counts as clean
+    from then on, and is lost when the power goes."""
+    total = len(judge.trace_of.trace.entries)
+    for prefix in range(total // 4, total, total // 6):
+        state = log_state(killed(judge, prefix), judge.scenario.home)
+        if state is None or state.past_return or state.outcome is not None:
+            continue
+        for number in itertools.count(1):
+            fs = killed(judge, prefix)
+            fs.begin_trace()
+            fs.fail_sync(number)
+            error = attempt(judge, fs, "rollback")
+            if not isinstance(error, SyncFailed):
+                break
+            yield fs
 
 
 def read_fails(judge: Judge, number: int, paths: Callable[[str], bool] | None = None) -> None:

@@ -22,6 +22,7 @@ from faults.faulting import (
     log_state,
     read_fails,
     recovery_fails,
+    rollback_syncs_fail,
     run_on_full_disk,
     settle_on_full_disk,
     settles_everywhere,
@@ -102,6 +103,15 @@ def test_hazard_08_data_that_a_failed_sync_lost_is_written_again() -> None:
     judge = judge_of("commit")
     for number in (14, 22):
         judge.crash_again(crash(sync_fails(judge, number), number), seed=number, count=3)
+
+
+def test_hazard_08_what_a_failed_sync_of_a_rollback_lost_is_written_again() -> None:
+    judge = judge_of("commit")
+    tried = 0
+    for fs in rollback_syncs_fail(judge):
+        judge.lasts(judge.settles(fs, "rollback"), "before")
+        tried += 1
+    assert tried > 20
 
 
 def test_hazard_08_a_length_that_a_failed_sync_lost_is_made_sure() -> None:

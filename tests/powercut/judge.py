@@ -292,6 +292,10 @@ class Judge:
             self._settled(fs, "after" if "finished" in done or "completed" in done else "before", action)
         return fs
 
+    def lasts(self, fs: SimulatedFileSystem, side: str) -> None:
+        """What was settled is there after a power cut too."""
+        self._settled(power_cut(fs, "none"), side, "a power cut")
+
     def _unfinished(self, fs: SimulatedFileSystem) -> bool:
         """Before its journal begins, an operation that makes an image leaves what nobody takes for one: QEMU's tools
         refuse it (its feature bit or version says so), unless it is raw, which has no such thing."""

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 from unittest.mock import patch
 
+from faults.faulting import rollback_syncs_fail
 from powercut.catalogue import SCENARIOS
 from powercut.judge import Judge, Scenario, Violation
 from safeimg.drivers.errors import DriverError
@@ -53,6 +54,7 @@ class Mutation:
     name: str
     scenario: str
     apply: Callable[[ExitStack], None]
+    failing_syncs: bool = False  # shown where a sync of a rollback fails once
 
 
 def _replace(target: object, name: str, function: Any) -> Callable[[ExitStack], None]:
@@ -273,7 +275,7 @@ MUTATIONS = [
     Mutation("freed clusters are free at once", "commit, compressed", _replace(
         Qcow2Planner, "unlink_clusters", _freed_at_once)),
     Mutation("taking back skips bytes that look right", "commit", _replace(
-        takeback, "_restore_patches", _restore_only_what_differs)),
+        takeback, "_restore_patches", _restore_only_what_differs), failing_syncs=True),
     Mutation("no syncs while taking back", "commit", _replace(takeback, "_sync", _no_sync)),
     Mutation("completed before the last sync", "commit into raw", _replace(
         Engine, "barrier", _completed_before_the_last_sync)),
@@ -320,6 +322,11 @@ def caught(mutation: Mutation, *, seeds: Sequence[int] = (1, 2, 3, 4, 5, 6)) -> 
     with broken(mutation):
         try:
             judge = Judge(scenario)
+            if mutation.failing_syncs:
+                for fs in rollback_syncs_fail(judge):
+                    judge.lasts(judge.settles(fs, "rollback"), "before")
+                    judged += 1
+                return judged, None
             for seed in seeds:
                 for state in judge.states(seed=seed, prefixes=PREFIXES, subsets_per_prefix=3, singles_per_prefix=3):
                     judge.judge(state)
