@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from threading import Event
+
 from safeimg.cli.common import image_name, warn_image
 from safeimg.cli.errors import usage
 from safeimg.cli.options import Command, Option
@@ -69,11 +71,13 @@ def run(command: Command, arguments: Arguments) -> int:
     cache = cache_mode(arguments.last("cache", "writeback"), "Invalid cache option")
     from safeimg.drivers.errors import StorageError
     from safeimg.drivers.transfer.core import Settings
-    from safeimg.ops.commit_job import EmptyingFailed, commit
+    from safeimg.ops.commit_job import commit
     from safeimg.ops.launch import Environment
     from safeimg.recovery.gate import begin_or_resume
 
     settings = Settings(rate=arguments.last("rate") or None, writeback=cache != "unsafe")
+
+    failed_emptying = Event()
 
     async def work(environment: Environment) -> None:
         async def begin() -> None:
@@ -87,12 +91,13 @@ def run(command: Command, arguments: Arguments) -> int:
                 undo=not arguments.flag("no-undo"),
                 warn=warn_image,
                 begun=shown.begin,
+                emptying_failed=failed_emptying.set,
             )
 
         await begin_or_resume(name, environment, "commit", begin)
 
     def io_error(error: StorageError) -> str:
-        if isinstance(error, EmptyingFailed):
+        if failed_emptying.is_set():
             return f"Failed to empty {text_of(name)}: {error.strerror}"
         return f"Block job failed: {error.strerror}"
 

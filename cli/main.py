@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from importlib import import_module
+from typing import TextIO
 
 from safeimg.cli.commands import PROGRAM, find, module
 from safeimg.cli.errors import Answer, CommandError, usage
@@ -27,10 +28,10 @@ def main() -> None:
     try:
         sys.stdout.flush()
     except BrokenPipeError:
-        _silence_stdout()
+        _silence(sys.stdout)
         code = code or 1
     except OSError as error:
-        _silence_stdout()
+        _silence(sys.stdout)
         code = code or _fail(_explain(error))
     sys.exit(code)
 
@@ -57,7 +58,7 @@ def guarded(words: list[str]) -> int:
         if isinstance(error, SystemExit) or os.environ.get("SAFEIMG_DEBUG"):
             raise
         if isinstance(error, BrokenPipeError):
-            _silence_stdout()
+            _silence(sys.stdout)
             return 1
         return _fail(_explain(error))
 
@@ -122,8 +123,8 @@ def _fail(error: CommandError) -> int:
             print(lines, end=error.end, file=sys.stderr)
         if error.hint:
             print(f"Try '{name} --help' for more information", file=sys.stderr)
-    except BrokenPipeError:
-        _silence_stdout()
+    except OSError:  # the exit code tells
+        _silence(sys.stderr)
     return error.code
 
 
@@ -155,9 +156,9 @@ def _explain(error: BaseException) -> CommandError:
     return CommandError(f"internal error: {type(error).__name__}: {error} (SAFEIMG_DEBUG=1 shows where)")
 
 
-def _silence_stdout() -> None:
-    """The reader is gone: keeps the interpreter from complaining about it when it exits."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def _silence(stream: TextIO) -> None:
+    """Nobody can read it any more: keeps the interpreter from complaining about it when it exits."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 if __name__ == "__main__":

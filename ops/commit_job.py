@@ -25,13 +25,6 @@ from safeimg.ops.repair import open_sound
 from safeimg.ops.session import DATA_FILE, refuse_pending_on, touched
 
 
-class EmptyingFailed(StorageError):
-    """The base has everything; the committed image could not be emptied."""
-
-    def __init__(self, error: StorageError) -> None:
-        super().__init__(error.path, error.action, OSError(error.errno, error.strerror))
-
-
 async def commit(
     environment: Environment,
     filename: str | Blockdev,
@@ -44,11 +37,13 @@ async def commit(
     step_bytes: int = STEP_BYTES,
     warn: Callable[[str], None] | None = None,
     begun: Callable[[], None] = lambda: None,
+    emptying_failed: Callable[[], None] = lambda: None,
 ) -> None:
     """Commits `filename` into its backing image, or into `base` further down (which implies `drop`).
 
-    `drop`: the committed image keeps its content. `begun` is called once the images are open. Raises what opening
-    raises, `SomethingPending`, `OperationPaused`, `EmptyingFailed`."""
+    `drop`: the committed image keeps its content. `begun` is called once the images are open, `emptying_failed` when
+    a call failed as the base had everything and the committed image was being emptied. Raises what opening raises,
+    `SomethingPending`, `OperationPaused`, `StorageError`."""
     job = await open_sound(
         environment,
         lambda: open_job(
@@ -59,9 +54,9 @@ async def commit(
     )  # fmt: skip
     try:
         await launch(job, environment)
-    except StorageError as error:
+    except StorageError:
         if isinstance(job.operation, Commit) and job.operation.emptying:
-            raise EmptyingFailed(error) from error
+            emptying_failed()
         raise
     finally:
         job.close()

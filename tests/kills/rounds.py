@@ -187,7 +187,9 @@ class Rounds:
         first = "resume" if action == "rollback" and self.rng.random() < 0.2 else action
         kills = 0
         for _ in range(self.rng.choice((0, 0, 1, 2))):
-            if self.decided() or self.processes.killed(self.settling(first, small), self.recovery) is None:
+            if not self.log.exists() or self.decided():
+                break
+            if self.processes.killed(self.settling(first, small), self.recovery) is None:
                 break
             kills += 1
         expected = self.decided()
