@@ -171,5 +171,5 @@ def test_refusals(tmp_path: Path) -> None:
         planner.shrink(1 << 19)
     run("qemu-img", "snapshot", "-d", "one", path)
     planner = Engine(path, random.Random(0)).planner
-    with pytest.raises(UsageError, match="^Failed to grow the L1 table: File too large$"):
+    with pytest.raises(UsageError, match=r"^Failed to grow the L1 table: File too large$"):
         planner.prepare_resize(1 << 60)
