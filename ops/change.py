@@ -88,8 +88,7 @@ class Change:
 
     async def _step(self, cursor: Any, changes: Changes) -> Step:
         self._unlinked += changes.unlinked
-        pieces = [piece for piece in changes.fresh if len(piece[1])]  # a disk without a size has empty tables
-        fresh = [await trio.to_thread.run_sync(write_fresh, self._image.file, *piece) for piece in pieces]
+        fresh = await trio.to_thread.run_sync(write_fresh, self._image.file, changes.fresh)
         return Step(self._command, cursor, 0, fresh=fresh, changes=[(0, changes)])
 
     def _reopened(self) -> Image:

@@ -114,10 +114,8 @@ def _check_growth(layers: Sequence[Image], depth: int) -> None:
         planner.prepare_resize(top.size)
     except UnsupportedError as error:
         raise UsageError("Block job failed: Operation not supported") from error
-    if base.cluster_size > 1:
-        return
     above = View(layers[:depth])
-    for start, length in planner.exposed(top.size, 0):
+    for start, length in planner.noise(top.size):
         if any(layer == depth for layer, _ in above.extents(start, length)):
             raise UsageError(
                 f"Block job failed: {base.file.path} is smaller than its overlay and would read as noise where it grows"

@@ -182,8 +182,7 @@ class Convert:
         for changes in storing(target, self._planner, wanted):
             if held is not None:
                 yield held
-            pieces = [piece for piece in changes.fresh if len(piece[1])]
-            fresh = [await trio.to_thread.run_sync(write_fresh, target.file, *piece) for piece in pieces]
+            fresh = await trio.to_thread.run_sync(write_fresh, target.file, changes.fresh)
             held = Step("bitmaps", None if fresh else {"at": at}, at, fresh, changes=[(0, changes)])
         if held is not None:
             yield replace(held, cursor={"at": at, "copied": True})

@@ -125,8 +125,7 @@ async def grow(
     aligned = min(-(-old // filler.cluster) * filler.cluster, size)
     limit = size if fill is None else aligned
     backing = layers[1].size if len(layers) > 1 else 0
-    exposed = planner.exposed(size, backing) if layers[0].cluster_size > 1 else ()
-    ranges = [(start, min(length, limit - start), True) for start, length in exposed]
+    ranges = [(start, min(length, limit - start), True) for start, length in planner.exposed(size, backing)]
     if fill is not None:
         ranges.append((aligned, size - aligned, False))
     inside = View(layers, size=old)

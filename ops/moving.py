@@ -70,7 +70,12 @@ def _merge(records: Iterable[BeforeRecord]) -> Iterator[BeforeRecord]:
         yield held
 
 
-def write_fresh(file: File, offset: int, content: bytes) -> Written:
-    """Puts a new structure into space of the home image that nobody references yet (`Changes.fresh`)."""
-    file.pwrite(offset, content)
-    return Written(0, offset, len(content), digests(content))
+def write_fresh(file: File, pieces: Iterable[tuple[int, bytes]]) -> list[Written]:
+    """Puts new structures (offset, content) into space of the home image that nobody references yet
+    (`Changes.fresh`). A disk without a size has empty tables, which take none."""
+    written = []
+    for offset, content in pieces:
+        if len(content):
+            file.pwrite(offset, content)
+            written.append(Written(0, offset, len(content), digests(content)))
+    return written

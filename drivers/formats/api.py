@@ -214,8 +214,12 @@ class Planner(Protocol):
 
     def exposed(self, size: int, backing_size: int) -> Sequence[tuple[int, int]]:
         """Guest ranges (start, length) behind the present end that would not read as zeroes after growing to
-        `size` over a backing image of `backing_size` bytes: to be zeroed before `resize`. Where the image is one
-        stretch of its file (`Image.cluster_size` is 1) they are not there before: QEMU leaves them as they are."""
+        `size` over a backing image of `backing_size` bytes: to be zeroed before `resize`."""
+        ...
+
+    def noise(self, size: int) -> Sequence[tuple[int, int]]:
+        """Guest ranges (start, length) that growing to `size` makes read as anything, since nothing can be written
+        there before: QEMU leaves them as they are."""
         ...
 
     def resize(self, size: int) -> Sequence[Changes]:

@@ -30,6 +30,17 @@ def new_file(
         file.close()
 
 
+def fill_anew(file: File, size: int, preallocation: str) -> None:
+    """Gives a file `size` bytes and nothing but zeroes, whatever it held: with preallocation `falloc` their space is
+    reserved, with `full` they are written."""
+    empty(file)
+    file.truncate(size)
+    if preallocation == "falloc":
+        file.preallocate(0, size, keep_size=False)
+    elif preallocation == "full":
+        file.write_zeroes(0, size, unmap=False)
+
+
 def empty(file: File) -> None:
     """Drops what a file holds."""
     if file.length():

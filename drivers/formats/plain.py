@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from safeimg.drivers.errors import UnsupportedError
+from safeimg.drivers.errors import UnsupportedError, UsageError
 from safeimg.drivers.formats.api import (
     Changes,
     CheckResult,
@@ -88,6 +88,9 @@ class PlainPlanner:
     def exposed(self, size: int, backing_size: int) -> Sequence[tuple[int, int]]:
         return ()
 
+    def noise(self, size: int) -> Sequence[tuple[int, int]]:
+        return ()
+
     def forget(self, start: int, most: int) -> int | None:
         return None
 
@@ -109,6 +112,49 @@ class PlainPlanner:
     def _check_range(self, start: int, length: int) -> None:
         if start < 0 or length < 0 or start + length > self._size:
             raise ValueError(f"{self._path}: guest range {start:#x}+{length:#x} is not in {self._size:#x}")
+
+
+class FlatPlanner(PlainPlanner):
+    """The part of `api.Planner` of formats whose guest disk is one stretch of the file, from `offset` on: nothing is
+    allocated, so every write is in place, and the disk is resized with the file."""
+
+    def __init__(self, image: Image, offset: int) -> None:
+        super().__init__(image)
+        self._offset = offset
+        self._capacity = image.size
+        self._found = image.file.stat()
+
+    @property
+    def pending(self) -> int:
+        return 0
+
+    def place(self, start: int, length: int) -> Sequence[Placement]:
+        self._check_range(start, length)
+        return [Placement(start, length, self._offset + start, False)] if length else []
+
+    def zero(self, start: int, length: int) -> Sequence[Placement]:
+        return self.place(start, length)
+
+    def prepare_resize(self, size: int) -> Sequence[Changes]:
+        if self._found.is_device and size > self._capacity:
+            raise UsageError(f"{self._path}: cannot grow device files")
+        return ()
+
+    def resize(self, size: int) -> Sequence[Changes]:
+        """Nothing but the length of the file."""
+        self.prepare_resize(size)
+        self._size = size
+        return (Changes(length=self._offset + size),)
+
+    def shrink(self, size: int) -> Sequence[Changes]:
+        """Nothing but the length of the file, which is cut at the very end."""
+        if self._found.is_device:
+            raise UsageError(f"{self._path}: cannot resize device files")
+        self._size = size
+        return ()
+
+    def take(self) -> Changes:
+        return Changes()
 
 
 class PlainDriver:

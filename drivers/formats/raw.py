@@ -19,13 +19,12 @@ from safeimg.drivers.formats.api import (
     Image,
     Kind,
     Opening,
-    Placement,
     RuntimeOption,
 )
 from safeimg.drivers.formats.features import Measured, Measuring
-from safeimg.drivers.formats.new_file import empty, new_file
+from safeimg.drivers.formats.new_file import fill_anew, new_file
 from safeimg.drivers.formats.options import refuse_metadata, storage_preallocation
-from safeimg.drivers.formats.plain import PlainDriver, PlainImage, PlainPlanner
+from safeimg.drivers.formats.plain import FlatPlanner, PlainDriver, PlainImage
 from safeimg.drivers.formats.protocols import check_window
 from safeimg.drivers.secrets import NO_SECRETS, Secrets
 from safeimg.drivers.storage.api import File, FileSystem
@@ -76,17 +75,13 @@ class RawImage(PlainImage):
             yield Extent(position, end - position, Kind.ZERO, self.offset + position)
 
 
-class RawPlanner(PlainPlanner):
-    """Implements `api.Planner`: no metadata, so most of it has nothing to do."""
+class RawPlanner(FlatPlanner):
+    """Implements `api.Planner`. What the file grows by reads as zeroes."""
 
     def __init__(self, image: RawImage) -> None:
-        super().__init__(image)
-        self._offset = image.offset
+        super().__init__(image, image.offset)
         self._fixed = image.fixed is not None
-        found = image.file.stat()
-        self._device = found.is_device
-        self._remote = found.is_device and not found.is_here
-        self._capacity = image.size
+        self._remote = self._found.is_device and not self._found.is_here
 
     @property
     def cluster_size(self) -> int:
@@ -96,45 +91,19 @@ class RawPlanner(PlainPlanner):
     def granularity(self) -> int:
         return 1
 
-    @property
-    def pending(self) -> int:
-        return 0
-
-    def place(self, start: int, length: int) -> Sequence[Placement]:
-        self._check_range(start, length)
-        return [Placement(start, length, self._offset + start, False)] if length else []
-
-    def zero(self, start: int, length: int) -> Sequence[Placement]:
-        return self.place(start, length)
-
     def prepare_resize(self, size: int) -> Sequence[Changes]:
         if self._fixed and size != self._size:
             raise UsageError("Cannot resize fixed-size raw disks")
         if self._remote and size != self._capacity:
             raise UsageError("Cannot resize NBD nodes")
-        if self._device and size > self._capacity:
-            raise UsageError(f"{self._path}: cannot grow device files")
-        return ()
-
-    def resize(self, size: int) -> Sequence[Changes]:
-        """What the file grows by reads as zeroes."""
-        self.prepare_resize(size)
-        self._size = size
-        return (Changes(length=self._offset + size),)
+        return super().prepare_resize(size)
 
     def shrink(self, size: int) -> Sequence[Changes]:
-        """Nothing but the length of the file, which is cut at the very end."""
         if self._remote:
             raise UsageError("Cannot resize NBD nodes")
         if self._fixed:
             raise UsageError("Cannot resize fixed-size raw disks")
-        if self._device:
-            raise UsageError(f"{self._path}: cannot resize device files")
-        self._size = size
-        return ()
-
-    def take(self) -> Changes:
-        return Changes()
+        return super().shrink(size)
 
 
 class RawMeasuring:
@@ -203,13 +172,8 @@ class RawDriver(PlainDriver):
                 raise StorageError(path, "truncate", OSError(EINVAL, os.strerror(EINVAL)))
             refuse_metadata(path, preallocation)
             ready()
-            empty(file)
-            file.truncate(length)
-            if preallocation == "falloc":
-                file.preallocate(0, length, keep_size=False)
-            elif preallocation == "full":
-                file.write_zeroes(0, length, unmap=False)
-            else:
+            fill_anew(file, length, preallocation)
+            if preallocation == "off":
                 file.pwrite(0, bytes(min(length, BLOCK)))
 
 

@@ -24,7 +24,7 @@ from dataclasses import dataclass, replace
 from safeimg.drivers.errors import FormatError, UsageError
 from safeimg.drivers.formats.api import Patch
 from safeimg.drivers.formats.chain import local_path
-from safeimg.drivers.formats.new_file import empty, new_file
+from safeimg.drivers.formats.new_file import empty, fill_anew, new_file
 from safeimg.drivers.formats.options import (
     bool_option,
     check_names,
@@ -32,7 +32,7 @@ from safeimg.drivers.formats.options import (
     number_option,
     size_option,
 )
-from safeimg.drivers.formats.qcow2.data_file import data_file_extension, fill_data_file
+from safeimg.drivers.formats.qcow2.data_file import data_file_extension
 from safeimg.drivers.formats.qcow2.driver import CREATE_OPTIONS
 from safeimg.drivers.formats.qcow2.encryption import asked_encryption, new_encryption, refuse_two_methods
 from safeimg.drivers.formats.qcow2.entries import COPIED, encode_table
@@ -145,7 +145,7 @@ def create(fs: FileSystem, path: str, size: int, options: Mapping[str, str], *, 
         first_cluster = _first_cluster(path, header, unfinished)
         ready()
         if data is not None:
-            fill_data_file(data, header.size, preallocation)
+            fill_anew(data, header.size, preallocation)
         empty(file)
         _write_refcounts(file, header, layout)
         _write_tables(file, header, layout)

@@ -6,10 +6,8 @@ import os
 from collections.abc import Mapping
 
 from safeimg.drivers.errors import UsageError
-from safeimg.drivers.formats.new_file import empty
 from safeimg.drivers.formats.options import bool_option
 from safeimg.drivers.formats.qcow2.header import EXT_DATA_FILE, Extension
-from safeimg.drivers.storage.api import File
 
 
 def data_file_extension(path: str, options: Mapping[str, str], version: int) -> tuple[Extension, ...]:
@@ -25,13 +23,3 @@ def data_file_extension(path: str, options: Mapping[str, str], version: int) -> 
             "or greater)"
         )
     return (Extension(EXT_DATA_FILE, os.fsencode(name)),)
-
-
-def fill_data_file(file: File, size: int, preallocation: str) -> None:
-    """Gives a new data file, or one that was there, its `size` in bytes, and nothing but zeroes."""
-    empty(file)
-    file.truncate(size)
-    if preallocation == "falloc":
-        file.preallocate(0, size, keep_size=False)
-    elif preallocation == "full":
-        file.write_zeroes(0, size, unmap=False)

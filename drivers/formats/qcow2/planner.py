@@ -143,6 +143,9 @@ class Qcow2Planner:
     def exposed(self, size: int, backing_size: int) -> Sequence[tuple[int, int]]:
         return grow.exposed(self, size, backing_size)
 
+    def noise(self, size: int) -> Sequence[tuple[int, int]]:
+        return ()
+
     def resize(self, size: int) -> Sequence[Changes]:
         return grow.resize(self, size)
 
