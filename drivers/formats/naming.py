@@ -10,6 +10,8 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from importlib import import_module
+from types import ModuleType
 from typing import Any
 
 from safeimg.drivers.errors import UsageError
@@ -28,6 +30,7 @@ PROTOCOLS = frozenset((
     "quorum", "rbd", "replication", "ssh", "throttle", "vvfat",
 ))  # fmt: skip
 NBD = ("nbd", "nbd+tcp", "nbd+unix")
+REMOTE = ("nbd", "ssh")  # drivers that have a module for their names
 # The order of members in file names that QEMU writes (that of its hash table)
 _ORDER = (
     "offset", "encrypt.key-secret", "read-zeroes", "server.mptcp", "server.to", "server.abstract", "server.path",
@@ -139,19 +142,19 @@ def from_filename(name: str) -> Blockdev:
         return Blockdev(name, {"file.driver": prefix, "file.filename": name[len(prefix) + 1 :]})
     if prefix is not None and prefix not in PROTOCOLS:
         raise UsageError(f"Unknown protocol '{prefix}'")
-    if prefix in NBD:
-        from safeimg.drivers.formats.nbd_names import parse_name
-
-        options = {f"file.{key}": value for key, value in parse_name(name).items()}
-        return Blockdev(name, {"file.driver": "nbd", **options})
-    if prefix == "ssh":
-        from safeimg.drivers.formats import ssh_names
-
-        options = {f"file.{key}": value for key, value in ssh_names.parse_name(name).items()}
-        return Blockdev(name, {"file.driver": "ssh", **options})
+    remote = "nbd" if prefix in NBD else prefix
+    if remote in REMOTE:
+        options = {f"file.{key}": value for key, value in _names_of(remote).parse_name(name).items()}
+        return Blockdev(name, {"file.driver": remote, **options})
     if prefix is not None:
         return Blockdev(name, {"file.driver": prefix, "file.filename": name})
     return Blockdev(name, {"file.filename": name})
+
+
+def _names_of(driver: str) -> ModuleType:
+    """How a driver of `REMOTE` is named, imported when asked for: `parse_name(name)` gives its options, `plain_name` of
+    options the name, where one says it all."""
+    return import_module(f"safeimg.drivers.formats.{driver}_names")
 
 
 def from_argument(name: str, format: str | None) -> Blockdev:
@@ -160,14 +163,8 @@ def from_argument(name: str, format: str | None) -> Blockdev:
         return from_filename(name)
     if format in FILE_DRIVERS:
         return Blockdev(name, {"driver": format, "filename": name.removeprefix(f"{format}:")})
-    if format == "nbd":
-        from safeimg.drivers.formats.nbd_names import parse_name
-
-        return Blockdev(name, {"driver": format, **parse_name(name)})
-    if format == "ssh":
-        from safeimg.drivers.formats import ssh_names
-
-        return Blockdev(name, {"driver": format, **ssh_names.parse_name(name)})
+    if format in REMOTE:
+        return Blockdev(name, {"driver": format, **_names_of(format).parse_name(name)})
     return Blockdev(name, {"driver": format, "filename": name})
 
 
@@ -224,14 +221,9 @@ def _plain_name(found: Mapping[str, Any]) -> str | None:
             return plain(path)
         case {"driver": "null-co" | "null-aio" as driver} if len(found) == 1:
             return f"{driver}://"
-        case {"driver": "nbd"}:
-            from safeimg.drivers.formats.nbd_names import plain_name
-
-            return plain_name(found)
-        case {"driver": "ssh"}:
-            from safeimg.drivers.formats import ssh_names
-
-            return ssh_names.plain_name(found)
+        case {"driver": str(driver)} if driver in REMOTE:
+            name: str | None = _names_of(driver).plain_name(found)
+            return name
         case {"driver": "blkdebug", "image": dict(image)} if found.keys() <= {"driver", "config", "image"}:
             name = _plain_name(image)
             return None if name is None else f"blkdebug:{found.get('config', '')}:{name}"
@@ -349,20 +341,18 @@ class Options:
         return number
 
     def number(self, name: str) -> int | None:
-        value = self.take(name)
-        if value is None or type(value) is int:
-            return value
-        if not isinstance(value, str) or not re.fullmatch(r"[0-9]{1,19}", value):
-            raise UsageError(f"Parameter '{name}' expects a number")
-        return int(value)
+        return self._number(name, r"[0-9]{1,19}", "a number")
 
     def integer(self, name: str) -> int | None:
         """Like `number`, of those that may be negative."""
+        return self._number(name, r"-?[0-9]{1,19}", "integer")
+
+    def _number(self, name: str, pattern: str, what: str) -> int | None:
         value = self.take(name)
         if value is None or type(value) is int:
             return value
-        if not isinstance(value, str) or not re.fullmatch(r"-?[0-9]{1,19}", value):
-            raise UsageError(f"Parameter '{name}' expects integer")
+        if not isinstance(value, str) or not re.fullmatch(pattern, value):
+            raise UsageError(f"Parameter '{name}' expects {what}")
         return int(value)
 
     def choice(self, name: str, allowed: Sequence[str], message: str = "invalid parameter value: {}") -> str | None:

@@ -14,8 +14,8 @@ from safeimg.drivers.storage.api import Buffer, FileStat, Span
 UNKNOWN = -1  # `FileStat.allocated` where there is no telling
 
 
-class VirtualFile:
-    """Implements `api.File`, but for `length` and `pread_into`."""
+class ReadOnly:
+    """The part of `api.File` that files answer which nobody can write to."""
 
     def __init__(self, path: str) -> None:
         self._path = path
@@ -27,6 +27,31 @@ class VirtualFile:
     @property
     def writable(self) -> bool:
         return False
+
+    def _refuse(self) -> NoReturn:
+        raise StorageError(self._path, "write", OSError(errno.EBADF, "open for reading only"))
+
+    def pwrite(self, offset: int, data: Buffer) -> None:
+        self._refuse()
+
+    def write_zeroes(self, offset: int, length: int, *, unmap: bool) -> None:
+        self._refuse()
+
+    def discard(self, offset: int, length: int) -> None:
+        """A hint that is not taken."""
+
+    def preallocate(self, offset: int, length: int, *, keep_size: bool) -> None:
+        self._refuse()
+
+    def truncate(self, length: int) -> None:
+        self._refuse()
+
+    def start_writeback(self, offset: int, length: int) -> None:
+        """Nothing was written."""
+
+
+class VirtualFile(ReadOnly):
+    """Implements `api.File`, but for `length` and `pread_into`."""
 
     @property
     def alignment(self) -> int:
@@ -53,31 +78,10 @@ class VirtualFile:
         if length > 0:
             yield Span(offset, length, True)
 
-    def _refuse(self) -> NoReturn:
-        raise StorageError(self._path, "write", OSError(errno.EBADF, "open for reading only"))
-
-    def pwrite(self, offset: int, data: Buffer) -> None:
-        self._refuse()
-
-    def write_zeroes(self, offset: int, length: int, *, unmap: bool) -> None:
-        self._refuse()
-
-    def discard(self, offset: int, length: int) -> None:
-        """A hint that is not taken."""
-
-    def preallocate(self, offset: int, length: int, *, keep_size: bool) -> None:
-        self._refuse()
-
-    def truncate(self, length: int) -> None:
-        self._refuse()
-
     def sync(self) -> None:
         """Nothing was written."""
 
     def sync_all(self) -> None:
-        """Nothing was written."""
-
-    def start_writeback(self, offset: int, length: int) -> None:
         """Nothing was written."""
 
     def stat(self) -> FileStat:

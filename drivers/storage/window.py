@@ -6,22 +6,19 @@ import errno
 from collections.abc import Iterator
 
 from safeimg.drivers.errors import StorageError
-from safeimg.drivers.storage.api import File, FileStat, Span
-from safeimg.drivers.storage.virtual import VirtualFile
+from safeimg.drivers.storage.api import File, Span
+from safeimg.drivers.storage.layer import FileLayer
+from safeimg.drivers.storage.virtual import ReadOnly
 
 
-class Window(VirtualFile):
-    """Implements `api.File`. Without a size it reaches to the end of the file."""
+class Window(ReadOnly, FileLayer):
+    """Implements `api.File`. Without a size it reaches to the end of the file. What identifies it is the whole file."""
 
     def __init__(self, file: File, offset: int, size: int | None) -> None:
-        super().__init__(file.path)
-        self._file = file
+        ReadOnly.__init__(self, file.path)
+        FileLayer.__init__(self, file)
         self._offset = offset
         self._size = size
-
-    @property
-    def alignment(self) -> int:
-        return self._file.alignment
 
     def length(self) -> int:
         return max(self._file.length() - self._offset, 0) if self._size is None else self._size
@@ -43,25 +40,3 @@ class Window(VirtualFile):
     def spans(self, offset: int, length: int) -> Iterator[Span]:
         for span in self._file.spans(self._offset + offset, self._inside(offset, length)):
             yield span._replace(start=span.start - self._offset)
-
-    def sync(self) -> None:
-        self._file.sync()
-
-    def sync_all(self) -> None:
-        self._file.sync_all()
-
-    def stat(self) -> FileStat:
-        """Of the whole file: what identifies it."""
-        return self._file.stat()
-
-    def get_attribute(self, name: str) -> bytes | None:
-        return self._file.get_attribute(name)
-
-    def set_attribute(self, name: str, value: bytes) -> bool:
-        return self._file.set_attribute(name, value)
-
-    def remove_attribute(self, name: str) -> None:
-        self._file.remove_attribute(name)
-
-    def close(self) -> None:
-        self._file.close()
