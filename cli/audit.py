@@ -94,8 +94,8 @@ def _export(image: str, form: str) -> int:
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(COLUMNS)
         for row in rows:
-            values = {name: getattr(row, name) for name in COLUMNS}
-            writer.writerow([value.hex() if isinstance(value, bytes) else value for value in values.values()])
+            values = [getattr(row, name) for name in COLUMNS]
+            writer.writerow([value.hex() if isinstance(value, bytes) else value for value in values])
         lines = text.getvalue().splitlines()
     else:
         raise CommandError("--format must be used with jsonl or csv as argument.", code=2)
@@ -128,12 +128,8 @@ def _verify(image: str, output: str, anchor: str | None) -> int:
         what = f"{len(rows)} events of {operations} operations verify" if rows else "nothing on record"
         print_text(f"{image}: {what}" + (f"; head {head}" if head is not None else ""))
     if findings:
-        raise CommandError(*_complaints(image, findings), code=CONFLICT)
+        raise CommandError(*(f"{image}: {finding.message}" for finding in findings), code=CONFLICT)
     return 0
-
-
-def _complaints(image: str, findings: Sequence[Finding]) -> list[str]:
-    return [f"{image}: {finding.message}" for finding in findings]
 
 
 def _finding(finding: Finding) -> dict[str, Any]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from threading import Event
-
 from safeimg.cli.common import image_name, warn_image
 from safeimg.cli.errors import usage
 from safeimg.cli.options import Command, Option
@@ -77,7 +75,11 @@ def run(command: Command, arguments: Arguments) -> int:
 
     settings = Settings(rate=arguments.last("rate") or None, writeback=cache != "unsafe")
 
-    failed_emptying = Event()
+    failed_to_empty = False
+
+    def emptying_failed() -> None:
+        nonlocal failed_to_empty
+        failed_to_empty = True
 
     async def work(environment: Environment) -> None:
         async def begin() -> None:
@@ -91,13 +93,13 @@ def run(command: Command, arguments: Arguments) -> int:
                 undo=not arguments.flag("no-undo"),
                 warn=warn_image,
                 begun=shown.begin,
-                emptying_failed=failed_emptying.set,
+                emptying_failed=emptying_failed,
             )
 
         await begin_or_resume(name, environment, "commit", begin)
 
     def io_error(error: StorageError) -> str:
-        if failed_emptying.is_set():
+        if failed_to_empty:
             return f"Failed to empty {text_of(name)}: {error.strerror}"
         return f"Block job failed: {error.strerror}"
 

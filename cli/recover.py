@@ -66,7 +66,8 @@ def run(command: Command, arguments: Arguments) -> int:
         from safeimg.recovery.recover import recover
 
         fenced, chosen = arguments.flag("fenced"), arguments.last("policy")
-        async for each in recover(found, environment, policy=chosen, fenced=fenced):
+        for status in found:
+            each = await recover(status, environment, policy=chosen, fenced=fenced)
             settled.append(each)
             if output == "human" and not (arguments.flag("quiet") and each.outcome in ("done", "running")):
                 print_text(f"{each.status.image}: {each.message}")

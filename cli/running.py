@@ -15,7 +15,7 @@ from safeimg.cli.common import filesystem
 from safeimg.cli.errors import CommandError
 from safeimg.cli.parser import Arguments
 from safeimg.cli.progress import Display
-from safeimg.cli.values import warn
+from safeimg.cli.values import POLICIES, warn
 from safeimg.drivers.formats.naming import Blockdev, local_name
 from safeimg.drivers.secrets import NO_SECRETS
 
@@ -255,17 +255,19 @@ def recorded(words: Sequence[str]) -> tuple[str, ...]:
 
 def _on_crash(arguments: Arguments) -> str:
     """`resume`, `rollback` or `report`."""
-    chosen = os.environ.get("SAFEIMG_ON_CRASH", "report")
-    if chosen not in ("resume", "rollback", "report"):
-        raise CommandError(f"SAFEIMG_ON_CRASH is '{chosen}'; it may be resume, rollback or report")
-    return str(arguments.last("on-crash", chosen))
+    return str(arguments.last("on-crash", _from_environment("SAFEIMG_ON_CRASH", POLICIES, "report")))
 
 
 def _journal(arguments: Arguments) -> str:
     """`auto`, `require`, `off`, or the path of the log."""
     if arguments.flag("no-journal"):
         return "off"
-    chosen = os.environ.get("SAFEIMG_JOURNAL", "auto")
-    if chosen not in ("auto", "require", "off"):
-        raise CommandError(f"SAFEIMG_JOURNAL is '{chosen}'; it may be auto, require or off")
-    return str(arguments.last("journal", chosen))
+    return str(arguments.last("journal", _from_environment("SAFEIMG_JOURNAL", ("auto", "require", "off"), "auto")))
+
+
+def _from_environment(name: str, allowed: Sequence[str], otherwise: str) -> str:
+    """A variable's value, for callers whose command line cannot be changed."""
+    chosen = os.environ.get(name, otherwise)
+    if chosen not in allowed:
+        raise CommandError(f"{name} is '{chosen}'; it may be {', '.join(allowed[:-1])} or {allowed[-1]}")
+    return chosen

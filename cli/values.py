@@ -93,9 +93,12 @@ def progress_form(text: str) -> str:
     return text
 
 
+POLICIES = ("resume", "rollback", "report")
+
+
 def policy(text: str) -> str:
     """What is to become of an interrupted operation."""
-    if text not in ("resume", "rollback", "report"):
+    if text not in POLICIES:
         raise CommandError(f"'{text}' is no way to settle an operation: it may be resume, rollback or report")
     return text
 

@@ -11,7 +11,6 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -37,55 +36,43 @@ class Recovered:
 
 
 async def recover(
-    found: Sequence[Status], environment: Environment, *, policy: str | None = None, fenced: bool = False
-) -> AsyncIterator[Recovered]:
-    """Settles the operations, one after the other. `policy`: instead of what each was started with.
-
-    A failure of one does not keep the others from being settled; `OperationPaused` does."""
-    for status in found:
-        yield await _recover(status, environment, policy or status.on_crash, fenced)
-
-
-def action_for(status: Status, policy: str, *, fenced: bool = False) -> Literal["resume", "rollback", "none"]:
-    """What is to be done about an operation."""
-    condition = status.condition
-    if condition in ("unbegun", "finishing"):
-        return "resume"
-    if condition in ("running", "unreadable") or (condition == "unknown" and not fenced):
-        return "none"
-    if status.rolling_back:
-        return "rollback"
-    if policy == "rollback":
-        return "none" if status.past_return else "rollback"
-    return "resume" if policy == "resume" else "none"
-
-
-async def _recover(status: Status, environment: Environment, policy: str, fenced: bool) -> Recovered:
-    action = action_for(status, policy, fenced=fenced)
-    if action == "none":
-        return _left(status, policy)
-    verb = settle.resume if action == "resume" else settle.rollback
+    status: Status, environment: Environment, *, policy: str | None = None, fenced: bool = False
+) -> Recovered:
+    """Settles an operation. `policy`: instead of what it was started with. Raises `OperationPaused` alone."""
+    plan = _plan(status, policy or status.on_crash, fenced)
+    if isinstance(plan, Recovered):
+        return plan
+    verb = settle.resume if plan == "resume" else settle.rollback
     try:
         done = await verb(status.image, environment, fenced=fenced, operation=status.operation)
     except NothingPending as nothing:
-        return Recovered(status, action, "done", str(nothing))
+        return Recovered(status, plan, "done", str(nothing))
     except OperationPaused:
         raise
     except (OperationError, JournalError, DriverError) as error:
-        return Recovered(status, action, "failed", str(error), getattr(error, "exit_code", 1))
-    return Recovered(status, action, "done", done)
+        return Recovered(status, plan, "failed", str(error), getattr(error, "exit_code", 1))
+    return Recovered(status, plan, "done", done)
 
 
-def _left(status: Status, policy: str) -> Recovered:
+def _plan(status: Status, policy: str, fenced: bool) -> Literal["resume", "rollback"] | Recovered:
+    """What is to be done about an operation, or why nothing is."""
+    if status.condition in ("unbegun", "finishing"):
+        return "resume"
     if status.condition == "running":
         return Recovered(status, "none", "running", f"process {status.pid} is working on it")
     if status.condition == "unreadable":
         return Recovered(status, "none", "failed", status.problem, 1)
-    if status.condition == "unknown":
+    if status.condition == "unknown" and not fenced:
         owner = f"process {status.pid} on host {status.host}"
         why = f"{owner} cannot be seen from here; if it is certainly dead, add --fenced"
         return Recovered(status, "none", "failed", why, 5)
-    if policy == "rollback":
+    if status.rolling_back:
+        return "rollback"
+    if policy == "resume":
+        return "resume"
+    if policy != "rollback":
+        why = f"the {status.command} was neither resumed nor rolled back: nobody said which (--policy)"
+        return Recovered(status, "none", "left", why)
+    if status.past_return:
         return Recovered(status, "none", "failed", "it is past its point of no return: resume finishes it", 6)
-    why = f"the {status.command} was neither resumed nor rolled back: nobody said which (--policy)"
-    return Recovered(status, "none", "left", why)
+    return "rollback"
