@@ -54,9 +54,9 @@ class Stop:
 
 @contextmanager
 def stoppable() -> Iterator[Stop]:
-    """SIGINT and SIGTERM only take a note while the body runs."""
+    """SIGINT, SIGTERM and SIGHUP only take a note while the body runs."""
     stop = Stop()
-    numbers = (signal.SIGINT, signal.SIGTERM)
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     before = [signal.getsignal(number) for number in numbers]
     for number, handler in zip(numbers, before, strict=True):
         if handler is not signal.SIG_IGN:  # what nohup and shells' background jobs ask for
@@ -84,8 +84,8 @@ def run_stoppable(
     `own`: one of safeimg's own commands, whose exit codes tell that something is pending. `io_error`: what qemu-img
     says when a read or write fails."""
     import trio
-    from safeimg.cli.main import program_name
-    from safeimg.drivers.errors import DriverError, StorageError
+    from safeimg.drivers.errors import DriverError
+    from safeimg.journal.errors import HistoryError
     from safeimg.ops.errors import OperationPaused
 
     path = local_name(image)
@@ -96,17 +96,17 @@ def run_stoppable(
                 return trio.run(_cancellable, stop, patient(work, arguments.last("wait", 0.0)), around)
         except (OperationPaused, KeyboardInterrupt) as error:
             raise paused(path, error, stop, own) from error
-        except DriverError as error:
-            if isinstance(error, StorageError) and program_name() == "qemu-img":
-                raise CommandError(io_error(error)) from error
-            if not _is_pending(path):
+        except (DriverError, HistoryError) as error:
+            told = failure(path, error, io_error)
+            if told is None:
                 raise
-            raise CommandError(f"{error}; {ways_out(path)}") from error
+            raise told from error
         except BaseExceptionGroup as group:
             if only(group, (OperationPaused, KeyboardInterrupt)):
                 raise paused(path, group.exceptions[0], stop, own) from group
-            if program_name() == "qemu-img" and only(group, (StorageError,)):
-                raise CommandError(io_error(_first(group, StorageError))) from group
+            if only(group, (DriverError,)):
+                first = _first(group, DriverError)
+                raise failure(path, first, io_error) or first from group
             raise
 
 
@@ -143,10 +143,10 @@ def _will_end(error: Exception) -> bool:
     if not isinstance(error, SomethingPending):
         return True
     try:
-        found = find.find(filesystem(), error.home)
+        log = find.follow(filesystem(), find.find(filesystem(), error.home))
     except (DriverError, JournalError):
         return False
-    return not isinstance(found, find.LogFound) or liveness(found.owner) == "alive"
+    return log is None or liveness(log.owner) == "alive"
 
 
 async def _cancellable(
@@ -200,6 +200,17 @@ def _first(group: BaseExceptionGroup[BaseException], kind: type[Failure]) -> Fai
     return error
 
 
+def failure(image: str, error: Exception, io_error: Callable[[StorageError], str]) -> CommandError | None:
+    """What to print if an error has left something pending on `image`: it, and the ways out."""
+    from safeimg.cli.main import program_name
+    from safeimg.drivers.errors import StorageError
+
+    if isinstance(error, StorageError) and program_name() == "qemu-img":
+        return CommandError(io_error(error))
+    rest = ways_out(image)
+    return CommandError(f"{error}; {rest}") if rest else None
+
+
 def paused(image: str, error: BaseException, stop: Stop, own: bool) -> CommandError:
     """What to print, and the exit code: that of a program which the signal ended."""
     from safeimg.cli.main import program_name
@@ -212,29 +223,33 @@ def paused(image: str, error: BaseException, stop: Stop, own: bool) -> CommandEr
         code = PAUSED if own else 128 + stop.signal
     if program_name() == "qemu-img" and stop.signal is not None:  # which says nothing then
         return CommandError(code=code)
-    rest = ways_out(image) if _is_pending(image) else "no journal was kept: begin again"
-    return CommandError(f"{image}: {why}; {rest}", code=code)
-
-
-def _is_pending(image: str) -> bool:
-    """Whether there is something to settle; called as qemu-img, nothing is said of it."""
-    from safeimg.cli.main import program_name
-    from safeimg.drivers.errors import DriverError
-    from safeimg.journal import find
-    from safeimg.journal.errors import JournalError
-
-    if program_name() == "qemu-img":
-        return False
-    try:
-        found = find.find(filesystem(), image)
-    except (DriverError, JournalError):
-        return False
-    return found is not None and not isinstance(found, find.VoidFound)
+    return CommandError(f"{image}: {why}; {ways_out(image) or 'no journal was kept: begin again'}", code=code)
 
 
 def ways_out(image: str) -> str:
-    """The two commands that settle what is pending."""
-    name = shlex.quote(image)
+    """The commands that settle what is pending on `image`, for the end of a message; nothing if nothing is. Called as
+    qemu-img, nothing is said of it."""
+    from safeimg.cli.main import program_name
+    from safeimg.drivers.errors import DriverError
+    from safeimg.journal.errors import JournalError
+    from safeimg.journal.sqlite import SqliteHistory
+    from safeimg.recovery.status import status
+
+    if program_name() == "qemu-img":
+        return ""
+    try:
+        found = status(filesystem(), SqliteHistory(), [image])
+    except (DriverError, JournalError):
+        return ""
+    if not found or found[0].condition == "unreadable" or not found[0].operation:
+        return ""
+    pending, name = found[0], shlex.quote(image)
+    if pending.condition == "finishing":
+        return f"the {pending.command} is done but for tidying up: 'safeimg resume {name}'"
+    if pending.rolling_back:
+        return f"go on with 'safeimg rollback {name}'"
+    if pending.past_return or not (pending.undo or pending.removes):
+        return f"go on with 'safeimg resume {name}'"
     return f"go on with 'safeimg resume {name}', or take it back with 'safeimg rollback {name}'"
 
 

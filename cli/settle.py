@@ -73,7 +73,8 @@ def run(command: Command, arguments: Arguments) -> int:
 
     done, outcome = "", "done"
     try:
-        if filesystem().stat(image) is None and command.name != "abandon":
+        fs = filesystem()
+        if fs.stat(image) is None and fs.stat(image + ".safeimg") is None and command.name != "abandon":
             raise CommandError(f"{image}: No such file or directory")
         done = _settle(command.name, image, arguments)
     except NothingPending as error:

@@ -96,7 +96,9 @@ def _lines(each: Status) -> Iterator[str]:
         return
     name = shlex.quote(each.image)
     left = max(0, each.total - each.done)
-    if each.rolling_back:
+    if each.condition == "orphaned":
+        yield f"    abandon:   safeimg abandon {name}  (or put the image back)"
+    elif each.rolling_back:
         yield f"    rollback:  safeimg rollback {name}  (has begun; nothing else settles it)"
     elif each.condition in ("finishing", "unbegun"):
         yield f"    resume:    safeimg resume {name}  (tidies up)"
@@ -124,4 +126,5 @@ def _condition(each: Status) -> str:
         "paused": f"is paused ({each.problem})",
         "finishing": "is done but for tidying up",
         "unbegun": "was about to begin; nothing was changed",
+        "orphaned": "was interrupted; the image is not there, only its log",
     }[each.condition]

@@ -28,6 +28,10 @@ class LockError(DriverError):
     """Somebody else uses the image (QEMU's image locks). The message is QEMU's own."""
 
 
+class NoLocks(DriverError):
+    """The file system has no byte-range locks: `file.locking=off` does without. The message is QEMU's own."""
+
+
 class FormatError(DriverError):
     """The bytes of an image are not what its format's specification allows. `errno`: what QEMU's message names."""
 

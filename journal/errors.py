@@ -38,5 +38,18 @@ class LogForeign(JournalError):
     """The log belongs to another image or another user, or cannot be trusted."""
 
 
+class LogLost(LogForeign):
+    """An image takes part in an operation whose log, or whose home image, is not where it was. `path`: of the file
+    that says so."""
+
+    def __init__(self, path: str, problem: str) -> None:
+        self.path = path
+        super().__init__(f"{path}: {problem}")
+
+
+class HistoryError(JournalError):
+    """The history cannot be read or written."""
+
+
 class JournalUnavailable(JournalError):
     """No place where a log could be created."""

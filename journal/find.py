@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from safeimg.journal import frames, place
-from safeimg.journal.errors import JournalError, LogForeign, LogVoid
+from safeimg.journal.errors import JournalError, LogLost, LogVoid
 from safeimg.journal.events import (
     Abandoned,
     Completed,
@@ -73,7 +73,7 @@ class Resolved:
     - decided: completed, rolled back or abandoned; only tidying up is left, through its home (a fence may
     still be
       up). The pointer is void otherwise.
-    - settled: the home image is there without that operation's log: the pointer is void.
+    - settled: the home image is at another operation already, or the pointer has just been removed: it is void.
     """
 
     kind: Literal["pending", "unstarted", "decided", "settled"]
@@ -129,14 +129,15 @@ def resolve_pointer(
 ) -> Resolved:
     """What the pointer's operation has come to. `alive` tells whether an owner still runs.
 
-    Raises `LogForeign` if the home image cannot be found: nobody knows then, and the answer must not be
-    "nothing".
+    Raises `LogLost` if the log or the home image cannot be found: nobody knows then, and the answer must not be
+    "nothing". No crash leaves a pointer without its log, which is made before it and removed behind it.
     """
     pointer = found.pointer
     folder = os.path.dirname(found.path)
     home = os.path.normpath(os.path.join(folder, pointer.home_path))
     log = _log_of(files, pointer, folder, home)
     if log is not None:
+        home = _home_now(files, pointer, home, log)
         if log.outcome is not None:
             return Resolved("decided", home, log)
         # A declared operation whose owner lives is about to start.
@@ -145,16 +146,29 @@ def resolve_pointer(
         return Resolved("unstarted", home, log)
     now = _identity(files, home)
     if now is None or not same_file(pointer.home, now):
-        raise LogForeign(
-            f"{found.path}: takes part in operation {pointer.operation} of {home}, which is not there any "
+        raise LogLost(
+            found.path, f"takes part in operation {pointer.operation} of {home}, which is not there any "
             "more; put it back, or give the operation up with `safeimg abandon`"
         )
     if pointer.log is not None and pointer.machine != current_owner().machine:
-        raise LogForeign(
-            f"{found.path}: takes part in operation {pointer.operation}, whose log is {pointer.log} of "
+        raise LogLost(
+            found.path, f"takes part in operation {pointer.operation}, whose log is {pointer.log} of "
             "another machine; settle it there, or give it up with `safeimg abandon`"
         )
-    return Resolved("settled", home, None)
+    if files.stat(found.path) is None or _is_at_another(files, pointer, home):
+        return Resolved("settled", home, None)
+    missing = place.beside(files, home) if pointer.log is None else os.path.join(folder, pointer.log)
+    raise LogLost(
+        found.path, f"takes part in operation {pointer.operation}, whose log {os.path.normpath(missing)} is not "
+        "there (is its disk mounted?); put it back, or give the operation up with `safeimg abandon`"
+    )
+
+
+def follow(files: FileSystem, found: Found | None) -> LogFound | None:
+    """The log that this is or leads to. Raises as `resolve_pointer`."""
+    if isinstance(found, PointerFound):
+        return resolve_pointer(files, found).log
+    return found if isinstance(found, LogFound) else None
 
 
 def scan(files: FileSystem, directory: str) -> Iterator[tuple[str, Found | JournalError]]:
@@ -218,6 +232,29 @@ def _log_of(files: FileSystem, pointer: Pointer, folder: str, home: str) -> LogF
             if isinstance(found, LogFound) and found.operation == pointer.operation:
                 return found
     return None
+
+
+def _is_at_another(files: FileSystem, pointer: Pointer, home: str) -> bool:
+    """Whether another operation is pending on the home image, which none can be before this one is settled."""
+    there = files.stat(home)
+    for path in place.candidates(files, home):
+        found = look(files, path, image_owner=None if there is None else there.uid)
+        if isinstance(found, LogFound | PointerFound) and found.operation != pointer.operation:
+            return True
+    return False
+
+
+def _home_now(files: FileSystem, pointer: Pointer, home: str, log: LogFound) -> str:
+    """Where the home image lies now: it may have been renamed, with its log or without."""
+    folder = os.path.dirname(home)
+    near = (os.path.join(folder, name) for name in _names(files, folder))
+    for path in (home, log.path.removesuffix(place.SUFFIX), *near):
+        there = files.stat(path)
+        if there is not None and there.inode == pointer.home.inode:
+            now = _identity(files, path)
+            if now is not None and same_file(pointer.home, now):
+                return path
+    return home  # gone, or a copy
 
 
 def _operation_at(files: FileSystem, path: str) -> str | None:

@@ -14,7 +14,7 @@ from safeimg.journal.log import Log
 SUFFIX = ".safeimg"
 
 # Where a file cannot be created for these reasons, another place may do.
-_ELSEWHERE = frozenset(
+ELSEWHERE = frozenset(
     {
         errno.EACCES,
         errno.EPERM,
@@ -102,6 +102,12 @@ def candidates(files: FileSystem, image: str, *, explicit: str | None = None) ->
     return places
 
 
+def ensure_folder(path: str) -> None:
+    """Makes the state directory if `path` is to lie there. Raises `JournalUnavailable`."""
+    if Path(path).parent == Path(state_directory() or "/nowhere"):
+        make_state_directory()
+
+
 def create_log(files: FileSystem, image: str, operation: str, *, explicit: str | None = None) -> Log:
     """A new log for `image` at the first place where one can be created; with `explicit`, there or nowhere.
 
@@ -114,8 +120,7 @@ def create_log(files: FileSystem, image: str, operation: str, *, explicit: str |
     refused = []
     for path in places[:1] if explicit is not None else places:
         try:
-            if Path(path).parent == Path(state_directory() or "/nowhere"):
-                make_state_directory()
+            ensure_folder(path)
             return Log.create(files, path, operation, like)
         except JournalUnavailable as error:
             refused.append(str(error))
@@ -123,7 +128,7 @@ def create_log(files: FileSystem, image: str, operation: str, *, explicit: str |
             number = system_error(error)
             if number == errno.EEXIST:
                 raise LogBusy(path) from None
-            if number not in _ELSEWHERE:
+            if number not in ELSEWHERE:
                 raise
             refused.append(f"{path}: {os.strerror(number)}")
     raise JournalUnavailable(

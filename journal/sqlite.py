@@ -19,7 +19,7 @@ from urllib.parse import quote
 
 from safeimg.journal import chain
 from safeimg.journal.chain import EventRow, OperationRow
-from safeimg.journal.errors import JournalError
+from safeimg.journal.errors import HistoryError
 from safeimg.journal.events import Event, Identity
 from safeimg.journal.history import ImageRow, PendingRow, match, prepare, printable, select, settle
 from safeimg.journal.place import make_state_directory, state_directory
@@ -90,7 +90,7 @@ _TABLES: Mapping[str, tuple[dict[str, type], str | tuple[str, ...]]] = {
 
 
 class SqliteHistory:
-    """Opens the database for each call; any number of processes may use it. Errors are `JournalError`."""
+    """Opens the database for each call; any number of processes may use it. Errors are `HistoryError`."""
 
     def __init__(self, path: str | None = None) -> None:
         """`path`: of the database; by default in the state directory, made when something is first
@@ -307,7 +307,7 @@ def _database() -> type[Database]:
 def _version(connection: sqlite3.Connection, path: str) -> int:
     version = _int(connection.execute("PRAGMA user_version").fetchone()[0])
     if version > SCHEMA:
-        raise JournalError(f"{path}: a history of version {version}; this safeimg knows version {SCHEMA}")
+        raise HistoryError(f"{path}: a history of version {version}; this safeimg knows version {SCHEMA}")
     return version
 
 
@@ -339,14 +339,20 @@ def _reported(path: str) -> Iterator[None]:
         yield
     except sqlite3.OperationalError as error:
         if "locked" in str(error) or "busy" in str(error):
-            raise JournalError(f"{path}: another process holds the history; try again") from None
-        raise JournalError(f"{path}: the history cannot be used: {_line(error)}") from None
+            raise HistoryError(f"{path}: another process holds the history; try again") from None
+        raise _unusable(path, _line(error)) from None
     except sqlite3.Error as error:
-        raise JournalError(
+        raise HistoryError(
             f"{path}: the history is damaged: {_line(error)}; move it away and safeimg begins a new one"
         ) from None
     except OSError as error:
-        raise JournalError(f"{path}: the history cannot be used: {error.strerror}") from None
+        raise _unusable(path, error.strerror or str(error)) from None
+
+
+def _unusable(path: str, problem: str) -> HistoryError:
+    return HistoryError(
+        f"{path}: the history cannot be used: {problem} (SAFEIMG_STATE_DIR names another folder for it)"
+    )
 
 
 def _line(error: Exception) -> str:

@@ -79,7 +79,8 @@ class UndoFile:
         `LogDamaged`."""
         if sidecar_stat(files, path, image_owner) is None:
             raise LogForeign(
-                f"{path}: the undo file of the pending operation is gone; put it back to roll back"
+                f"{path}: the undo file of the pending operation is gone; put it back, or give the operation up "
+                "with `safeimg abandon`"
             )
         file = files.open(path, write=write)
         try:

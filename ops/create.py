@@ -13,7 +13,7 @@ from safeimg.drivers.formats.chain import OpenError, backing_filename, close_cha
 from safeimg.drivers.formats.registry import lookup, names
 from safeimg.drivers.secrets import NO_SECRETS, Secrets
 from safeimg.drivers.storage.api import FileSystem
-from safeimg.journal.find import LogFound, find
+from safeimg.journal.find import find, follow
 from safeimg.ops.create_options import for_driver, formatting, parse_options
 from safeimg.ops.errors import SomethingPending
 from safeimg.ops.session import DATA_FILE, refuse_pending_on
@@ -107,10 +107,11 @@ def settle_pending(fs: FileSystem, path: str, supersede: Callable[[str], None]) 
     """A pending operation ends with the file it was about; one that changes others too has to be settled."""
     try:
         refuse_pending_on(fs, path)
-    except SomethingPending:
-        found = find(fs, path)
-        others = found.declared.images[1:] if isinstance(found, LogFound) else ()
-        if not isinstance(found, LogFound) or any(image.writes and image.role != DATA_FILE for image in others):
+    except SomethingPending as pending:
+        log = follow(fs, find(fs, path))
+        if log is None or fs.resolve(pending.home) != fs.resolve(path):
+            raise
+        if any(image.writes and image.role != DATA_FILE for image in log.declared.images[1:]):
             raise
         if fs.stat(path) is not None:
             fs.open(path, write=True, locking=True).close()  # somebody uses it: nothing is given up for that

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import secrets
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ from safeimg.drivers.errors import StorageError, SyncFailed
 from safeimg.drivers.formats.api import Cipher, Image
 from safeimg.drivers.storage.api import File, FileSystem
 from safeimg.journal import find, place
-from safeimg.journal.errors import JournalError, LogForeign
+from safeimg.journal.errors import JournalError, JournalUnavailable, LogForeign
 from safeimg.journal.events import Declared, Event, Identity, ImageRecord, Started
 from safeimg.journal.history import History, PendingRow
 from safeimg.journal.identity import identify
@@ -149,14 +149,15 @@ class Session:
             if undo:
                 session.undo = UndoFile.create(fs, log.path + SUFFIX, operation, images[0].file.stat())
             lengths = tuple(image.file.length() for image in images)
-            session.record(Started(dict(settings), lengths, undo, tuple(created), total, time.time()))
-            session.sync()
             history.add_pending(PendingRow(
                 operation, command, log.path, fs.resolve(home), declared.owner.machine, declared.time
             ))
+            session.record(Started(dict(settings), lengths, undo, tuple(created), total, time.time()))
+            session.sync()
             return session
         except BaseException as error:
-            if session is not None and isinstance(error, StorageError) and not isinstance(error, SyncFailed):
+            clean = isinstance(error, StorageError | JournalError) and not isinstance(error, SyncFailed)
+            if session is not None and clean:
                 session._withdraw()
             log.close()
             raise
@@ -170,19 +171,22 @@ class Session:
                 pass
 
     @classmethod
-    def reopen(cls, fs: FileSystem, history: History, home: str, log_path: str) -> Session:
-        """The session of a pending operation, locked against others (`LogBusy`), its torn tail dropped."""
+    def reopen(
+        cls, fs: FileSystem, history: History, home: str, log_path: str, *, undo: bool = True
+    ) -> Session:
+        """The session of a pending operation, locked against others (`LogBusy`), its torn tail dropped. With `undo`,
+        its before-images are at hand."""
         there = fs.stat(home)
         owner = None if there is None else there.uid
         log = Log.open(fs, log_path, write=True, image_owner=owner)
         try:
             state = fold(log.replay())
-            undo = None
-            if state.started is not None and state.started.undo and state.outcome is None:
-                undo = UndoFile.open(
+            before = None
+            if undo and state.started is not None and state.started.undo and state.outcome is None:
+                before = UndoFile.open(
                     fs, log_path + SUFFIX, state.declared.operation, write=True, image_owner=owner
                 )
-            return cls(fs, history, home, log, state, undo)
+            return cls(fs, history, home, log, state, before)
         except BaseException:
             log.close()
             raise
@@ -226,11 +230,8 @@ class Session:
         self.log.close()
 
     def _remove_pointers(self) -> None:
-        """Removes the participants' pointers to this operation, and what a crash while writing one left."""
-        for image in self.state.declared.images[1:]:
-            path = place.beside(self.fs, self.path_of(image))
-            if not image.writes:
-                continue
+        """Removes the images' pointers to this operation, and what a crash while writing one left."""
+        for path in self._pointer_places():
             found = find.look(self.fs, path)
             if isinstance(found, find.PointerFound) and found.operation == self.state.declared.operation:
                 remove_pointer(self.fs, path)
@@ -239,33 +240,62 @@ class Session:
             if self.fs.stat(path + NEW_SUFFIX) is not None:
                 remove_pointer(self.fs, path + NEW_SUFFIX)
 
+    def _pointer_places(self) -> Iterator[str]:
+        """Where pointers to this operation may be: of all images that it writes, of the home too."""
+        for index, image in enumerate(self.state.declared.images):
+            if image.writes:
+                path = self.home if index == 0 else self.path_of(image)
+                yield from (each for each in place.candidates(self.fs, path) if each != self.log.path)
+
     def owns(self, index: int) -> bool:
         """Whether the image says itself that it takes part: the home by its log, others by their pointer."""
         if index == 0:
             return True
-        path = place.beside(self.fs, self.path_of(self.state.declared.images[index]))
-        found = find.look(self.fs, path)
-        return isinstance(found, find.PointerFound) and found.operation == self.state.declared.operation
+        for path in place.candidates(self.fs, self.path_of(self.state.declared.images[index])):
+            found = find.look(self.fs, path)
+            if isinstance(found, find.PointerFound) and found.operation == self.state.declared.operation:
+                return True
+        return False
 
     def path_of(self, image: ImageRecord) -> str:
         """Where an image of the operation is looked for: relative to where the home image lies now."""
         return os.path.join(os.path.dirname(self.fs.resolve(self.home)), image.path)
 
     def _point(self, images: Sequence[Touched]) -> None:
-        """Writes the participants' pointers, each durable."""
+        """Writes the participants' pointers, each durable, and one of the home's if its log would not be found."""
+        found_at_home = self.log.path in place.candidates(self.fs, self.home)
+        for index, image in enumerate(images):
+            if image.writes and (index or not found_at_home):
+                self._write_pointer(image, self.state.declared.images[index].identity)
+
+    def _write_pointer(self, image: Touched, identity: Identity) -> None:
+        """At the first of the places for it that can be written to. `JournalUnavailable`: there is none."""
         declared = self.state.declared
-        for image, record in list(zip(images, declared.images, strict=True))[1:]:
-            if not image.writes:
-                continue
-            path = place.beside(self.fs, image.path)
+        home = self.fs.resolve(self.home)
+        beside_home = self.log.path == place.beside(self.fs, self.home)
+        refused = []
+        for path in place.candidates(self.fs, image.path):
+            near = path == place.beside(self.fs, image.path)
             folder = os.path.dirname(path)
-            beside_home = self.log.path == place.beside(self.fs, self.home)
             pointer = Pointer(
-                declared.operation, declared.images[0].identity,
-                os.path.relpath(self.fs.resolve(self.home), folder), record.identity, declared.owner.machine,
-                None if beside_home else os.path.relpath(self.log.path, folder),
+                declared.operation, declared.images[0].identity, os.path.relpath(home, folder) if near else home,
+                identity, declared.owner.machine,
+                None if beside_home else os.path.relpath(self.log.path, folder) if near else self.log.path,
             )
-            write_pointer(self.fs, path, pointer, image.file.stat())
+            try:
+                place.ensure_folder(path)
+                write_pointer(self.fs, path, pointer, image.file.stat())
+                return
+            except JournalUnavailable as error:
+                refused.append(str(error))
+            except StorageError as error:
+                if error.errno not in place.ELSEWHERE:
+                    raise
+                refused.append(str(error))
+        raise JournalUnavailable(
+            f"{image.path}: no place for a pointer to the journal ({'; '.join(refused)}); go on without any with "
+            f"--no-journal"
+        )
 
 
 def package_version() -> str:

@@ -44,8 +44,8 @@ async def begin_or_resume(
 
 async def _withdraw(path: str, environment: Environment) -> None:
     """Takes back what this process began and then found that the image does not allow: trying again would not help."""
-    found = find.find(environment.fs, path)
-    if isinstance(found, find.LogFound) and found.declared.owner == current_owner():
+    log = find.follow(environment.fs, find.find(environment.fs, path))
+    if log is not None and log.declared.owner == current_owner():
         await rollback(path, environment)
 
 
@@ -55,10 +55,7 @@ async def resumed(image: str | Blockdev, environment: Environment, command: str)
     An operation that never began, or whose outcome is on record, is tidied up; any other stays pending, and the
     command will be refused. Raises what `resume` raises."""
     path = local_name(image)
-    found = find.find(environment.fs, path)
-    if found is None or isinstance(found, find.VoidFound):
-        return False
-    log = find.resolve_pointer(environment.fs, found).log if isinstance(found, find.PointerFound) else found
+    log = find.follow(environment.fs, find.find(environment.fs, path))
     if log is None:
         return False
     if log.outcome is not None or not log.started:

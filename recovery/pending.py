@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from types import TracebackType
 
@@ -9,18 +10,22 @@ from safeimg.drivers.errors import DriverError
 from safeimg.drivers.formats.api import Image
 from safeimg.drivers.formats.registry import lookup
 from safeimg.drivers.storage.api import File
+from safeimg.drivers.storage.locks import try_lock
 from safeimg.journal import find
-from safeimg.journal.errors import LogBusy
+from safeimg.journal.errors import LogBusy, LogDamaged, LogLost
 from safeimg.journal.events import Abandoned, Completed, FinishRecord, RolledBack
 from safeimg.journal.identity import identify, same_file
 from safeimg.journal.owner import current_owner, liveness
 from safeimg.journal.pointer import remove_pointer
 from safeimg.journal.state import OperationState
+from safeimg.journal.undo import SUFFIX
 from safeimg.ops.errors import Conflict, Impossible, OperationError, OwnerAlive
 from safeimg.ops.launch import Environment, Job
 from safeimg.ops.registry import reopener, reparse
 from safeimg.ops.session import Session
 from safeimg.ops.tidy import finish_images
+
+DAMAGED = "-damaged"  # what the names of files end with that were given up unread
 
 
 class NothingPending(OperationError):
@@ -126,17 +131,19 @@ def open_pending(
     adopt: bool = False,
     operation: str = "",
     bare: Callable[[OperationState], bool] = lambda state: False,
+    undo: bool = True,
 ) -> Pending:
     """What is pending on the image at `path`, its home or a participant, opened and locked.
 
     `fenced`: an owner that nobody here can see is known to be dead. `adopt`: the images are copies, bound to the log
     by their paths alone. `operation`: how the id of the one that is meant begins; another one counts as nothing.
-    `bare`: when only the files are wanted, whatever they hold, if they are there. Participants without a pointer to
+    `bare`: when only the files are wanted, whatever they hold, if they are there. `undo`: whether the before-images
+    are needed. Participants without a pointer to
     this operation are never written (hazard 13). Raises `NothingPending`, `OwnerAlive`, `Conflict`, `LogForeign`,
     `LogDamaged`."""
     home, log_path = _locate(path, environment)
     try:
-        session = Session.reopen(environment.fs, environment.history, home, log_path)
+        session = Session.reopen(environment.fs, environment.history, home, log_path, undo=undo)
     except LogBusy:
         raise OwnerAlive(f"{path}: another safeimg process is working on it") from None
     try:
@@ -145,6 +152,11 @@ def open_pending(
             raise NothingPending(f"{path}: operation {operation} is not pending; another one is")
         _check_owner(path, session, fenced)
         alone = state.outcome is not None or state.started is None or bare(state)
+        if not alone and environment.fs.stat(home) is None:
+            raise Impossible(
+                f"{home}: the image is not there, only the log of the {state.declared.command} that is pending on it: "
+                f"put it back, or give the operation up with 'safeimg abandon {path}'"
+            )
         job = None if alone else _open_job(session, environment)
         files = _open_files(session) if job is None else dict(enumerate(job.files))
         pending = Pending(session, environment, files, job)
@@ -158,6 +170,29 @@ def open_pending(
             pending.__exit__(None, None, None)
             raise
     return pending
+
+
+def clear_unreadable(path: str, environment: Environment, problem: LogDamaged | LogLost) -> str:
+    """Gives up what nobody can tell anything of any more, since the log is damaged or gone: it is out of the image's
+    way afterwards, kept under another name. What was done, in one line. Raises `OwnerAlive`."""
+    fs = environment.fs
+    kept = []
+    for sidecar in (problem.path, problem.path + SUFFIX):
+        if fs.stat(sidecar) is None:
+            continue
+        file = fs.open(sidecar, write=True)
+        try:
+            if not try_lock(file):
+                raise OwnerAlive(f"{path}: another safeimg process is working on it")
+            fs.rename(sidecar, sidecar + DAMAGED)
+        finally:
+            file.close()
+        kept.append(sidecar + DAMAGED)
+    fs.sync_directory(os.path.dirname(problem.path) or ".")
+    return (
+        f"what was pending is given up, and kept as {' and '.join(kept)}; the images stay as they are: one that is "
+        f"marked as corrupt opens again after 'safeimg check -r leaks'"
+    )
 
 
 def _locate(path: str, environment: Environment) -> tuple[str, str]:

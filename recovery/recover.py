@@ -6,7 +6,7 @@
     interrupted, paused           by the policy: resume, rollback, or nothing but a report; a rollback that had begun is
                                   finished, and what is past its point of no return is never rolled back
     unknown                       the same with `fenced`, else nothing
-    unreadable                    nothing
+    orphaned, unreadable          nothing
 """
 
 from __future__ import annotations
@@ -62,6 +62,9 @@ def _plan(status: Status, policy: str, fenced: bool) -> Literal["resume", "rollb
         return Recovered(status, "none", "running", f"process {status.pid} is working on it")
     if status.condition == "unreadable":
         return Recovered(status, "none", "failed", status.problem, 1)
+    if status.condition == "orphaned":
+        why = "the image is not there, only its log: put it back, or give the operation up with 'safeimg abandon'"
+        return Recovered(status, "none", "failed", why, 6)
     if status.condition == "unknown" and not fenced:
         owner = f"process {status.pid} on host {status.host}"
         why = f"{owner} cannot be seen from here; if it is certainly dead, add --fenced"

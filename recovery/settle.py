@@ -14,13 +14,14 @@ import time
 from collections.abc import Callable
 
 import trio
+from safeimg.journal.errors import LogDamaged, LogLost
 from safeimg.journal.events import Abandoned, Completed, Observed, RecoveryStarted, RolledBack
 from safeimg.journal.owner import current_owner
 from safeimg.journal.state import LiveStep, OperationState
 from safeimg.ops.errors import Impossible
 from safeimg.ops.launch import Environment, go_on
 from safeimg.ops.tidy import finish_images
-from safeimg.recovery.pending import Pending, open_pending
+from safeimg.recovery.pending import Pending, clear_unreadable, open_pending
 from safeimg.recovery.references import verify_kept, verify_unreferenced
 from safeimg.recovery.takeback import keep_lengths, raise_fences, shorten, take_back
 from safeimg.recovery.verify import verify, verify_sources
@@ -157,9 +158,14 @@ def _begin(pending: Pending, action: str, adopt: bool, wanted: Callable[[LiveSte
 
 def abandon(path: str, environment: Environment, *, reason: str = "", operation: str = "") -> str:
     """Gives the operation up, on record: the images stay as the crash left them, without fences."""
-    everything = open_pending(
-        path, environment, fenced=True, adopt=True, operation=operation, bare=lambda state: True
-    )
+    try:
+        everything = open_pending(
+            path, environment, fenced=True, adopt=True, operation=operation, bare=lambda state: True, undo=False
+        )
+    except (LogDamaged, LogLost) as problem:
+        if operation:
+            raise
+        return clear_unreadable(path, environment, problem)
     with everything as pending:
         done = pending.finish_outcome()
         if done is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from safeimg.drivers.errors import DriverError
@@ -14,11 +14,11 @@ from safeimg.journal import find, place
 from safeimg.journal.errors import JournalError
 from safeimg.journal.history import History, PendingRow
 from safeimg.journal.log import Log
-from safeimg.journal.owner import liveness
+from safeimg.journal.owner import current_owner, liveness
 from safeimg.journal.state import OperationState, fold
 from safeimg.ops.launch import ON_CRASH
 
-Condition = Literal["running", "unknown", "interrupted", "paused", "finishing", "unbegun", "unreadable"]
+Condition = Literal["running", "unknown", "interrupted", "paused", "finishing", "unbegun", "orphaned", "unreadable"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +27,8 @@ class Status:
 
     `condition`: *running*: its owner is alive; *unknown*: its owner cannot be seen from here; *interrupted*: its
     owner is dead; *paused*: it stopped of itself, `problem` says why; *finishing*: its outcome is on record and only
-    tidying up is left; *unbegun*: it changed nothing; *unreadable*: `problem` says why, all else is empty."""
+    tidying up is left; *unbegun*: it changed nothing; *orphaned*: its home image is not there; *unreadable*: `problem`
+    says why, all else is empty."""
 
     image: str  # the home image's path
     log: str
@@ -122,7 +123,10 @@ def _judge(fs: FileSystem, image: str, log: str, found: find.Found | JournalErro
     if not isinstance(found, find.LogFound):
         return Status(image, log, "unbegun")
     try:
-        return _described(image, log, found, _state(fs, log, image))
+        described = _described(image, log, found, _state(fs, log, image))
+        if fs.stat(image) is None and described.condition in ("interrupted", "paused", "unknown"):
+            return replace(described, condition="orphaned")
+        return described
     except (JournalError, DriverError) as error:
         return Status(image, log, "unreadable", str(error))
 
@@ -139,7 +143,8 @@ def _state(fs: FileSystem, log: str, image: str) -> OperationState:
 def _described(image: str, log: str, found: find.LogFound, state: OperationState) -> Status:
     declared, begun = state.declared, state.started
     owner = found.owner
-    alive = liveness(owner)
+    # Who asks about its own operation is at it no more.
+    alive = "dead" if owner == current_owner() else liveness(owner)
     condition: Condition
     if alive == "alive":
         condition = "running"

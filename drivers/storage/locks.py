@@ -22,7 +22,7 @@ import fcntl
 import struct
 from typing import Final, NamedTuple, Protocol, runtime_checkable
 
-from safeimg.drivers.errors import LockError, StorageError
+from safeimg.drivers.errors import LockError, NoLocks
 
 CONSISTENT_READ: Final = 0
 WRITE: Final = 1
@@ -107,7 +107,7 @@ class ImageLocks:
     def change(self, claim: Claim) -> None:
         """Holds `claim` instead of the one before. `LockError`: nothing has changed.
 
-        `StorageError` where the file system has no byte-range locks (an NFS server without lockd)."""
+        `NoLocks` where the file system has no byte-range locks (an NFS server without lockd)."""
         wanted = [_USES_BYTE + n for n in claim.uses] + [_DENIES_BYTE + n for n in claim.denies]
         taken: list[int] = []
         try:
@@ -138,11 +138,11 @@ class ImageLocks:
         except OSError as error:
             if error.errno in (errno.EAGAIN, errno.EACCES):  # locked exclusively: not by QEMU
                 raise LockError(f"Failed to lock byte {byte}") from None
-            raise StorageError(self._path, "lock", error) from None
+            raise NoLocks(f"Failed to lock byte {byte}: {error.strerror}") from None
 
     def _conflicts(self, byte: int) -> bool:
         try:
             answer = fcntl.fcntl(self._fd, fcntl.F_OFD_GETLK, _FLOCK.pack(fcntl.F_WRLCK, 0, byte, 1, 0))
         except OSError as error:
-            raise StorageError(self._path, "lock", error) from None
+            raise NoLocks(f"Failed to lock byte {byte}: {error.strerror}") from None
         return bool(_FLOCK.unpack(answer)[0] != fcntl.F_UNLCK)

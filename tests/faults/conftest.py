@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -11,12 +11,23 @@ from faults.running import Folder
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Iterator[Folder]:
+def folders(tmp_path: Path) -> Iterator[Callable[..., Folder]]:
+    """Makes folders, with what `Folder` takes; their processes end with the test."""
     if shutil.which("qemu-img") is None:
         pytest.skip("qemu-img is not installed")
-    made = Folder(tmp_path)
-    yield made
-    for process in made.processes:
+    made: list[Folder] = []
+
+    def make(path: Path = tmp_path, *words: str, **options: str) -> Folder:
+        made.append(Folder(path, *words, **options))
+        return made[-1]
+
+    yield make
+    for process in (process for folder in made for process in folder.processes):
         if process.poll() is None:
             process.kill()
             process.communicate()
+
+
+@pytest.fixture
+def folder(folders: Callable[..., Folder]) -> Folder:
+    return folders()

@@ -6,8 +6,11 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from safeimg.drivers.storage.file import LocalFileSystem
 from safeimg.journal.errors import JournalError
@@ -21,43 +24,68 @@ PROGRAM = (
     "from safeimg.cli.main import main; from safeimg.ops.commit_job import commit\n"
     f"commit.__kwdefaults__['step_bytes'] = {STEP}; main()"
 )
+COMMIT = ("commit", "top.qcow2")
 SLOW = ("commit", "-r", "4M", "top.qcow2")
 HELD = ("commit", "-r", "512k", "top.qcow2")  # runs for as long as a test needs, which then stops it
+
+Kept = dict[str, tuple[bytes, int]]  # of each file: what is in it, and its modification time
 
 
 class Folder:
     """A base of "old" and an overlay of "new", and the processes at work on them."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, base: str = "base.raw", *, compat: str = "1.1") -> None:
+        """`base`: its name, which ends with its format. `compat`: of qcow2 images, "0.10" is version 2."""
         self.path = path
-        self.base = path / "base.raw"
-        self.log = path / "base.raw.safeimg"
+        self.format = base.rpartition(".")[2]
+        self.base, self.top = path / base, path / "top.qcow2"
+        self.log = path / f"{base}.safeimg"
+        self.state = path / "state"
         self.old = os.urandom(SIZE)
         self.new = os.urandom(SIZE)
         self.processes: list[subprocess.Popen[bytes]] = []
-        self.base.write_bytes(self.old)
-        (path / "new.raw").write_bytes(self.new)
-        for words in ("convert -O qcow2 new.raw top.qcow2", "rebase -u -b base.raw -F raw top.qcow2"):
-            subprocess.run(["qemu-img", *words.split()], cwd=path, check=True)
-        (path / "new.raw").unlink()
+        for image, content in ((self.base, self.old), (self.top, self.new)):
+            fmt = image.suffix[1:]
+            raw = path / "content"
+            raw.write_bytes(content)
+            options = ["-o", f"compat={compat}"] if fmt == "qcow2" else []
+            subprocess.run(["qemu-img", "convert", "-O", fmt, *options, raw, image], check=True)
+            raw.unlink()
+        rebase = ["qemu-img", "rebase", "-u", "-b", base, "-F", self.format, self.top.name]
+        subprocess.run(rebase, cwd=path, check=True)
 
-    def start(self, *words: str) -> subprocess.Popen[bytes]:
-        process = subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, *words],
+    def start(self, *words: str, under: Sequence[str] = (), program: str = PROGRAM,
+              environment: Mapping[str, str] | None = None, **process: Any) -> subprocess.Popen[bytes]:
+        """`under`: a command that runs safeimg's. `process`: for `subprocess.Popen`."""
+        process.setdefault("stdout", subprocess.PIPE)
+        started = subprocess.Popen(
+            [*under, sys.executable, "-c", program, *words],
             cwd=self.path,
-            stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            env={**os.environ, "SAFEIMG_STATE_DIR": str(self.path / "state")},
+            env={**os.environ, "SAFEIMG_STATE_DIR": str(self.state), **(environment or {})},
+            **process,
         )
-        self.processes.append(process)
-        return process
+        self.processes.append(started)
+        return started
 
-    def done(self, *words: str) -> str:
+    def ends(self, *words: str, **how: Any) -> tuple[int, str, str]:
+        """The exit code of a command, and what it printed on stdout and stderr."""
+        process = self.start(*words, **how)
+        out, err = process.communicate(timeout=120)
+        return process.returncode, (out or b"").decode(), err.decode()
+
+    def fails(self, *words: str, code: int = 1, **how: Any) -> str:
+        """The one line of a command that fails: nothing on stdout."""
+        ended, out, err = self.ends(*words, **how)
+        assert (ended, out, err.count("\n")) == (code, "", 1), (ended, out, err)
+        assert "internal error" not in err
+        return err.rstrip("\n")
+
+    def done(self, *words: str, **how: Any) -> str:
         """Runs a command that has to succeed; what it printed."""
-        process = self.start(*words)
-        out, err = process.communicate(timeout=60)
-        assert (process.returncode, err) == (0, b"")
-        return out.decode()
+        ended, out, err = self.ends(*words, **how)
+        assert (ended, err) == (0, ""), err
+        return out
 
     def events(self) -> list[Event]:
         try:
@@ -65,13 +93,19 @@ class Folder:
         except (JournalError, OSError):
             return []
 
-    def begun(self, *words: str, steps: int = 3) -> subprocess.Popen[bytes]:
+    def begun(self, *words: str, steps: int = 3, **how: Any) -> subprocess.Popen[bytes]:
         """A command that has prepared so many steps, and has more still to come."""
-        process = self.start(*words)
+        process = self.start(*words, **how)
         while sum(isinstance(event, StepPrepared) for event in self.events()) < steps:
             assert process.poll() is None, process.communicate()
             time.sleep(0.02)
         return process
+
+    def killed(self, *words: str, **how: Any) -> None:
+        """A command killed half-way."""
+        process = self.begun(*(words or SLOW), **how)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
 
     def stop(self, process: subprocess.Popen[bytes]) -> str:
         """Stops a held command at once, and takes it back; what it said on stderr."""
@@ -83,8 +117,53 @@ class Folder:
         # The second one may find it on its way out, its own handlers gone: a shell sees the same status.
         assert process.returncode in (128 + signal.SIGTERM, -signal.SIGTERM) and out == b"", err
         self.done("rollback", "top.qcow2")
-        assert self.base.read_bytes() == self.old and self.left() == []
+        assert self.shown(self.base) == self.old and self.left() == []
         return err.decode()
 
     def left(self) -> list[str]:
         return sorted(name for name in os.listdir(self.path) if ".safeimg" in name)
+
+    def shown(self, image: Path) -> bytes:
+        """What a guest reads from the image, as qemu-img sees it. Its metadata has to be sound, but for leaks while
+        something is pending."""
+        if image.suffix == ".raw":
+            return image.read_bytes()
+        checked = subprocess.run(["qemu-img", "check", image], capture_output=True, check=False)
+        assert checked.returncode in ((0, 3) if self.left() else (0,)), checked
+        with tempfile.TemporaryDirectory() as elsewhere:  # the folder's disk may be full
+            raw = Path(elsewhere) / "content"
+            subprocess.run(["qemu-img", "convert", "-t", "unsafe", "-O", "raw", image, raw], check=True)
+            return raw.read_bytes()
+
+    def kept(self) -> Kept:
+        """Everything in the folder, to be put back as it is now."""
+        return {
+            str(path.relative_to(self.path)): (path.read_bytes(), path.stat().st_mtime_ns)
+            for path in self.path.rglob("*")
+            if path.is_file()
+        }
+
+    def put_back(self, kept: Kept) -> None:
+        """Everything in the folder is as it was, times too; images are the same files."""
+        for path in self.path.rglob("*"):
+            if path.is_file() and str(path.relative_to(self.path)) not in kept:
+                path.unlink()
+        for name, (content, time_ns) in kept.items():
+            path = self.path / name
+            with path.open("r+b" if path.exists() else "xb") as file:
+                file.truncate(len(content))
+                file.write(content)
+            if ".safeimg" in name:
+                path.chmod(0o600)
+            os.utime(path, ns=(time_ns, time_ns))
+
+    def settles_both_ways(self) -> None:
+        """What is pending shows what the guest had; it can be taken back, and it can be finished instead."""
+        assert self.left(), "nothing is pending"
+        kept = self.kept()
+        for verb, content in (("rollback", self.old), ("resume", self.new)):
+            self.put_back(kept)
+            assert self.shown(self.top) == self.new
+            self.done(verb, self.base.name)
+            assert self.shown(self.base) == content, verb
+            assert self.shown(self.top) == self.new and self.left() == []

@@ -14,7 +14,7 @@ import pytest
 from journal_fakes import DECLARED, OPERATION, STARTED, MemoryFiles, identity
 from safeimg.drivers.storage.file import LocalFileSystem
 from safeimg.journal import place
-from safeimg.journal.errors import JournalError, JournalUnavailable, LogBusy, LogDamaged, LogForeign
+from safeimg.journal.errors import JournalError, JournalUnavailable, LogBusy, LogDamaged, LogForeign, LogLost
 from safeimg.journal.events import Completed, ImageRecord
 from safeimg.journal.find import (
     LogFound,
@@ -238,7 +238,8 @@ def test_a_full_disk_leaves_no_half_pointer(files: MemoryFiles) -> None:
 
 def test_what_a_pointer_comes_to(files: MemoryFiles) -> None:
     found = put_pointer(files)
-    assert resolve_pointer(files, found, alive=dead).kind == "settled"
+    with pytest.raises(LogLost, match="safeimg abandon"):
+        resolve_pointer(files, found, alive=dead)
     put_log(files)
     assert resolve_pointer(files, found, alive=dead).kind == "unstarted"
     del files.nodes[BASE + ".safeimg"]
@@ -283,7 +284,8 @@ def test_a_log_kept_by_another_machine_is_not_settled(files: MemoryFiles) -> Non
         resolve_pointer(files, found, alive=dead)
     remove_pointer(files, found.path)
     here = put_pointer(files, log="/elsewhere/log.safeimg", machine=current_owner().machine)
-    assert resolve_pointer(files, here, alive=dead).kind == "settled"
+    with pytest.raises(LogLost, match=r"/elsewhere/log\.safeimg is not there \(is its disk mounted"):
+        resolve_pointer(files, here, alive=dead)
     put_log(files, STARTED, path="/elsewhere/log.safeimg")
     assert resolve_pointer(files, here, alive=dead).kind == "pending"
 
