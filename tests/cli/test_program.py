@@ -12,8 +12,13 @@ import time
 from pathlib import Path
 
 import pytest
+from safeimg.drivers.errors import DriverError
 from safeimg.drivers.formats import registry
 from safeimg.drivers.formats.protocols import opened
+from safeimg.drivers.storage.file import LocalFileSystem
+from safeimg.journal.errors import JournalError
+from safeimg.journal.events import StepPrepared
+from safeimg.journal.log import read_events
 from twin import safeimg
 
 MAIN = "import sys; sys.argv[0] = {name!r}; from safeimg.cli.main import main; main()"
@@ -158,6 +163,14 @@ def _fill(folder: Path) -> None:
 @pytest.mark.skipif(
     not any((Path(p) / "qemu-io").exists() for p in os.environ["PATH"].split(":")), reason="no qemu-io"
 )
+def _has_begun(log: Path) -> bool:
+    """Whether the first step of what is pending is on record."""
+    try:
+        return any(isinstance(event, StepPrepared) for event in read_events(LocalFileSystem(), str(log)))
+    except (JournalError, DriverError):
+        return False
+
+
 class TestCommit:
     def test_progress_as_json(self, chain: Path) -> None:
         _fill(chain)
@@ -246,9 +259,8 @@ class TestCommit:
     @staticmethod
     def _interrupt(folder: Path, process: subprocess.Popen[bytes], number: int) -> None:
         """Once the operation is on record and has begun."""
-        while process.poll() is None and not (folder / "base.raw.safeimg").exists():
-            time.sleep(0.01)
-        time.sleep(0.3)
+        while process.poll() is None and not _has_begun(folder / "base.raw.safeimg"):
+            time.sleep(0.02)
         process.send_signal(number)
 
 
