@@ -33,7 +33,7 @@ from safeimg.ops.launch import Environment, Job, launch
 from safeimg.ops.phases import END, in_phases
 from safeimg.ops.reopening import reopen_home, started_settings, unlinked_by
 from safeimg.ops.repair import open_to_change
-from safeimg.ops.session import touched
+from safeimg.ops.session import data_index, touched
 from safeimg.ops.steps import Step
 
 PREALLOCATIONS = ("off", "metadata", "falloc", "full")
@@ -130,8 +130,11 @@ class Resize:
         driver = lookup(self._image.format)
         end = driver.used_end(driver.reopen(self._image))
         length = self._planner.place(0, 1)[0].offset + self._new if end is None else end
-        if length < self._image.file.length():
-            yield Step("trim", {"phase": END}, 0, truncate=[(0, length)], no_return=True)
+        cuts = [(0, length)] if length < self._image.file.length() else []
+        if self._image.data is not self._image.file and self._new < self._image.data.length():
+            cuts.append((data_index([self._image], 0), self._new))  # in an external data file, all lies where it is seen
+        if cuts:
+            yield Step("trim", {"phase": END}, 0, truncate=cuts, no_return=True)
 
     def _allocate(self, placements: Sequence[Placement]) -> None:
         """Zeroes for clusters that are allocated ahead. Encrypted ones have to be written."""

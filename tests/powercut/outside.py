@@ -12,6 +12,7 @@ from safeimg.drivers.storage.simulated import SimulatedFileSystem
 from safeimg.ops.amend import amend
 from safeimg.ops.commit_job import commit
 from safeimg.ops.launch import Environment
+from safeimg.ops.resize import resize
 
 AES = {"encrypt_format": "aes", "encrypt_key_secret": "s0"}
 LUKS = {
@@ -66,6 +67,10 @@ def _amend(words: str) -> Callable[[Environment], Awaitable[None]]:
     return run
 
 
+async def _shrink(env: Environment) -> None:
+    await resize(env, "/target.qcow2", lambda _: 106 * KIB, shrink=True, step_bytes=STEP_BYTES)
+
+
 BACKING_KEY = {"backing.encrypt.key-secret": "s0"}
 DATA = {"data_file": "/data.bin"}
 RAW = {**DATA, "data_file_raw": "on"}
@@ -112,5 +117,12 @@ OUTSIDE = [
         "convert to a data file", _chain(),
         convert_to("/top.qcow2", "/target.qcow2", "qcow2", create_options={**DATA, "cluster_size": "4096"}),
         "/target.qcow2", None, (*NEW_QCOW2, *RAW_FILE), created=True,
+    ),
+    *(
+        Scenario(
+            f"resize --shrink, {kind}data file", _existing(**options), _shrink, "/target.qcow2", None,
+            (("/target.qcow2", "qcow2"), *files),
+        )
+        for kind, options, files in (("", DATA, ()), ("raw ", RAW, RAW_FILE))
     ),
 ]  # fmt: skip
