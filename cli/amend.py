@@ -116,5 +116,5 @@ def _help(name: str | Blockdev | None, fmt: str | None, cache: str) -> int:
             driver = lookup(fmt or "")
         except UsageError as error:
             raise CommandError(f"Unknown file format '{fmt}'") from error
-    print("\n".join(amend_help_lines(driver.name, amendable(driver, name).options)))
+    print("\n".join(amend_help_lines(driver.name, amendable(driver, name, fmt).options)))
     return 0

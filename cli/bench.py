@@ -97,14 +97,8 @@ def run(command: Command, arguments: Arguments) -> int:
         raise CommandError("--flush-interval is only available in write tests")
     if flush and flush < depth:
         raise CommandError("Flush interval can't be smaller than depth")
-    text = arguments.positional[0]
-    name, fmt = image_name(arguments, text, last("format"))
+    name, fmt = image_name(arguments, arguments.positional[0], last("format"))
     cache = last("cache", "writeback")
-    if last("aio") == "native" and cache not in ("none", "directsync"):
-        raise CommandError(
-            f"Could not open '{text}': aio=native was specified, but it requires cache.direct=on, which was not "
-            "specified."
-        )
     from safeimg.drivers.formats.chain import close_chain, open_chain
     from safeimg.drivers.transfer.core import Settings, sensible_workers
     from safeimg.ops.bench import Requests, bench_read, bench_write
@@ -114,7 +108,8 @@ def run(command: Command, arguments: Arguments) -> int:
         last("pattern", 0), flush,
     )  # fmt: skip
     layers: list[Image] = open_chain(
-        filesystem(), name, format=fmt, write=writes, cache=cache, force_share=flag("force-share"), warn=warn_image
+        filesystem(), name, format=fmt, write=writes, cache=cache, force_share=flag("force-share"), aio=last("aio"),
+        warn=warn_image,
     )
     try:
         print(

@@ -113,14 +113,14 @@ def _checked(
 
 def _repaired(arguments: Arguments, name: str | Blockdev, fmt: str | None, cache: str) -> Repaired | None:
     """What was repaired; None if a repair that had been interrupted was finished."""
-    if arguments.flag("force-share"):
-        raise CommandError(
-            f"Could not open '{arguments.positional[0]}': force-share=on can only be used with read-only images"
-        )
+    from safeimg.drivers.formats.chain import try_open
     from safeimg.drivers.transfer.core import Settings
     from safeimg.ops.launch import Environment
     from safeimg.ops.repair import repair
     from safeimg.recovery.gate import begin_or_resume
+
+    if arguments.flag("force-share"):
+        try_open(filesystem(), name, format=fmt, force_share=True)
 
     async def work(environment: Environment) -> Repaired | None:
         found: list[Repaired] = []

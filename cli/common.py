@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from safeimg.cli.errors import CommandError
 from safeimg.cli.parser import Arguments
 from safeimg.cli.values import warn
+from safeimg.drivers.errors import UsageError
 from safeimg.drivers.formats.jsontext import json_lines
-from safeimg.drivers.formats.naming import Blockdev, from_options
+from safeimg.drivers.formats.naming import Blockdev, from_filename, from_options, warn_old_ways
 
 if TYPE_CHECKING:
     from safeimg.drivers.storage.api import FileSystem
@@ -27,6 +29,9 @@ def image_name(
 ) -> tuple[str | Blockdev, str | None]:
     """What an image argument names, which `--image-opts` makes a list of options, and its format."""
     if not arguments.flag("image-opts"):
+        if text.startswith("json:"):
+            with suppress(UsageError):  # which opening the image will raise, too
+                warn_old_ways(from_filename(text), warn)
         return text, fmt
     if fmt is not None:
         raise CommandError("--image-opts and --format are mutually exclusive", code=code)

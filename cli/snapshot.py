@@ -54,20 +54,18 @@ def run(command: Command, arguments: Arguments) -> int:
         raise usage("Expecting one image file name")
     words = arguments.positional
     name, _ = image_name(arguments, words[0], None)
-    if chosen[:1] != ["list"] and arguments.flag("force-share"):
-        raise CommandError(f"Could not open '{words[0]}': force-share=on can only be used with read-only images")
+    from safeimg.drivers.formats.chain import try_open
     from safeimg.ops.info import snapshot_members
-    from safeimg.ops.snapshot import list_snapshots, try_open
+    from safeimg.ops.snapshot import list_snapshots
 
-    if not chosen:
-        try_open(filesystem(), name, secrets=arguments.secrets, warn=warn_image)
+    share = arguments.flag("force-share")
+    if not chosen or (share and chosen[0] != "list"):
+        try_open(filesystem(), name, force_share=share, secrets=arguments.secrets, warn=warn_image)
         return 0
     if chosen[0] != "list":
         _change(arguments, chosen[0], name)
         return 0
-    found = list_snapshots(
-        filesystem(), name, force_share=arguments.flag("force-share"), secrets=arguments.secrets
-    )
+    found = list_snapshots(filesystem(), name, force_share=share, secrets=arguments.secrets)
     if found:
         from safeimg.cli.info import snapshot_list
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from collections.abc import Callable, Iterator
@@ -102,9 +103,14 @@ def find(files: FileSystem, image: str, *, explicit: str | None = None) -> Found
     """What is pending on `image`: beside it, in the state directory, or beside a name that it had (hazard
     20).
 
-    None means that nothing is. `VoidFound` only if there is nothing else. Raises `LogForeign`,
-    `LogDamaged`."""
-    there = files.stat(image)
+    None means that nothing is, or that the image is out of reach: it cannot be opened, either. `VoidFound` only if
+    there is nothing else. Raises `LogForeign`, `LogDamaged`."""
+    try:
+        there = files.stat(image)
+    except Exception as error:
+        if system_error(error) == errno.EACCES:
+            return None
+        raise
     owner = None if there is None else there.uid
     void: Found | None = None
     for path in place.candidates(files, image, explicit=explicit):

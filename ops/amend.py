@@ -8,7 +8,7 @@ from safeimg.drivers.errors import UsageError
 from safeimg.drivers.formats.api import Driver, Image
 from safeimg.drivers.formats.chain import close_chain, open_chain
 from safeimg.drivers.formats.features import Amending
-from safeimg.drivers.formats.naming import FILE_DRIVERS, Blockdev
+from safeimg.drivers.formats.naming import FILE_DRIVERS, Blockdev, from_argument
 from safeimg.drivers.formats.registry import lookup
 from safeimg.drivers.storage.api import FileSystem
 from safeimg.ops.change import Action, Changing, Settings
@@ -32,16 +32,17 @@ async def amend(
     """Changes what the option lists `given` (as of `-o`) ask for; `force` allows what may lose access to data. `begun`
     is called once these are understood.
 
-    The size is an operation of its own, behind that for the others: begun anew, an amendment that was interrupted in
-    between finds everything else as it should be. Raises `UsageError` in qemu-img's words for what cannot be."""
+    The size is an operation of its own, behind that for the others, or before it where these name another data file:
+    begun anew, an amendment that was interrupted in between finds the first part done. Raises `UsageError` in
+    qemu-img's words for what cannot be."""
     fs, secrets = environment.fs, environment.secrets
     values: dict[str, str] = {}
     erased: list[list[int]] = []
 
     def check(image: Image) -> None:
-        amending = amendable(lookup(image.format), filename)
+        amending = amendable(lookup(image.format), filename, fmt)
         amending.check(image, values, force=force)
-        erased.extend([offset, length] for offset, length in amending.erased(image, values))
+        erased[:] = ([offset, length] for offset, length in amending.erased(image, values))
 
     layers = open_chain(fs, filename, format=fmt, force_share=True, secrets=secrets)
     try:
@@ -49,17 +50,26 @@ async def amend(
         if driver.amending is not None:  # else it is refused once the image was opened for writing
             values = parse_amend_options(driver.amending.options, driver.create_options, given)
             begun()
-        size = int(values.get("size", old))
-        alone = size != old and len(values) == 1
-        if alone:
+        size = int(values.get("size", 0)) or old  # 0 asks for nothing, as in QEMU
+        resizes, others = size != old, size == old or len(values) > 1
+        size_first = resizes and "data_file" in values  # it is the present data file that grows or is cut
+        if size_first or not others:
             check(layers[0])
     finally:
         close_chain(layers)
-    if not alone:
-        settings = {"values": values, "erased": erased}
-        await _amend.run(environment, filename, settings, fmt=fmt, cache=cache, warn=warn, check=check)
-    if size != old:
+
+    async def change_size() -> None:
         await resize(environment, filename, lambda _: size, fmt=fmt, cache=cache, shrink=True, warn=warn)
+
+    if size_first:
+        await change_size()
+    if others:
+        settings = {"values": values, "erased": erased}
+        await _amend.run(
+            environment, filename, settings, fmt=fmt, cache=cache, warn=warn, check=check, backing=True
+        )
+    if resizes and not size_first:
+        await change_size()
 
 
 def image_driver(
@@ -73,10 +83,12 @@ def image_driver(
         close_chain(layers)
 
 
-def amendable(driver: Driver, filename: str | Blockdev | None = None) -> Amending:
-    """`UsageError` if images of this format have no options that can be changed. `filename`: whose image it is."""
+def amendable(driver: Driver, filename: str | Blockdev | None = None, fmt: str | None = None) -> Amending:
+    """`UsageError` if images of this format have no options that can be changed. `filename`: whose image it is, opened
+    as `fmt`."""
     if driver.amending is None:
-        own = filename.options.get("driver") if isinstance(filename, Blockdev) else None
+        named = from_argument(filename, fmt) if isinstance(filename, str) else filename
+        own = None if named is None else named.options.get("driver")
         name = own if own in FILE_DRIVERS else driver.name  # a file by itself has no format
         raise UsageError(f"Format driver '{name}' does not support option amendment")
     return driver.amending

@@ -16,7 +16,7 @@ from typing import Any
 import trio
 from safeimg.drivers.formats.api import Changes, Image, Patch, Planner
 from safeimg.drivers.formats.chain import close_chain, open_chain
-from safeimg.drivers.formats.naming import Blockdev, are_options, lasting, recalled
+from safeimg.drivers.formats.naming import Blockdev, are_options, lasting, recalled, without_backing
 from safeimg.drivers.formats.registry import lookup
 from safeimg.drivers.secrets import Secrets
 from safeimg.drivers.storage.api import FileSystem
@@ -146,7 +146,8 @@ class Changing:
             if check(*layers) is not False:
                 names = zip([name for name, _ in sources], layers[1:], strict=True)
                 opened = {
-                    "cache": cache, "format": layers[0].format, "options": lasting(filename, fs.resolve),
+                    "cache": cache, "format": layers[0].format,
+                    "options": lasting(without_backing(filename), fs.resolve),
                     "sources": [[image.format, lasting(name, fs.resolve)] for name, image in names],
                 }  # fmt: skip
                 await launch(self._job(layers, {**settings, **opened}), environment)

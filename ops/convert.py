@@ -26,7 +26,7 @@ from safeimg.drivers.formats.naming import (
 from safeimg.drivers.formats.registry import lookup, names
 from safeimg.drivers.formats.snapshots import load
 from safeimg.drivers.secrets import NO_SECRETS, Secrets
-from safeimg.drivers.storage.api import CACHE_MODES, FileSystem
+from safeimg.drivers.storage.api import CACHE_MODES, FileSystem, look
 from safeimg.drivers.transfer.core import Transfer
 from safeimg.ops.convert_bitmaps import check_source, check_target, with_copies
 from safeimg.ops.convert_job import compressor, job_of
@@ -204,7 +204,7 @@ def _writes_existing(fs: FileSystem, options: Options) -> bool:
     """With -n, and a block device or server as a raw target: its size is what it is, and it may hold anything."""
     if not options.create or (options.format == "raw" and _is_on_server(options)):
         return True
-    found = fs.stat(local_path(options.target_name)) if options.format == "raw" else None
+    found = look(fs, local_path(options.target_name)) if options.format == "raw" else None
     return found is not None and found.is_device
 
 
@@ -271,8 +271,8 @@ def _into_new(
         refuse_pending_on(fs, path)
     else:
         settle_pending(fs, path, supersede)
-    found = fs.stat(path)
-    new = [name for name in files_of(path, asked) if fs.stat(name) is None]
+    found = look(fs, path)
+    new = [name for name in files_of(path, asked) if look(fs, name) is None]
     began = possible = False
 
     def ready() -> None:
@@ -310,7 +310,7 @@ def _into_new(
             raise
     except BaseException:
         for name in new if began else ():
-            if fs.stat(name) is not None:
+            if look(fs, name) is not None:
                 fs.unlink(name)
         raise
 
@@ -357,7 +357,7 @@ def _creation(options: Options, *, several: bool) -> tuple[Driver, dict[str, str
 
 def _refuse_source(fs: FileSystem, options: Options, path: str, chains: Iterable[Sequence[Image]]) -> None:
     """A source, or a backing image of one, must not be emptied to become the target."""
-    target = fs.stat(path)
+    target = look(fs, path)
     for layer in (layer for chain in chains for layer in chain):
         own = [layer.file.stat(), layer.data.stat()]
         if target is not None and (target.device, target.inode) in [(found.device, found.inode) for found in own]:

@@ -12,7 +12,7 @@ from safeimg.drivers.formats.api import Driver
 from safeimg.drivers.formats.chain import OpenError, backing_filename, close_chain, local_path, open_chain
 from safeimg.drivers.formats.registry import lookup, names
 from safeimg.drivers.secrets import NO_SECRETS, Secrets
-from safeimg.drivers.storage.api import FileSystem
+from safeimg.drivers.storage.api import FileSystem, look
 from safeimg.journal.find import find, follow
 from safeimg.ops.create_options import for_driver, formatting, parse_options
 from safeimg.ops.errors import SomethingPending
@@ -113,7 +113,7 @@ def settle_pending(fs: FileSystem, path: str, supersede: Callable[[str], None]) 
             raise
         if any(image.writes and image.role != DATA_FILE for image in log.declared.images[1:]):
             raise
-        if fs.stat(path) is not None:
+        if look(fs, path) is not None:
             fs.open(path, write=True, locking=True).close()  # somebody uses it: nothing is given up for that
         supersede(path)
 
@@ -137,7 +137,7 @@ def _look_at_backing(
         reason = str(error).removeprefix(f"Could not open '{name}': ")
         raise UsageError(f"{reason}\nCould not open backing image.") from error
     try:
-        target = fs.stat(path)
+        target = look(fs, path)
         for layer in layers:
             status = layer.file.stat()
             if target is not None and (status.device, status.inode) == (target.device, target.inode):

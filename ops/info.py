@@ -93,11 +93,13 @@ def _below(image: Image, backing: str) -> str:
         ) from None
 
 
-def shown_name(image: Image, options: Mapping[str, Value]) -> str:
-    """What QEMU calls an image that was opened with `options`: `json:{…}` where no file name says it all."""
+def shown_name(image: Image, options: Mapping[str, Value], *, alone: bool = True) -> str:
+    """What QEMU calls an image that was opened with `options`: `json:{…}` where no file name says it all. `alone`:
+    nobody wanted its backing image."""
     format = _shown_format(image, options)
     strong = STRONG.get(format) or [each.name for each in lookup(image.format).runtime_options if each.strong]
-    return shown(options, format, strong)
+    cut_off = not alone and "backing" in options and image.backing_file is not None
+    return shown(options, format, strong, cut_off=cut_off)
 
 
 def _shown_format(image: Image, options: Mapping[str, Value]) -> str:

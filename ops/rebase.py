@@ -9,7 +9,14 @@ from typing import Any
 from safeimg.drivers.errors import DriverError, UsageError
 from safeimg.drivers.formats.api import Changes, Image, Planner
 from safeimg.drivers.formats.chain import backing_filename, close_chain, open_chain
-from safeimg.drivers.formats.naming import Blockdev, are_options, from_argument, lasting, protocol
+from safeimg.drivers.formats.naming import (
+    Blockdev,
+    are_options,
+    from_argument,
+    lasting,
+    protocol,
+    without_backing,
+)
 from safeimg.drivers.formats.registry import lookup, names
 from safeimg.drivers.secrets import Secrets
 from safeimg.drivers.storage.api import FileSystem
@@ -71,7 +78,7 @@ async def rebase(
         settings = {
             "safe": True, "backing": backing or None, "backing_format": backing_format, "old": old,
             "new": len(layers) - 1 - old, "cache": cache, "format": layers[0].format,
-            "options": lasting(filename, environment.fs.resolve), "step": step_bytes,
+            "options": lasting(without_backing(filename), environment.fs.resolve), "step": step_bytes,
         }  # fmt: skip
         await launch(_job(layers, settings, environment.transfer), environment)
     finally:
@@ -81,7 +88,7 @@ async def rebase(
 def _check_relative(image: Image, filename: str | Blockdev, fmt: str | None, backing: str) -> None:
     """A relative name needs a file name that it could be relative to."""
     named = from_argument(filename, fmt) if isinstance(filename, str) else filename
-    base = shown_name(image, named.options)
+    base = shown_name(image, named.options, alone=False)
     if base.startswith("json:") and not backing.startswith(("/", "json:")) and protocol(backing) is None:
         raise UsageError(
             f"Could not resolve backing filename: Cannot use relative backing file names for '{base}'"

@@ -17,7 +17,7 @@ from safeimg.drivers.errors import DriverError, NotClosed, UnsupportedError
 from safeimg.drivers.formats.api import CheckResult, Image, Patch
 from safeimg.drivers.formats.chain import OpenError, close_chain, open_chain, refuse_locked
 from safeimg.drivers.formats.features import Repair, Repairing
-from safeimg.drivers.formats.naming import Blockdev, are_options, lasting, text_of
+from safeimg.drivers.formats.naming import Blockdev, are_options, lasting, text_of, without_backing
 from safeimg.drivers.formats.registry import lookup
 from safeimg.drivers.secrets import Secrets
 from safeimg.drivers.storage.api import FileSystem
@@ -103,8 +103,9 @@ async def repair(
         refuse_pending_on(fs, layers[0].file.path)
     finally:
         close_chain(layers)
+    alone = without_backing(filename)
     layers = open_chain(
-        fs, filename, format=fmt, write=True, cache=cache, backing=False, repair=True, warn=warn, secrets=secrets
+        fs, alone, format=fmt, write=True, cache=cache, backing=False, repair=True, warn=warn, secrets=secrets
     )
     try:
         image = layers[0]
@@ -117,7 +118,7 @@ async def repair(
             raise OpenError(f"Could not open '{text_of(filename)}': {error}") from error
         if not plan.changes and not repairing.is_suspect(image):
             return Repaired(image.format, plan.report, None)
-        opened = {"cache": cache, "format": image.format, "options": lasting(filename, fs.resolve)}
+        opened = {"cache": cache, "format": image.format, "options": lasting(alone, fs.resolve)}
         marked = repairing.is_marked(image)
         settings = {"errors": errors, "marked": marked, **opened}
         operation = Repairs(command, image, errors, marked, plan)
@@ -169,10 +170,11 @@ async def open_to_change(
         refuse_pending_on(fs, found[0].file.path)
     finally:
         close_chain(found)
+    name = filename if backing or not present else without_backing(filename)
     return await open_sound(
         environment,
         lambda: open_chain(
-            fs, filename, format=fmt, write=True, cache=cache, backing=backing, warn=warn, secrets=secrets
+            fs, name, format=fmt, write=True, cache=cache, backing=backing, warn=warn, secrets=secrets
         ),
     )
 

@@ -132,7 +132,7 @@ class Resize:
         length = self._planner.place(0, 1)[0].offset + self._new if end is None else end
         cuts = [(0, length)] if length < self._image.file.length() else []
         if self._image.data is not self._image.file and self._new < self._image.data.length():
-            cuts.append((data_index([self._image], 0), self._new))  # in an external data file, all lies where it is seen
+            cuts.append((data_index([self._image], 0), self._new))  # where it is seen, there it lies
         if cuts:
             yield Step("trim", {"phase": END}, 0, truncate=cuts, no_return=True)
 

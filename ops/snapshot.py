@@ -34,13 +34,6 @@ def list_snapshots(
         close_chain(layers)
 
 
-def try_open(
-    fs: FileSystem, filename: str | Blockdev, *, secrets: Secrets = NO_SECRETS, warn: Callable[[str], None]
-) -> None:
-    """Opens the image for writing: all that qemu-img does if it is not told what to do. Raises `DriverError`."""
-    close_chain(open_chain(fs, filename, write=True, secrets=secrets, warn=warn))
-
-
 async def create(
     environment: Environment,
     filename: str | Blockdev,

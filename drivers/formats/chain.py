@@ -58,6 +58,7 @@ def open_chain(
     warn: Callable[[str], None] | None = None,
     secrets: Secrets = NO_SECRETS,
     inspect: bool = False,
+    aio: str | None = None,
 ) -> list[Image]:
     """The image and its backing images, top first.
 
@@ -67,13 +68,13 @@ def open_chain(
     dirty images for writing: all, or those at some depths. `warn` gets QEMU's warning when an image to write to was
     guessed to be raw. `secrets`: of encrypted images; without theirs, guest data cannot be read or written, which is
     refused here already unless `repair` is set. `inspect`: only metadata is looked at, which needs neither secrets nor
-    external data files.
+    external data files. `aio`: how files are to be accessed, checked as QEMU does; all are done by threads here.
 
     Raises `OpenError` with QEMU's message; everything opened so far is closed then.
     """
     writes = write if callable(write) else lambda depth, _name: depth == 0 and bool(write)
     repairs = repair if callable(repair) else lambda depth: bool(repair)
-    opener = _Opener(fs, cache, force_share, warn, secrets, inspect)
+    opener = _Opener(fs, cache, force_share, warn, secrets, inspect, aio)
     text = text_of(filename)
     images: list[Image] = []
     try:
@@ -100,6 +101,22 @@ def open_chain(
     except BaseException:
         close_chain(images)
         raise
+
+
+def try_open(
+    fs: FileSystem,
+    filename: str | Blockdev,
+    *,
+    format: str | None = None,
+    force_share: bool = False,
+    secrets: Secrets = NO_SECRETS,
+    warn: Callable[[str], None] | None = None,
+) -> None:
+    """Opens an image for writing, and nothing else. Raises `OpenError`, always with `force_share`: that is for
+    reading, which shows where QEMU finds out."""
+    close_chain(
+        open_chain(fs, filename, format=format, write=True, force_share=force_share, secrets=secrets, warn=warn)
+    )
 
 
 def refuse_locked(image: Image, filename: str | Blockdev) -> None:
@@ -231,11 +248,12 @@ class _Opener:
     warn: Callable[[str], None] | None
     secrets: Secrets
     inspect: bool
+    aio: str | None
     seen: set[tuple[int, int]] = field(default_factory=set)
 
     def open(self, layer: _Layer, write: bool, repair: bool) -> Image:
         options = layer.options
-        access = take_access(options, Access(write, self.cache, self.force_share))
+        access = take_access(options, Access(write, self.cache, self.force_share, self.aio))
         own = options.text("driver")
         name = own if layer.format is None else layer.format
         file_options = _file_options(options, name)

@@ -107,6 +107,15 @@ def _without_errors(options: Mapping[str, Value]) -> Mapping[str, Value]:
     }
 
 
+def without_backing(name: str | Blockdev) -> str | Blockdev:
+    """The same image opened by itself: without what its name says of the backing image."""
+    if isinstance(name, str):
+        if not name.startswith("json:"):
+            return name
+        name = from_filename(name)
+    return replace(name, options={key: item for key, item in name.options.items() if not key.startswith("backing.")})
+
+
 def recalled(options: Mapping[str, Value], path: str) -> Blockdev:
     """The name that `lasting` kept, of an image that lies at `path` now."""
     return Blockdev(path, options).at(path)
@@ -170,10 +179,16 @@ def from_argument(name: str, format: str | None) -> Blockdev:
 
 def from_options(text: str, warn: Callable[[str], None] | None = None) -> Blockdev:
     """What an argument means with `--image-opts`. `warn` gets QEMU's warnings about what is deprecated."""
-    options = dict(split_options(text, implied="file", warn=warn))
-    if warn is not None and options.get("backing") == "":
+    named = Blockdev(text, dict(split_options(text, implied="file", warn=warn)))
+    if warn is not None:
+        warn_old_ways(named, warn)
+    return named
+
+
+def warn_old_ways(named: Blockdev, warn: Callable[[str], None]) -> None:
+    """`warn` gets QEMU's warning about a way to say that there is no backing image."""
+    if named.options.get("backing") == "":
         warn('Use of "backing": "" is deprecated; use "backing": null instead')
-    return Blockdev(text, options)
 
 
 def _from_json(text: str) -> dict[str, Value]:
@@ -195,11 +210,14 @@ def _flattened(value: dict[str, Any] | list[Any], prefix: str) -> Iterator[tuple
             yield prefix + name, item
 
 
-def shown(options: Mapping[str, Value], driver: str, strong: Sequence[str]) -> str:
+def shown(options: Mapping[str, Value], driver: str, strong: Sequence[str], *, cut_off: bool = False) -> str:
     """The file name that QEMU calls an open image by: a plain one if that is enough to open it again, else JSON.
 
-    `strong`: which of the driver's options change what the guest sees."""
+    `strong`: which of the driver's options change what the guest sees; `cut_off`: it is open without the backing image
+    that it names."""
     found = _members(options, driver, strong)
+    if cut_off:
+        found = {"backing": None, **found}
     name = _plain_name(found)
     return "json:" + json_text(found) if name is None else name
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from safeimg.drivers.errors import DriverError
-from safeimg.drivers.storage.api import File, FileSystem
+from safeimg.drivers.storage.api import File, FileSystem, look
 
 
 @contextmanager
@@ -18,7 +18,7 @@ def new_file(
 
     As in QEMU, it comes before everything else: where it cannot be made, that is what is wrong, whatever is asked for
     besides. Raises `StorageError`, `LockError`."""
-    is_new = fs.stat(path) is None
+    is_new = look(fs, path) is None
     file = fs.create(path, truncate=False, cache=cache, locking=locking)
     try:
         yield file

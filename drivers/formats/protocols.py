@@ -21,7 +21,7 @@ from safeimg.drivers.formats.naming import (
     from_filename,
     shown,
 )
-from safeimg.drivers.storage.api import File, FileStat, FileSystem
+from safeimg.drivers.storage.api import File, FileStat, FileSystem, look
 
 _OPENED = ("blkdebug", *FILE_DRIVERS, "nbd", "null-aio", "null-co", "quorum")
 _FORMATS = frozenset((
@@ -43,6 +43,7 @@ class Access:
     write: bool = False
     cache: str = "writeback"  # see `storage.api.CACHE_MODES`
     force_share: bool = False
+    aio: str | None = None  # how the file is read and written
 
 
 def take_access(options: Options, given: Access) -> Access:
@@ -64,7 +65,7 @@ def take_access(options: Options, given: Access) -> Access:
         raise UsageError("force-share=on can only be used with read-only images")
     if given.write and read_only:
         raise UsageError("Block node is read-only")
-    return Access(given.write, _cache(given.cache, direct, no_flush), share)
+    return Access(given.write, _cache(given.cache, direct, no_flush), share, given.aio)
 
 
 def _cache(mode: str, direct: bool | None, no_flush: bool | None) -> str:
@@ -117,7 +118,7 @@ def _local(
 ) -> File:
     access = take_access(options, access)
     path = options.text("filename")
-    aio = options.choice("aio", ("threads", "native", "io_uring"))
+    aio = options.choice("aio", ("threads", "native", "io_uring")) or access.aio
     locking = options.choice("locking", ("auto", "on", "off"))
     options.boolean("drop-cache")
     options.boolean("x-check-cache-dropped")
@@ -126,19 +127,21 @@ def _local(
         raise UsageError(f"No persistent reservation manager with id '{manager}'")
     if not path:
         raise UsageError(f"The '{driver}' block driver requires a file name")
-    if aio == "native" and access.cache not in ("none", "directsync"):
-        raise UsageError("aio=native was specified, but it requires cache.direct=on, which was not specified.")
     refuse_unknown(options, driver, protocol=True)
-    found = fs.stat(path)
+    found = look(fs, path)
     if found is not None:
         if driver != "file" and not (found.is_device or stat.S_ISCHR(found.mode)):
             raise UsageError(f"'{driver}' driver requires '{path}' to be either a character or block device")
         if not found.is_device and not stat.S_ISREG(found.mode):
             raise UsageError(f"'{driver}' driver requires '{path}' to be a regular file")
         seen(found)
-    return fs.open(
+    file = fs.open(
         path, write=access.write, cache=access.cache, locking=locking != "off", force_share=access.force_share
     )
+    if aio == "native" and access.cache not in ("none", "directsync"):
+        file.close()
+        raise UsageError("aio=native was specified, but it requires cache.direct=on, which was not specified.")
+    return file
 
 
 def _window(fs: FileSystem, options: Options, access: Access, seen: Callable[[FileStat], object]) -> File:

@@ -8,9 +8,12 @@ and may be made from several threads at once on one `File` (positional I/O only)
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
+
+from safeimg.drivers.errors import StorageError
 
 Buffer = bytes | bytearray | memoryview
 
@@ -152,3 +155,13 @@ class FileSystem(Protocol):
     def give_to(self, path: str, uid: int, gid: int) -> None:
         """Changes a file's owner where allowed; silently not where not."""
         ...
+
+
+def look(fs: FileSystem, path: str) -> FileStat | None:
+    """What `fs.stat` tells; None, too, where the folder may not be looked into: opening or making the file tells."""
+    try:
+        return fs.stat(path)
+    except StorageError as error:
+        if error.errno != errno.EACCES:
+            raise
+        return None

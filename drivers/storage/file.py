@@ -20,6 +20,7 @@ from safeimg.drivers.storage import locks, space
 from safeimg.drivers.storage.api import CACHE_MODES, Buffer, FileStat, Span
 from safeimg.drivers.storage.buffered import BufferedIO, PositionalIO
 
+_NOTHING_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)  # nor can there be
 _TRUSTED = 1 << 20  # reads up to this size get their buffer without a look at the file's length
 
 
@@ -376,8 +377,10 @@ class LocalFileSystem:
         with _reported(path, "stat"):
             try:
                 return _file_stat(os.stat(path))
-            except (FileNotFoundError, NotADirectoryError):
-                return None
+            except OSError as error:
+                if error.errno in _NOTHING_THERE:
+                    return None
+                raise
 
     def unlink(self, path: str) -> None:
         with _reported(path, "remove"):

@@ -76,7 +76,7 @@ class Qcow2Amending:
         lazy = bool_option(path, values, "lazy_refcounts", header.lazy_refcounts)
         if lazy and not header.lazy_refcounts and version < 3:
             raise UsageError(f"Lazy refcounts only supported with compatibility level 1.1 and above {_NEWER}")
-        size = size_option(path, values, "size", own.size)
+        size = size_option(path, values, "size", 0) or own.size
         if size % 512:
             raise UsageError("The new size must be a multiple of 512")
         if version < header.version:
