@@ -74,7 +74,6 @@ def _amend(arguments: Arguments, options: list[str], shown: Display) -> int:
     name, fmt = image_name(arguments, words[0], fmt)
     if helps:
         return _help(name, fmt, cache)
-    from safeimg.drivers.transfer.core import Settings
     from safeimg.ops.amend import amend
     from safeimg.ops.launch import Environment
     from safeimg.recovery.gate import begin_or_resume
@@ -96,7 +95,7 @@ def _amend(arguments: Arguments, options: list[str], shown: Display) -> int:
 
     shown.hold()
     try:
-        run_stoppable(arguments, shown, work, image=name, settings=Settings(writeback=cache != "unsafe"))
+        run_stoppable(arguments, shown, work, image=name, bulk=False)
     finally:
         shown.finish()  # as qemu-img does, even if the format refuses
     return 0

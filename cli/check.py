@@ -114,7 +114,6 @@ def _checked(
 def _repaired(arguments: Arguments, name: str | Blockdev, fmt: str | None, cache: str) -> Repaired | None:
     """What was repaired; None if a repair that had been interrupted was finished."""
     from safeimg.drivers.formats.chain import try_open
-    from safeimg.drivers.transfer.core import Settings
     from safeimg.ops.launch import Environment
     from safeimg.ops.repair import repair
     from safeimg.recovery.gate import begin_or_resume
@@ -134,7 +133,7 @@ def _repaired(arguments: Arguments, name: str | Blockdev, fmt: str | None, cache
 
     with display(arguments) as shown:
         path = name if isinstance(name, str) else name.text
-        done = run_stoppable(arguments, shown, work, image=path, settings=Settings(writeback=cache != "unsafe"))
+        done = run_stoppable(arguments, shown, work, image=path, bulk=False)
     if done is not None and done.first is None:
         raise CommandError("This image format does not support checks", code=UNSUPPORTED)
     return done

@@ -103,15 +103,11 @@ def show_help(command: Command | None) -> int:
 
 
 def version_line() -> str:
-    from importlib.metadata import PackageNotFoundError, version
+    from safeimg.journal.version import VERSION
 
-    try:
-        own = version("safeimg")
-    except PackageNotFoundError:
-        own = "0"
     if program_name() == "qemu-img":  # tools look for this line, to know which options they may use
-        return f"qemu-img version 7.2.0 (safeimg {own})"
-    return f"safeimg version {own} (commands of qemu-img 7.2)"
+        return f"qemu-img version 7.2.0 (safeimg {VERSION})"
+    return f"safeimg version {VERSION} (commands of qemu-img 7.2)"
 
 
 def _fail(error: CommandError) -> int:

@@ -6,8 +6,10 @@ import os
 import shlex
 import signal
 import sys
+import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from types import FrameType
 from typing import TYPE_CHECKING, TypeVar
 
@@ -76,15 +78,16 @@ def run_stoppable(
     image: str | Blockdev,
     settings: Settings | None = None,
     own: bool = False,
+    bulk: bool = True,
     io_error: Callable[[StorageError], str] = str,
 ) -> Result:
     """Runs `work` with progress shown. If a signal pauses it, or it fails with something pending, says how to go on
     with `image`.
 
-    `own`: one of safeimg's own commands, whose exit codes tell that something is pending. `io_error`: what qemu-img
-    says when a read or write fails."""
-    import trio
+    `own`: one of safeimg's own commands, whose exit codes tell that something is pending. `bulk`: guest data is moved,
+    so that trio is worth its start. `io_error`: what qemu-img says when a read or write fails."""
     from safeimg.drivers.errors import DriverError
+    from safeimg.drivers.transfer.loop import run_alone
     from safeimg.journal.errors import HistoryError
     from safeimg.ops.errors import OperationPaused
 
@@ -93,7 +96,8 @@ def run_stoppable(
         around = environment(arguments, settings, stop)
         try:
             with shown.watching(around.transfer.progress):
-                return trio.run(_cancellable, stop, patient(work, arguments.last("wait", 0.0)), around)
+                waiting = partial(patient(work, arguments.last("wait", 0.0)), around)
+                return run_cancellable(stop, waiting) if bulk else run_alone(waiting)
         except (OperationPaused, KeyboardInterrupt) as error:
             raise paused(path, error, stop, own) from error
         except (DriverError, HistoryError) as error:
@@ -116,18 +120,18 @@ def patient(
     """`work`, tried again for so long while others use its images or work on them."""
 
     async def tried(around: Environment) -> Result:
-        import trio
         from safeimg.drivers.errors import LockError
+        from safeimg.drivers.transfer.loop import blocking
         from safeimg.ops.errors import OwnerAlive, SomethingPending
 
-        until = trio.current_time() + seconds
+        until = time.monotonic() + seconds
         while True:
             try:
                 return await work(around)
             except (LockError, OwnerAlive, SomethingPending) as error:
-                if trio.current_time() >= until or around.stop() or not _will_end(error):
+                if time.monotonic() >= until or around.stop() or not _will_end(error):
                     raise
-            await trio.sleep(min(WAIT_STEP, max(0.0, until - trio.current_time())))
+            await blocking(time.sleep, min(WAIT_STEP, max(0.0, until - time.monotonic())))
 
     return tried
 
@@ -149,20 +153,21 @@ def _will_end(error: Exception) -> bool:
     return log is None or liveness(log.owner) == "alive"
 
 
-async def _cancellable(
-    stop: Stop, work: Callable[[Environment], Awaitable[Result]], around: Environment
-) -> Result:
-    """Runs `work` until `stop` cancels it; then raises `KeyboardInterrupt`."""
+def run_cancellable(stop: Stop, work: Callable[[], Awaitable[Result]]) -> Result:
+    """Runs `work` under trio until `stop` cancels it; then raises `KeyboardInterrupt`."""
     import trio
 
-    token = trio.lowlevel.current_trio_token()
-    with trio.CancelScope() as scope:
-        stop.cancel = lambda: token.run_sync_soon(scope.cancel)  # what a signal handler may call
-        try:
-            return await work(around)
-        finally:
-            stop.cancel = None
-    raise KeyboardInterrupt
+    async def cancellable() -> Result:
+        token = trio.lowlevel.current_trio_token()
+        with trio.CancelScope() as scope:
+            stop.cancel = lambda: token.run_sync_soon(scope.cancel)  # what a signal handler may call
+            try:
+                return await work()
+            finally:
+                stop.cancel = None
+        raise KeyboardInterrupt
+
+    return trio.run(cancellable)
 
 
 def environment(

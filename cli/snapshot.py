@@ -77,7 +77,6 @@ def _change(arguments: Arguments, action: str, name: str | Blockdev) -> None:
     from safeimg.cli.progress import display
     from safeimg.cli.running import run_stoppable
     from safeimg.drivers.errors import RefusedError
-    from safeimg.drivers.transfer.core import Settings
     from safeimg.ops import snapshot
     from safeimg.ops.launch import Environment
     from safeimg.recovery.gate import begin_or_resume
@@ -107,7 +106,7 @@ def _change(arguments: Arguments, action: str, name: str | Blockdev) -> None:
             raise CommandError(*_refusal(action, which, error)) from error
 
     with display(arguments) as shown:
-        run_stoppable(arguments, shown, work, image=name, settings=Settings())
+        run_stoppable(arguments, shown, work, image=name, bulk=False)
 
 
 def _refusal(action: str, which: str, error: RefusedError) -> list[str]:

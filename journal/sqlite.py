@@ -125,11 +125,10 @@ class SqliteHistory:
     def record_settled(
         self, events: Iterable[Event], *, home: str, identities: Mapping[int, Identity] | None = None
     ) -> None:
-        """See `History.record_settled`. Imports sqlite_utils (a seventh of a second)."""
-        database = _database()
+        """See `History.record_settled`."""
         settled = prepare(events, home, identities)
         with self._writing() as connection:
-            settle(_Tables(database(connection, execute_plugins=False)), settled)
+            settle(_Tables(connection), settled)
 
     def log(self, image: Identity) -> list[OperationRow]:
         rows = self._query(
@@ -217,11 +216,11 @@ class SqliteHistory:
 
 
 class _Tables:
-    """The tables as `history.settle` writes them."""
+    """The tables as `history.settle` writes them: every operation ends here, and does not wait for sqlite_utils (which
+    takes a seventh of a second to import) to put a few rows into tables that are there."""
 
-    def __init__(self, database: Database) -> None:
-        self._database = database
-        self._connection: sqlite3.Connection = database.conn
+    def __init__(self, connection: sqlite3.Connection) -> None:
+        self._connection = connection
 
     def knows(self, operation: str) -> bool:
         found = self._connection.execute("select 1 from operations where operation = ?", (operation,))
@@ -233,11 +232,14 @@ class _Tables:
     def put_image(self, image: ImageRow) -> int:
         values = asdict(image)
         if image.number:
-            self._database.table("images").update(image.number, values)
+            self._connection.execute(
+                "update images set tag = :tag, device = :device, inode = :inode, path = :path where number = :number",
+                values,
+            )
             return image.number
         del values["number"]
-        number = self._database.table("images").insert(values).last_pk
-        assert isinstance(number, int)
+        number = self._insert("images", values)
+        assert number is not None
         return number
 
     def head(self, image: int) -> tuple[int, bytes]:
@@ -251,10 +253,11 @@ class _Tables:
         del values["role"]
         values["arguments"] = json.dumps(row.arguments)
         values["home"] = printable(row.home)
-        self._database.table("operations").insert(values)
+        self._insert("operations", values)
 
     def put_part(self, operation: str, image: int, role: str, path: str, identity: Identity) -> None:
-        self._database.table("parts").insert(
+        self._insert(
+            "parts",
             {
                 "operation": operation,
                 "image": image,
@@ -265,11 +268,18 @@ class _Tables:
                 "size": identity.size,
                 "mtime_ns": identity.mtime_ns,
                 "tag": identity.tag,
-            }
+            },
         )
 
     def put_events(self, image: int, rows: Sequence[EventRow]) -> None:
-        self._database.table("events").insert_all({"image": image} | asdict(row) for row in rows)
+        for row in rows:
+            self._insert("events", {"image": image} | asdict(row))
+
+    def _insert(self, table: str, values: Mapping[str, object]) -> int | None:
+        """Adds a row; its number."""
+        names = ", ".join(values)
+        places = ", ".join(f":{name}" for name in values)
+        return self._connection.execute(f"insert into {table} ({names}) values ({places})", values).lastrowid
 
     def drop_pending(self, operation: str) -> None:
         self._connection.execute("delete from pending where operation = ?", (operation,))

@@ -10,11 +10,11 @@ from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import trio
 from safeimg.drivers.errors import UsageError
 from safeimg.drivers.formats.api import Image, Patch
 from safeimg.drivers.transfer.buffers import BufferPool
 from safeimg.drivers.transfer.core import Transfer
+from safeimg.drivers.transfer.loop import blocking
 from safeimg.drivers.transfer.view import SECTOR, View
 from safeimg.ops.filling import Batch, Filler
 from safeimg.ops.launch import Environment, Job, launch
@@ -59,7 +59,7 @@ async def bench_read(layers: Sequence[Image], transfer: Transfer, requests: Requ
 async def bench_write(environment: Environment, layers: Sequence[Image], requests: Requests) -> float:
     """Writes; requests that continue each other are written together. Seconds that it took. Raises `UsageError` for
     what is not there, `SomethingPending`."""
-    await trio.to_thread.run_sync(refuse_pending_on, environment.fs, layers[0].file.path)
+    await blocking(refuse_pending_on, environment.fs, layers[0].file.path)
     for start in requests.starts(layers[0].size):
         _check(start, requests.size, layers[0].size)
     writing = _Writing(layers, environment.transfer, requests)

@@ -13,7 +13,6 @@ import os
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-import trio
 from safeimg.drivers.formats.api import Changes, Image, Patch, Planner
 from safeimg.drivers.formats.chain import close_chain, open_chain
 from safeimg.drivers.formats.naming import Blockdev, are_options, lasting, recalled, without_backing
@@ -21,6 +20,7 @@ from safeimg.drivers.formats.registry import lookup
 from safeimg.drivers.secrets import Secrets
 from safeimg.drivers.storage.api import FileSystem
 from safeimg.drivers.transfer.core import Transfer
+from safeimg.drivers.transfer.loop import blocking
 from safeimg.journal.state import OperationState
 from safeimg.ops.errors import Conflict
 from safeimg.ops.launch import Environment, Job, launch
@@ -88,7 +88,7 @@ class Change:
 
     async def _step(self, cursor: Any, changes: Changes) -> Step:
         self._unlinked += changes.unlinked
-        fresh = await trio.to_thread.run_sync(write_fresh, self._image.file, changes.fresh)
+        fresh = await blocking(write_fresh, self._image.file, changes.fresh)
         return Step(self._command, cursor, 0, fresh=fresh, changes=[(0, changes)])
 
     def _reopened(self) -> Image:

@@ -19,12 +19,12 @@ from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import trio
 from safeimg.drivers.formats.api import Changes, Image, Patch
 from safeimg.drivers.formats.registry import lookup
 from safeimg.drivers.transfer.buffers import BufferPool
 from safeimg.drivers.transfer.copy import join
 from safeimg.drivers.transfer.core import Transfer, Turns
+from safeimg.drivers.transfer.loop import blocking
 from safeimg.drivers.transfer.target import Target
 from safeimg.drivers.transfer.view import Source, View
 from safeimg.ops.bitmap import storing
@@ -138,7 +138,7 @@ class Convert:
                 moves = join_moves(batch.moves)
                 yield Step("data", {"at": at}, at, join(batch.written), moves, [(0, changes)])
         if self._writer.space is not None:
-            await trio.to_thread.run_sync(self._writer.space.trim)
+            await blocking(self._writer.space.trim)
         if self._bitmaps is not None and "copied" not in cursor and "released" not in cursor:
             async for step in self._copy_bitmaps(self._bitmaps):
                 yield step
@@ -151,7 +151,7 @@ class Convert:
         """Sets the bits of what will be written in the bitmaps of an existing target, before it is."""
         ranges: list[tuple[int, int]] = []
         if self._planner.marking_clusters([(0, self.view.size)]):  # there is a bitmap that is enabled
-            ranges = await trio.to_thread.run_sync(self._touched)
+            ranges = await blocking(self._touched)
         changes = self._planner.reserve(self._planner.marking_clusters(ranges))
         if changes:
             yield Step("reserve", {"at": 0, "unmarked": True}, 0, changes=[(0, changes)])
@@ -182,7 +182,7 @@ class Convert:
         for changes in storing(target, self._planner, wanted):
             if held is not None:
                 yield held
-            fresh = await trio.to_thread.run_sync(write_fresh, target.file, changes.fresh)
+            fresh = await blocking(write_fresh, target.file, changes.fresh)
             held = Step("bitmaps", None if fresh else {"at": at}, at, fresh, changes=[(0, changes)])
         if held is not None:
             yield replace(held, cursor={"at": at, "copied": True})

@@ -22,11 +22,11 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import trio
 from safeimg.drivers.errors import StorageError, SyncFailed
 from safeimg.drivers.formats.api import Patch
 from safeimg.drivers.transfer.copy import write_moves
 from safeimg.drivers.transfer.core import Transfer
+from safeimg.drivers.transfer.loop import blocking
 from safeimg.drivers.transfer.target import Target
 from safeimg.drivers.transfer.view import Source
 from safeimg.journal.errors import JournalError
@@ -93,15 +93,15 @@ class Engine:
                 await self.apply(step)
                 reason = self._stop()
                 if self._session is None and step.cursor is not None:
-                    self._session = await trio.to_thread.run_sync(begin, step.cursor, reason is not None)
+                    self._session = await blocking(begin, step.cursor, reason is not None)
                     if self._session is not None:  # its first step comes next: the log knows of none before
                         self._number = self._session.state.last_number
                         self._unconfirmed = None
                         self._transfer.digests = True
                 if reason is not None:
-                    await trio.to_thread.run_sync(self._pause, reason)
+                    await blocking(self._pause, reason)
                     raise OperationPaused(reason)
-            await trio.to_thread.run_sync(self.barrier)
+            await blocking(self.barrier)
         except StorageError as error:
             self._note_failure(error)
             raise
@@ -110,19 +110,19 @@ class Engine:
         """Makes one step durable up to its links, which the next step's sync or `barrier` covers."""
         self._number += 1
         if step.no_return:
-            await trio.to_thread.run_sync(self._pass_no_return)
+            await blocking(self._pass_no_return)
         if self._session is not None:
             await self._prepare(step, self._session)
-        await trio.to_thread.run_sync(self._allocate, step)
+        await blocking(self._allocate, step)
         self._dirty.update(written.image for written in step.fresh)
-        await trio.to_thread.run_sync(self._sync_images)
+        await blocking(self._sync_images)
         digests = await self._move(step)
         self._dirty.update(move.image for move in step.moves)
         for image, changes in step.changes:
             self._patch(image, changes.link)
         self._unconfirmed = StepApplied(self._number, digests)
         if step.name == "fence" or step.truncate:
-            await trio.to_thread.run_sync(self._finish_alone, step)
+            await blocking(self._finish_alone, step)
 
     @property
     def session(self) -> Session | None:
@@ -139,7 +139,7 @@ class Engine:
         before: tuple[BeforeRecord, ...] = ()
         if session.undo is not None and step.moves and not step.no_return:
             before = await save_before(self._transfer, step.moves, self._files, session.undo)
-            await trio.to_thread.run_sync(session.undo.sync)
+            await blocking(session.undo.sync)
         session.record(
             StepPrepared(
                 number=self._number,
@@ -162,7 +162,7 @@ class Engine:
                 time=time.time(),
             )
         )
-        await trio.to_thread.run_sync(session.sync)
+        await blocking(session.sync)
 
     async def _move(self, step: Step) -> tuple[bytes, ...]:
         """Writes the step's in-place data; the digests of those moves that do not leave plain zeroes."""

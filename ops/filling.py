@@ -6,11 +6,11 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import trio
 from safeimg.drivers.formats.api import Changes, Image, Placement
 from safeimg.drivers.formats.registry import lookup
 from safeimg.drivers.transfer.copy import copy_fresh
 from safeimg.drivers.transfer.core import Transfer
+from safeimg.drivers.transfer.loop import blocking
 from safeimg.drivers.transfer.target import Target
 from safeimg.drivers.transfer.view import View
 from safeimg.ops.session import data_index
@@ -137,7 +137,7 @@ async def grow(
             batch = Batch()
             filler.plan(batch, position, piece, zero=zero)
             if fill is not None and not zero:
-                await trio.to_thread.run_sync(fill, batch.fresh)
+                await blocking(fill, batch.fresh)
                 batch.fresh = []  # what is in them need not be verified: they are zeroes that nobody has used
             yield await filler.step("zero", here, 0, inside, batch)
     *first, last = planner.resize(size)

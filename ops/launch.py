@@ -12,12 +12,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import trio
 from safeimg.drivers.errors import UnsupportedError
 from safeimg.drivers.formats.api import Image
 from safeimg.drivers.secrets import NO_SECRETS, Secrets
 from safeimg.drivers.storage.api import File, FileSystem
 from safeimg.drivers.transfer.core import Transfer
+from safeimg.drivers.transfer.loop import blocking
 from safeimg.drivers.transfer.target import Target
 from safeimg.drivers.transfer.view import Source
 from safeimg.journal.history import History
@@ -101,7 +101,7 @@ async def launch(job: Job, environment: Environment) -> None:
         return opened[0]
 
     try:
-        await _run(job, environment, await trio.to_thread.run_sync(begin, None, False), None, begin)
+        await _run(job, environment, await blocking(begin, None, False), None, begin)
     except BaseException:
         if not opened:  # nobody could go on with what was begun
             for index in job.created:
@@ -144,6 +144,6 @@ async def _run(
     environment.transfer.progress.set_total(job.total)
     engine = Engine(job.targets, job.view, environment.transfer, session, stop=environment.stop)
     await engine.run(job.operation, cursor, begin=begin)
-    await trio.to_thread.run_sync(
+    await blocking(
         complete, engine.session, dict(enumerate(job.files)), job.operation.finish(), job.operation.discards()
     )

@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
-import trio
 from safeimg.drivers.errors import DriverError, NotClosed, UnsupportedError
 from safeimg.drivers.formats.api import CheckResult, Image, Patch
 from safeimg.drivers.formats.chain import OpenError, close_chain, open_chain, refuse_locked
@@ -22,6 +21,7 @@ from safeimg.drivers.formats.registry import lookup
 from safeimg.drivers.secrets import Secrets
 from safeimg.drivers.storage.api import FileSystem
 from safeimg.drivers.transfer.core import Transfer
+from safeimg.drivers.transfer.loop import blocking
 from safeimg.journal.state import OperationState
 from safeimg.ops.check import only_top
 from safeimg.ops.errors import Conflict
@@ -62,7 +62,7 @@ class Repairs:
         plan = self._plan
         if plan is None:
             image = lookup(self._image.format).reopen(self._image)
-            plan = await trio.to_thread.run_sync(lambda: _repairing(image).plan(image, errors=self._errors))
+            plan = await blocking(lambda: _repairing(image).plan(image, errors=self._errors))
         for changes in plan.changes:
             yield Step(self._command, {}, 0, changes=[(0, changes)])
 
@@ -113,7 +113,7 @@ async def repair(
         if repairing is None:
             return Repaired(image.format, None, None)
         try:
-            plan = await trio.to_thread.run_sync(lambda: repairing.plan(image, errors=errors))
+            plan = await blocking(lambda: repairing.plan(image, errors=errors))
         except UnsupportedError as error:
             raise OpenError(f"Could not open '{text_of(filename)}': {error}") from error
         if not plan.changes and not repairing.is_suspect(image):
@@ -137,7 +137,7 @@ async def open_sound(environment: Environment, open_it: Callable[[], Opened]) ->
     repaired: set[str] = set()
     while True:
         try:
-            return await trio.to_thread.run_sync(open_it)
+            return await blocking(open_it)
         except OpenError as error:
             cause = error.__cause__
             if not isinstance(cause, NotClosed):

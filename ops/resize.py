@@ -13,7 +13,6 @@ import errno
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
-import trio
 from safeimg.drivers.errors import StorageError, UsageError
 from safeimg.drivers.formats.api import Image, Patch, Placement
 from safeimg.drivers.formats.chain import close_chain
@@ -24,6 +23,7 @@ from safeimg.drivers.secrets import Secrets
 from safeimg.drivers.storage.api import FileSystem
 from safeimg.drivers.transfer.buffers import Buffers
 from safeimg.drivers.transfer.core import Transfer
+from safeimg.drivers.transfer.loop import blocking
 from safeimg.drivers.transfer.target import Target
 from safeimg.drivers.transfer.view import View
 from safeimg.journal.state import OperationState
@@ -95,7 +95,7 @@ class Resize:
     async def _reserve(self, cursor: dict[str, Any]) -> AsyncIterator[Step]:
         """Space for what an image without clusters has grown by."""
         if self._preallocation != "off" and self._is_whole:
-            await trio.to_thread.run_sync(self._allocate_whole)
+            await blocking(self._allocate_whole)
             yield Step("preallocate", {"phase": "release"}, 0)
 
     def _allocate_whole(self) -> None:

@@ -10,7 +10,6 @@ import os
 import secrets
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any, NamedTuple
 
 from safeimg.drivers.errors import StorageError, SyncFailed
@@ -26,6 +25,7 @@ from safeimg.journal.owner import current_owner
 from safeimg.journal.pointer import NEW_SUFFIX, Pointer, remove_pointer, write_pointer
 from safeimg.journal.state import OperationState, fold
 from safeimg.journal.undo import SUFFIX, UndoFile, remove_undo
+from safeimg.journal.version import VERSION
 from safeimg.ops.errors import SomethingPending
 
 DATA_FILE = "data file"  # the role of an external data file
@@ -140,7 +140,7 @@ class Session:
         session: Session | None = None
         try:
             declared = Declared(
-                operation, command, tuple(arguments), package_version(), current_owner(), records, time.time()
+                operation, command, tuple(arguments), VERSION, current_owner(), records, time.time()
             )
             session = cls(fs, history, home, log, fold([declared]), None)
             log.append(declared)
@@ -296,10 +296,3 @@ class Session:
             f"{image.path}: no place for a pointer to the journal ({'; '.join(refused)}); go on without any with "
             f"--no-journal"
         )
-
-
-def package_version() -> str:
-    try:
-        return version("safeimg")
-    except PackageNotFoundError:  # run from a checkout
-        return "0"

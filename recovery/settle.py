@@ -13,7 +13,7 @@ import os
 import time
 from collections.abc import Callable
 
-import trio
+from safeimg.drivers.transfer.loop import blocking
 from safeimg.journal.errors import LogDamaged, LogLost
 from safeimg.journal.events import Abandoned, Completed, Observed, RecoveryStarted, RolledBack
 from safeimg.journal.owner import current_owner
@@ -34,7 +34,7 @@ async def resume(
     What was done, in one line.
 
     Raises `Conflict`, `OwnerAlive`, `Impossible`; `OperationPaused` if it is stopped again."""
-    pending = await trio.to_thread.run_sync(
+    pending = await blocking(
         lambda: open_pending(path, environment, fenced=fenced, adopt=adopt, operation=operation)
     )
     with pending:
@@ -48,10 +48,10 @@ async def resume(
                 f"finish that with 'safeimg rollback {path}'"
             )
         _require_secrets(pending)
-        await trio.to_thread.run_sync(_begin, pending, "resume", adopt, _unsettled)
+        await blocking(_begin, pending, "resume", adopt, _unsettled)
         steps = [step.prepared for step in state.steps]
-        await trio.to_thread.run_sync(take_back, pending.session, pending.files, _unsettled)
-        await trio.to_thread.run_sync(keep_lengths, pending.files, steps[len(state.steps) :])
+        await blocking(take_back, pending.session, pending.files, _unsettled)
+        await blocking(keep_lengths, pending.files, steps[len(state.steps) :])
         raise_fences(pending.session, pending.files)
         job = pending.fresh_job()
         if state.steps:  # their fences are up, and what was taken back is on disk
@@ -78,7 +78,7 @@ async def rollback(
     What was done, in one line.
 
     Raises `Conflict`, `OwnerAlive`, `Impossible`."""
-    return await trio.to_thread.run_sync(lambda: _rollback(path, environment, fenced, adopt, operation))
+    return await blocking(lambda: _rollback(path, environment, fenced, adopt, operation))
 
 
 def _rollback(path: str, environment: Environment, fenced: bool, adopt: bool, operation: str) -> str:

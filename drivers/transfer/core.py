@@ -23,9 +23,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
-import trio
 from safeimg.drivers.storage.api import File
 from safeimg.drivers.transfer.buffers import BufferPool, Buffers
+from safeimg.drivers.transfer.loop import has_loop
 from safeimg.drivers.transfer.progress import Progress
 from safeimg.drivers.transfer.rate import TokenBucket
 
@@ -115,7 +115,12 @@ class Transfer:
         stop early. `cost(item)`: bytes of data moved, for the rate limit (0 if None); `done(item)`: bytes of
         progress (`cost` if None). `turns`: what the work functions wait on. The first exception of `items` or
         `work` ends the call and is raised as it is, after every worker has come to rest; cancellation takes
-        effect between two items."""
+        effect between two items. Where no event loop runs, one does for this call."""
+        import trio
+
+        if not has_loop():
+            trio.run(lambda: self.each(items, work, cost=cost, done=done, turns=turns))
+            return
         source = iter(items)
         lock = threading.Lock()
         failures: list[BaseException] = []
@@ -162,6 +167,8 @@ class Transfer:
     def _wait(self, bucket: TokenBucket, amount: int, failures: list[BaseException]) -> bool:
         """Sits the rate limit out; False if another worker failed meanwhile. Raises what trio cancels
         with."""
+        import trio
+
         until = time.monotonic() + bucket.take(amount)
         while (left := until - time.monotonic()) > 0:
             time.sleep(min(left, _NAP))
