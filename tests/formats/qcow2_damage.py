@@ -9,7 +9,8 @@ from typing import NamedTuple
 
 from qcow2_images import u64
 from safeimg.drivers.formats.qcow2.entries import COMPRESSED, OFFSET_MASK
-from safeimg.drivers.formats.qcow2.header import EXT_BITMAPS, EXTENDED_L2
+from safeimg.drivers.formats.qcow2.extensions import EXT_BITMAPS
+from safeimg.drivers.formats.qcow2.header import EXTENDED_L2
 
 
 class Spot(NamedTuple):

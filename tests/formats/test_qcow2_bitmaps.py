@@ -6,7 +6,7 @@ import pytest
 from qcow2_images import needs_qemu, open_path, patched, qemu_img, qemu_io, run, u64
 from safeimg.drivers.errors import FormatError
 from safeimg.drivers.formats.qcow2.bitmaps import read_bitmap_table, read_bitmaps, table_entries
-from safeimg.drivers.formats.qcow2.header import EXT_BITMAPS
+from safeimg.drivers.formats.qcow2.extensions import EXT_BITMAPS
 
 pytestmark = needs_qemu
 

@@ -10,17 +10,14 @@ from hypothesis import strategies as st
 from qcow2_images import FS, needs_qemu, patched, qemu_img, run
 from safeimg.drivers.errors import DriverError, FormatError, UnsupportedError
 from safeimg.drivers.formats.qcow2.create import create
-from safeimg.drivers.formats.qcow2.header import (
+from safeimg.drivers.formats.qcow2.extensions import (
     EXT_BACKING_FORMAT,
     Extension,
     FeatureName,
-    Header,
     feature_name_table,
-    parse_header,
-    parse_header_cluster,
-    serialise,
     serialise_extension,
 )
+from safeimg.drivers.formats.qcow2.header import Header, parse_header, parse_header_cluster, serialise
 from safeimg.drivers.formats.qcow2.image import open_image
 
 FIELDS = {

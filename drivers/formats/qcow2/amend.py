@@ -18,19 +18,17 @@ from safeimg.drivers.formats.qcow2.amend_keys import Keys, check_keys
 from safeimg.drivers.formats.qcow2.driver import CREATE_OPTIONS, own_image, own_planner
 from safeimg.drivers.formats.qcow2.empty import change_refcount_width
 from safeimg.drivers.formats.qcow2.encryption import PREFIX
+from safeimg.drivers.formats.qcow2.extensions import EXT_BITMAPS, EXT_DATA_FILE, Extension
 from safeimg.drivers.formats.qcow2.header import (
     COMPRESSION_TYPE,
     CORRUPT,
     DIRTY,
-    EXT_BITMAPS,
-    EXT_DATA_FILE,
     EXTERNAL_DATA_FILE,
     HEADER_LENGTH,
     LAZY_REFCOUNTS,
     RAW_EXTERNAL_DATA,
     ZLIB,
     ZSTD,
-    Extension,
     Header,
 )
 from safeimg.drivers.formats.qcow2.image import Qcow2Image

@@ -17,7 +17,8 @@ from safeimg.drivers.formats.api import Changes, Image, Planner
 from safeimg.drivers.formats.encryption import HostSectors, named
 from safeimg.drivers.formats.qcow2.driver import own_image, own_planner
 from safeimg.drivers.formats.qcow2.encryption import KEY_SECRET, PREFIX, read_luks, read_material
-from safeimg.drivers.formats.qcow2.header import EXT_ENCRYPTION, LUKS, EncryptionHeader
+from safeimg.drivers.formats.qcow2.extensions import EXT_ENCRYPTION, EncryptionHeader
+from safeimg.drivers.formats.qcow2.header import LUKS
 from safeimg.drivers.formats.qcow2.image import Qcow2Image
 from safeimg.drivers.formats.qcow2.rewrite import current_header, rewrite_header
 

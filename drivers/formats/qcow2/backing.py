@@ -9,13 +9,8 @@ from typing import TYPE_CHECKING
 
 from safeimg.drivers.errors import UsageError
 from safeimg.drivers.formats.api import Changes
-from safeimg.drivers.formats.qcow2.header import (
-    EXT_BACKING_FORMAT,
-    MAX_BACKING_FORMAT,
-    MAX_BACKING_NAME,
-    Extension,
-    Header,
-)
+from safeimg.drivers.formats.qcow2.extensions import EXT_BACKING_FORMAT, MAX_BACKING_FORMAT, Extension
+from safeimg.drivers.formats.qcow2.header import MAX_BACKING_NAME, Header
 from safeimg.drivers.formats.qcow2.rewrite import current_header, rewrite_header
 
 if TYPE_CHECKING:

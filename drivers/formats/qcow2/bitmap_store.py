@@ -27,7 +27,8 @@ from safeimg.drivers.formats.qcow2.bitmaps import (
 )
 from safeimg.drivers.formats.qcow2.dirty_bitmaps import read_table
 from safeimg.drivers.formats.qcow2.entries import encode_table
-from safeimg.drivers.formats.qcow2.header import BITMAPS, EXT_BITMAPS, BitmapsExtension, Header
+from safeimg.drivers.formats.qcow2.extensions import EXT_BITMAPS, BitmapsExtension
+from safeimg.drivers.formats.qcow2.header import BITMAPS, Header
 from safeimg.drivers.formats.qcow2.rewrite import current_header, stage_header, switch_header
 
 STEP_BYTES = 16 << 20  # of merged bits that one step writes

@@ -36,10 +36,16 @@ from safeimg.drivers.formats.qcow2.data_file import data_file_extension
 from safeimg.drivers.formats.qcow2.driver import CREATE_OPTIONS
 from safeimg.drivers.formats.qcow2.encryption import asked_encryption, new_encryption, refuse_two_methods
 from safeimg.drivers.formats.qcow2.entries import COPIED, encode_table
-from safeimg.drivers.formats.qcow2.header import (
-    COMPRESSION_TYPE,
+from safeimg.drivers.formats.qcow2.extensions import (
     EXT_BACKING_FORMAT,
     EXT_FEATURE_NAMES,
+    EncryptionHeader,
+    Extension,
+    FeatureName,
+    feature_name_table,
+)
+from safeimg.drivers.formats.qcow2.header import (
+    COMPRESSION_TYPE,
     EXTENDED_L2,
     EXTERNAL_DATA_FILE,
     FEATURE_TABLE_MIN_CLUSTER,
@@ -50,12 +56,8 @@ from safeimg.drivers.formats.qcow2.header import (
     RAW_EXTERNAL_DATA,
     UNFINISHED,
     UNFINISHED_BIT,
-    EncryptionHeader,
-    Extension,
-    FeatureName,
     Header,
     backing_name_offset,
-    feature_name_table,
     parse_header,
     serialise,
 )

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from safeimg.drivers.errors import UsageError
 from safeimg.drivers.formats.options import bool_option
-from safeimg.drivers.formats.qcow2.header import EXT_DATA_FILE, Extension
+from safeimg.drivers.formats.qcow2.extensions import EXT_DATA_FILE, Extension
 
 
 def data_file_extension(path: str, options: Mapping[str, str], version: int) -> tuple[Extension, ...]:

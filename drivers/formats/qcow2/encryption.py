@@ -12,7 +12,8 @@ from safeimg.drivers.errors import FormatError, SecretMissing, UsageError
 from safeimg.drivers.formats.api import Cipher
 from safeimg.drivers.formats.encryption import GuestSectors, HostSectors, named
 from safeimg.drivers.formats.options import bool_option
-from safeimg.drivers.formats.qcow2.header import AES, LUKS, EncryptionHeader, Header
+from safeimg.drivers.formats.qcow2.extensions import EncryptionHeader
+from safeimg.drivers.formats.qcow2.header import AES, LUKS, Header
 from safeimg.drivers.secrets import Secrets
 from safeimg.drivers.storage.api import File
 

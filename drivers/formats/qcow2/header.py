@@ -10,9 +10,25 @@ from __future__ import annotations
 import os
 import struct
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 from safeimg.drivers.errors import FormatError, UnsupportedError
+from safeimg.drivers.formats.qcow2.extensions import (
+    END,
+    EXT_BACKING_FORMAT,
+    EXT_BITMAPS,
+    EXT_DATA_FILE,
+    EXT_ENCRYPTION,
+    EXT_FEATURE_NAMES,
+    BitmapsExtension,
+    EncryptionHeader,
+    Extension,
+    FeatureName,
+    parse_extensions,
+    parse_feature_names,
+    serialise_extension,
+    text,
+    unsupported_features,
+)
 from safeimg.drivers.formats.qcow2.l2 import EXTENDED_MIN_CLUSTER_BITS, L2Layout, l2_layout
 from safeimg.drivers.storage.api import File
 
@@ -24,7 +40,6 @@ MAX_L1_BYTES = 32 << 20
 MAX_REFCOUNT_TABLE_BYTES = 8 << 20
 MAX_SNAPSHOTS = 65536
 MAX_BACKING_NAME = 1023
-MAX_BACKING_FORMAT = 15
 MAX_BITMAPS = 65535
 V2_HEADER_LENGTH = 72
 V3_MIN_HEADER_LENGTH = 104
@@ -49,14 +64,6 @@ BITMAPS = 1 << 0
 RAW_EXTERNAL_DATA = 1 << 1
 KNOWN_AUTOCLEAR = BITMAPS | RAW_EXTERNAL_DATA
 
-# Types of header extensions
-EXT_END = 0x00000000
-EXT_BACKING_FORMAT = 0xE2792ACA
-EXT_FEATURE_NAMES = 0x6803F857
-EXT_BITMAPS = 0x23852875
-EXT_ENCRYPTION = 0x0537BE77
-EXT_DATA_FILE = 0x44415441
-
 # compression_type
 ZLIB = 0
 ZSTD = 1
@@ -64,65 +71,10 @@ COMPRESSION_NAMES = {ZLIB: "zlib", ZSTD: "zstd"}
 
 _V2 = struct.Struct(">4sIQIIQIIQQIIQ")
 _V3 = struct.Struct(">QQQII")
-_EXTENSION = struct.Struct(">II")
-_FEATURE = struct.Struct(">BB46s")
-_BITMAPS = struct.Struct(">IIQQ")
-_ENCRYPTION = struct.Struct(">QQ")
 
 # crypt_method
 AES = 1
 LUKS = 2
-
-
-class FeatureName(NamedTuple):
-    """An entry of the feature name table."""
-
-    kind: int  # 0 incompatible, 1 compatible, 2 autoclear
-    bit: int
-    name: str
-
-
-FEATURE_NAMES = (
-    FeatureName(0, 0, "dirty bit"),
-    FeatureName(0, 1, "corrupt bit"),
-    FeatureName(0, 2, "external data file"),
-    FeatureName(0, 3, "compression type"),
-    FeatureName(0, 4, "extended L2 entries"),
-    FeatureName(1, 0, "lazy refcounts"),
-    FeatureName(2, 0, "bitmaps"),
-    FeatureName(2, 1, "raw external data"),
-)
-
-
-class Extension(NamedTuple):
-    """A header extension. `data` is without padding."""
-
-    type: int
-    data: bytes
-
-
-@dataclass(frozen=True, slots=True)
-class BitmapsExtension:
-    """Where the bitmap directory lies (spec: "Bitmaps extension")."""
-
-    nb_bitmaps: int
-    bitmap_directory_size: int
-    bitmap_directory_offset: int
-
-    def extension(self) -> Extension:
-        data = _BITMAPS.pack(self.nb_bitmaps, 0, self.bitmap_directory_size, self.bitmap_directory_offset)
-        return Extension(EXT_BITMAPS, data)
-
-
-@dataclass(frozen=True, slots=True)
-class EncryptionHeader:
-    """Where the LUKS header lies (spec: "Full disk encryption header pointer")."""
-
-    offset: int
-    length: int
-
-    def extension(self) -> Extension:
-        return Extension(EXT_ENCRYPTION, _ENCRYPTION.pack(self.offset, self.length))
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,42 +199,28 @@ class Header:
     def data_file(self) -> str | None:
         """The external data file's name as written in the image."""
         data = self.extension(EXT_DATA_FILE)
-        return None if data is None else _text(data)
+        return None if data is None else text(data)
 
     @property
     def backing_format(self) -> str | None:
         data = self.extension(EXT_BACKING_FORMAT)
-        return None if data is None else _text(data)
+        return None if data is None else text(data)
 
     @property
     def bitmaps(self) -> BitmapsExtension | None:
         """The bitmaps extension if it is there and consistent (its autoclear bit is set)."""
         data = self.extension(EXT_BITMAPS)
-        if data is None or not self.autoclear_features & BITMAPS:
-            return None
-        nb_bitmaps, _reserved, size, offset = _BITMAPS.unpack(data)
-        return BitmapsExtension(nb_bitmaps, size, offset)
+        return BitmapsExtension.of(data) if data is not None and self.autoclear_features & BITMAPS else None
 
     @property
     def encryption(self) -> EncryptionHeader | None:
         """The place of the LUKS header, if there is one."""
         data = self.extension(EXT_ENCRYPTION)
-        return None if data is None else EncryptionHeader(*_ENCRYPTION.unpack(data))
+        return None if data is None else EncryptionHeader.of(data)
 
     @property
     def feature_names(self) -> tuple[FeatureName, ...]:
         return parse_feature_names(self.extension(EXT_FEATURE_NAMES) or b"")
-
-
-def parse_feature_names(data: bytes) -> tuple[FeatureName, ...]:
-    """The entries of a feature name table; a last one that is cut short is completed with zeroes."""
-    padded = data + bytes(-len(data) % _FEATURE.size)
-    return tuple(FeatureName(kind, bit, _text(name)) for kind, bit, name in _FEATURE.iter_unpack(padded))
-
-
-def feature_name_table(names: tuple[FeatureName, ...] = FEATURE_NAMES) -> Extension:
-    data = b"".join(_FEATURE.pack(kind, bit, name.encode()) for kind, bit, name in names)
-    return Extension(EXT_FEATURE_NAMES, data)
 
 
 def parse_header(file: File, *, unfinished: bool = False, snapshots: bool = True) -> Header:
@@ -344,7 +282,7 @@ def parse_header_cluster(head: bytes, path: str, *, unfinished: bool = False, sn
     extensions_end = min(len(head), backing_offset or cluster_size)
     unknown_bits = incompatible & ~(KNOWN_INCOMPATIBLE | (UNFINISHED if unfinished else 0))
     if unknown_bits:
-        raise UnsupportedError(_unsupported(head[:extensions_end], header_length, unknown_bits))
+        raise UnsupportedError(unsupported_features(head[:extensions_end], header_length, unknown_bits))
     _check_compression(path, compression_type, bool(incompatible & COMPRESSION_TYPE))
     if incompatible & EXTENDED_L2 and cluster_bits < EXTENDED_MIN_CLUSTER_BITS:
         raise UnsupportedError(f"Unsupported subcluster size: {l2_layout(cluster_bits, True).subcluster_size}")
@@ -360,7 +298,7 @@ def parse_header_cluster(head: bytes, path: str, *, unfinished: bool = False, sn
         raise FormatError(path, f"Unsupported encryption method {crypt_method}")
     # A backing name in front of the extensions leaves no room for any.
     limit = max(header_length, backing_offset or cluster_size)
-    extensions = _parse_extensions(path, head, header_length, limit, crypt_method, cluster_size)
+    extensions = parse_extensions(path, head, header_length, limit, crypt_method == LUKS, cluster_size)
     if crypt_method == LUKS and not any(extension.type == EXT_ENCRYPTION for extension in extensions):
         raise FormatError(path, "Missing CRYPTO header for crypt method 2")
     backing_file = None
@@ -418,14 +356,8 @@ def backing_name_offset(header: Header) -> int:
     return _written_length(header) + len(_serialise_extensions(header))
 
 
-def serialise_extension(extension: Extension) -> bytes:
-    """An extension as stored: type, length, data, padding to a multiple of 8."""
-    data = extension.data
-    return _EXTENSION.pack(extension.type, len(data)) + data + bytes(-len(data) % 8)
-
-
 def _serialise_extensions(header: Header) -> bytes:
-    return b"".join(map(serialise_extension, (*header.extensions, Extension(EXT_END, b""))))
+    return b"".join(map(serialise_extension, (*header.extensions, END)))
 
 
 def _written_length(header: Header) -> int:
@@ -433,10 +365,6 @@ def _written_length(header: Header) -> int:
     if header.version == 2:
         return V2_HEADER_LENGTH
     return max(header.header_length, HEADER_LENGTH) if header.compression_type else header.header_length
-
-
-def _text(data: bytes) -> str:
-    return os.fsdecode(data.split(b"\0", 1)[0])
 
 
 def _version(number: int, unfinished: bool) -> int:
@@ -481,62 +409,3 @@ def _check_table(path: str, header: Header, name: str, offset: int, length: int,
         raise FormatError(path, f"{name} too large")
     if offset % header.cluster_size or offset + length >= 1 << 63:
         raise FormatError(path, f"{name} offset invalid")
-
-
-def _unsupported(head: bytes, offset: int, bits: int) -> str:
-    """QEMU's message for incompatible features that are unknown; names come from the image's own table."""
-    names = []
-    table: tuple[FeatureName, ...] = ()
-    while offset + _EXTENSION.size <= len(head):
-        kind, length = _EXTENSION.unpack_from(head, offset)
-        offset += _EXTENSION.size
-        if kind == EXT_END or offset + length > len(head):
-            break
-        if kind == EXT_FEATURE_NAMES:
-            table = parse_feature_names(head[offset:offset + length])
-        offset += -(-length // 8) * 8
-    for entry in table:
-        if entry.kind == 0 and entry.bit < 64 and bits >> entry.bit & 1:
-            names.append(entry.name)
-            bits &= ~(1 << entry.bit)
-    if bits:
-        names.append(f"Unknown incompatible feature: {bits:x}")
-    return f"Unsupported qcow2 feature(s): {', '.join(names)}"
-
-
-def _parse_extensions(
-    path: str, head: bytes, offset: int, limit: int, crypt_method: int, cluster_size: int
-) -> tuple[Extension, ...]:
-    """Extensions between `offset` and `limit`; `head` may end earlier, what is missing reads as zeroes."""
-    extensions: list[Extension] = []
-    while offset < limit:
-        if offset + _EXTENSION.size > len(head):
-            break
-        kind, length = _EXTENSION.unpack_from(head, offset)
-        start = offset + _EXTENSION.size
-        if start > limit or length > limit - start:
-            raise FormatError(path, "Header extension too large")
-        if kind == EXT_END:
-            break
-        data = head[start:start + length].ljust(length, b"\0")
-        _check_extension(path, kind, data, crypt_method, cluster_size)
-        extensions.append(Extension(kind, data))
-        offset = start + -(-length // 8) * 8
-    return tuple(extensions)
-
-
-def _check_extension(path: str, kind: int, data: bytes, crypt_method: int, cluster_size: int) -> None:
-    length = len(data)
-    if kind == EXT_BACKING_FORMAT and length > MAX_BACKING_FORMAT:
-        limit = MAX_BACKING_FORMAT + 1
-        raise FormatError(path, f"ERROR: ext_backing_format: len={length} too large (>={limit})")
-    if kind == EXT_ENCRYPTION and crypt_method != LUKS:
-        raise FormatError(path, "CRYPTO header extension only expected with LUKS encryption method")
-    if kind == EXT_ENCRYPTION and length != _ENCRYPTION.size:
-        problem = f"CRYPTO header extension size {length}, but expected size {_ENCRYPTION.size}"
-        raise FormatError(path, problem)
-    if kind == EXT_ENCRYPTION and (offset := _ENCRYPTION.unpack(data)[0]) % cluster_size:
-        problem = f"Encryption header offset '{offset}' is not a multiple of cluster size '{cluster_size}'"
-        raise FormatError(path, problem)
-    if kind == EXT_BITMAPS and length != _BITMAPS.size:
-        raise FormatError(path, "bitmaps_ext: Invalid extension length")

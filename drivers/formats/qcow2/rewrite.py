@@ -20,14 +20,12 @@ from safeimg.drivers.errors import FormatError, UnsupportedError
 from safeimg.drivers.formats.api import Changes
 from safeimg.drivers.formats.metadata import Phase
 from safeimg.drivers.formats.qcow2.entries import SECTOR
+from safeimg.drivers.formats.qcow2.extensions import EXT_FEATURE_NAMES, Extension, feature_name_table
 from safeimg.drivers.formats.qcow2.header import (
-    EXT_FEATURE_NAMES,
     FEATURE_TABLE_MIN_CLUSTER,
     UNFINISHED,
-    Extension,
     Header,
     backing_name_offset,
-    feature_name_table,
     parse_header_cluster,
     serialise,
 )
