@@ -28,10 +28,10 @@ def main() -> None:
     try:
         sys.stdout.flush()
     except BrokenPipeError:
-        _silence(sys.stdout)
+        silence(sys.stdout)
         code = code or 1
     except OSError as error:
-        _silence(sys.stdout)
+        silence(sys.stdout)
         code = code or _fail(_explain(error))
     sys.exit(code)
 
@@ -58,7 +58,7 @@ def guarded(words: list[str]) -> int:
         if isinstance(error, SystemExit) or os.environ.get("SAFEIMG_DEBUG"):
             raise
         if isinstance(error, BrokenPipeError):
-            _silence(sys.stdout)
+            silence(sys.stdout)
             return 1
         return _fail(_explain(error))
 
@@ -120,7 +120,7 @@ def _fail(error: CommandError) -> int:
         if error.hint:
             print(f"Try '{name} --help' for more information", file=sys.stderr)
     except OSError:  # the exit code tells
-        _silence(sys.stderr)
+        silence(sys.stderr)
     return error.code
 
 
@@ -152,7 +152,7 @@ def _explain(error: BaseException) -> CommandError:
     return CommandError(f"internal error: {type(error).__name__}: {error} (SAFEIMG_DEBUG=1 shows where)")
 
 
-def _silence(stream: TextIO) -> None:
+def silence(stream: TextIO) -> None:
     """Nobody can read it any more: keeps the interpreter from complaining about it when it exits."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 

@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
 from safeimg.cli.parser import Arguments
 
@@ -46,9 +46,11 @@ class Display:
         """`done` of `total` bytes are behind us."""
         if self._asked:
             self._asked = False
-            print(f"    ({_percent(done, total):.2f}/100%)", file=sys.stderr, flush=True)
+            with _unread(sys.stderr):
+                print(f"    ({_percent(done, total):.2f}/100%)", file=sys.stderr, flush=True)
         if self._form is not None and not self._held:
-            self._form.show(done, total)
+            with _unread(sys.stdout):
+                self._form.show(done, total)
 
     def hold(self, *, wholly: bool = False) -> None:
         """Nothing is shown until `begin`; `wholly`: nor is the line ended if that never comes."""
@@ -61,12 +63,14 @@ class Display:
     def close(self) -> None:
         """Ends the line."""
         if self._form is not None and not self._silent:
-            self._form.close()
+            with _unread(sys.stdout):
+                self._form.close()
 
     def finish(self, total: int = 1) -> None:
         """All is done: shown as such even if the last report said less."""
         if self._form is not None and not self._held:
-            self._form.show(total, total)
+            with _unread(sys.stdout):
+                self._form.show(total, total)
 
     @contextmanager
     def watching(self, progress: Progress) -> Iterator[None]:
@@ -100,6 +104,17 @@ def display(arguments: Arguments) -> Iterator[Display]:
         if previous is not None:
             signal.signal(signal.SIGUSR1, previous)
         shown.close()
+
+
+@contextmanager
+def _unread(stream: TextIO) -> Iterator[None]:
+    """What nobody can read any more (a terminal that hung up, the other end of a pipe) stops nothing."""
+    from safeimg.cli.main import silence
+
+    try:
+        yield
+    except OSError:
+        silence(stream)
 
 
 def _on_usr1(handler: Callable[..., None]) -> Any:

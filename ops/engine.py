@@ -18,7 +18,6 @@ After a failed sync nothing more is written and nothing is recorded as applied: 
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -29,6 +28,7 @@ from safeimg.drivers.transfer.core import Transfer
 from safeimg.drivers.transfer.loop import blocking
 from safeimg.drivers.transfer.target import Target
 from safeimg.drivers.transfer.view import Source
+from safeimg.journal.clock import now
 from safeimg.journal.errors import JournalError
 from safeimg.journal.events import (
     BeforeRecord,
@@ -159,7 +159,7 @@ class Engine:
                 ),
                 cursor=step.cursor,
                 done=step.done,
-                time=time.time(),
+                time=now(),
             )
         )
         await blocking(session.sync)
@@ -219,7 +219,7 @@ class Engine:
     def _pass_no_return(self) -> None:
         self._sync_images()
         if self._session is not None and not self._no_return:
-            self._session.record(PointOfNoReturn(self._number, time.time()))
+            self._session.record(PointOfNoReturn(self._number, now()))
             self._no_return = True
 
     def _finish_alone(self, step: Step) -> None:
@@ -238,7 +238,7 @@ class Engine:
     def _pause(self, reason: str) -> None:
         self.barrier()
         if self._session is not None:
-            self._session.record(Paused(reason, time.time()))
+            self._session.record(Paused(reason, now()))
             self._session.sync()
 
     def _note_failure(self, error: StorageError) -> None:
@@ -246,7 +246,7 @@ class Engine:
         if self._session is None or isinstance(error, SyncFailed):
             return
         try:
-            self._session.record(Paused(str(error), time.time()))
+            self._session.record(Paused(str(error), now()))
             self._session.sync()
         except (StorageError, JournalError):  # the log itself is what failed
             pass

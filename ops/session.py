@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import secrets
-import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -16,6 +15,7 @@ from safeimg.drivers.errors import StorageError, SyncFailed
 from safeimg.drivers.formats.api import Cipher, Image
 from safeimg.drivers.storage.api import File, FileSystem
 from safeimg.journal import find, place
+from safeimg.journal.clock import now
 from safeimg.journal.errors import JournalError, JournalUnavailable, LogForeign
 from safeimg.journal.events import Declared, Event, Identity, ImageRecord, Started
 from safeimg.journal.history import History, PendingRow
@@ -140,7 +140,7 @@ class Session:
         session: Session | None = None
         try:
             declared = Declared(
-                operation, command, tuple(arguments), VERSION, current_owner(), records, time.time()
+                operation, command, tuple(arguments), VERSION, current_owner(), records, now()
             )
             session = cls(fs, history, home, log, fold([declared]), None)
             log.append(declared)
@@ -152,7 +152,7 @@ class Session:
             history.add_pending(PendingRow(
                 operation, command, log.path, fs.resolve(home), declared.owner.machine, declared.time
             ))
-            session.record(Started(dict(settings), lengths, undo, tuple(created), total, time.time()))
+            session.record(Started(dict(settings), lengths, undo, tuple(created), total, now()))
             session.sync()
             return session
         except BaseException as error:

@@ -5,11 +5,11 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 
 from safeimg.drivers.formats.api import Patch
 from safeimg.drivers.storage.api import File
+from safeimg.journal.clock import now
 from safeimg.journal.events import Completed, FinishRecord
 from safeimg.ops.session import Session
 
@@ -23,7 +23,7 @@ def complete(
     """All steps are durable: records the outcome, takes the fences down and settles."""
     records = [FinishRecord(image, patch.offset, patch.before or b"", patch.after) for image, patch in finish]
     if session is not None:
-        session.record(Completed(tuple(records), time.time()))
+        session.record(Completed(tuple(records), now()))
         session.sync()
     finish_images(files, records)
     for image, offset, length in discards:

@@ -10,10 +10,10 @@ Each may be killed and repeated. Once a rollback has begun, only a rollback sett
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable
 
 from safeimg.drivers.transfer.loop import blocking
+from safeimg.journal.clock import now
 from safeimg.journal.errors import LogDamaged, LogLost
 from safeimg.journal.events import Abandoned, Completed, Observed, RecoveryStarted, RolledBack
 from safeimg.journal.owner import current_owner
@@ -107,7 +107,7 @@ def _rollback(path: str, environment: Environment, fenced: bool, adopt: bool, op
             _begin(pending, "rollback", adopt, _any)
             take_back(session, pending.files, _any)
             lost = shorten(session, pending.files, pending.used_end)
-        session.record(RolledBack(tuple(lost), time.time()))
+        session.record(RolledBack(tuple(lost), now()))
         session.sync()
         session.settle()
         return "; ".join([f"{command} rolled back", *lost])
@@ -128,7 +128,7 @@ def _removes(state: OperationState) -> bool:
 
 def _remove_created(pending: Pending) -> list[str]:
     session = pending.session
-    session.record(RecoveryStarted("rollback", current_owner(), time.time()))
+    session.record(RecoveryStarted("rollback", current_owner(), now()))
     session.sync()
     started = session.state.started
     lost = []
@@ -152,7 +152,7 @@ def _begin(pending: Pending, action: str, adopt: bool, wanted: Callable[[LiveSte
     if not job.damaged:  # else nobody can tell what its space is used for
         verify_unreferenced(session.state, pending.files)
         verify_kept(session.state, pending.files, wanted)
-    session.record(RecoveryStarted(action, current_owner(), time.time()))
+    session.record(RecoveryStarted(action, current_owner(), now()))
     session.sync()
 
 
@@ -172,7 +172,7 @@ def abandon(path: str, environment: Environment, *, reason: str = "", operation:
             return done
         session = pending.session
         records = pending.fences()
-        session.record(Abandoned(reason, time.time(), records))
+        session.record(Abandoned(reason, now(), records))
         session.sync()
         finish_images(pending.files, records)
         session.settle()

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ COMMIT = ("commit", "top.qcow2")
 SLOW = ("commit", "-r", "4M", "top.qcow2")
 HELD = ("commit", "-r", "512k", "top.qcow2")  # runs for as long as a test needs, which then stops it
 
-Kept = dict[str, tuple[bytes, int]]  # of each file: what is in it, and its modification time
+Kept = dict[Path, tuple[bytes, int]]  # of each file: what is in it, and its modification time
 
 
 class Folder:
@@ -41,9 +41,10 @@ class Folder:
         self.base, self.top = path / base, path / "top.qcow2"
         self.log = path / f"{base}.safeimg"
         self.state = path / "state"
-        self.old = os.urandom(SIZE)
+        self.old = os.urandom(SIZE // 2) + bytes(SIZE // 2)  # the half of it has no space yet
         self.new = os.urandom(SIZE)
         self.processes: list[subprocess.Popen[bytes]] = []
+        self.more: list[Path] = []  # files elsewhere that belong to it
         for image, content in ((self.base, self.old), (self.top, self.new)):
             fmt = image.suffix[1:]
             raw = path / "content"
@@ -137,33 +138,37 @@ class Folder:
 
     def kept(self) -> Kept:
         """Everything in the folder, to be put back as it is now."""
-        return {
-            str(path.relative_to(self.path)): (path.read_bytes(), path.stat().st_mtime_ns)
-            for path in self.path.rglob("*")
-            if path.is_file()
-        }
+        return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in self._files()}
+
+    def _files(self) -> list[Path]:
+        sidecars = [path for log in self.more for path in log.parent.glob(f"{log.name}*")]
+        return [path for path in (*self.path.rglob("*"), *sidecars) if path.is_file() and path.name != "filler"]
 
     def put_back(self, kept: Kept) -> None:
         """Everything in the folder is as it was, times too; images are the same files."""
-        for path in self.path.rglob("*"):
-            if path.is_file() and str(path.relative_to(self.path)) not in kept:
+        for path in self._files():
+            if path not in kept:
                 path.unlink()
-        for name, (content, time_ns) in kept.items():
-            path = self.path / name
+        for path, (content, time_ns) in kept.items():
             with path.open("r+b" if path.exists() else "xb") as file:
                 file.truncate(len(content))
                 file.write(content)
-            if ".safeimg" in name:
+            if path not in (self.base, self.top):
                 path.chmod(0o600)
             os.utime(path, ns=(time_ns, time_ns))
 
-    def settles_both_ways(self) -> None:
-        """What is pending shows what the guest had; it can be taken back, and it can be finished instead."""
+    def settles_both_ways(self, more_room: Callable[[], object] = lambda: None, *, program: str = PROGRAM) -> None:
+        """What is pending shows what the guest had; it can be taken back, and it can be finished instead, if there is
+        `more_room`."""
         assert self.left(), "nothing is pending"
         kept = self.kept()
-        for verb, content in (("rollback", self.old), ("resume", self.new)):
-            self.put_back(kept)
-            assert self.shown(self.top) == self.new
-            self.done(verb, self.base.name)
-            assert self.shown(self.base) == content, verb
-            assert self.shown(self.top) == self.new and self.left() == []
+        assert self.shown(self.top) == self.new
+        self._settled("rollback", self.old, program)
+        more_room()
+        self.put_back(kept)
+        self._settled("resume", self.new, program)
+
+    def _settled(self, verb: str, content: bytes, program: str) -> None:
+        self.done(verb, self.base.name, program=program)
+        assert self.shown(self.base) == content, verb
+        assert self.shown(self.top) == self.new and self.left() == []
