@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from safeimg.cli.common import print_json, print_text
 from safeimg.cli.errors import CommandError
-from safeimg.cli.history import event_members, identity_of
+from safeimg.cli.history import date, event_members, identity_of
 from safeimg.cli.options import Argument, Command, Option
 from safeimg.cli.parser import Arguments
 from safeimg.cli.shared import HELP, IMAGE, OUTPUT
@@ -107,6 +107,7 @@ def _export(image: str, form: str) -> int:
 def _verify(image: str, output: str, anchor: str | None) -> int:
     from safeimg.journal import audit
     from safeimg.journal.sqlite import SqliteHistory
+    from safeimg.journal.story import changed_since
 
     expected = None
     if anchor is not None:
@@ -118,15 +119,17 @@ def _verify(image: str, output: str, anchor: str | None) -> int:
     findings = audit.verify(history, identity, anchor=expected)
     rows = history.chain(identity)
     operations = len({row.operation for row in rows})
-    head = _head(rows)
+    head, since = _head(rows), changed_since(history, identity)
     if output == "json":
         print_json({
             "image": image, "verified": not findings, "events": len(rows), "operations": operations,
-            "head": head, "findings": [_finding(each) for each in findings],
+            "head": head, "changed-since": since, "findings": [_finding(each) for each in findings],
         })  # fmt: skip
     elif not findings:
         what = f"{len(rows)} events of {operations} operations verify" if rows else "nothing on record"
         print_text(f"{image}: {what}" + (f"; head {head}" if head is not None else ""))
+        if since is not None:
+            print_text(f"{image}: changed outside of this record, after {date(since)} (by a guest, say)")
     if findings:
         raise CommandError(*(f"{image}: {finding.message}" for finding in findings), code=CONFLICT)
     return 0

@@ -31,6 +31,8 @@ _MODULES = {
     "rollback": "settle",
     "abandon": "settle",
     "recover": "recover",
+    "undo": "undo",
+    "gc": "gc",
     "log": "history",
     "show": "history",
     "audit": "audit",

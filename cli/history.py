@@ -67,24 +67,42 @@ def identity_of(image: str) -> Identity:
 
 
 def _log(image: str, output: str) -> int:
+    from safeimg.journal import story
     from safeimg.journal.sqlite import SqliteHistory
 
-    rows = SqliteHistory().log(identity_of(image))
+    history, identity = SqliteHistory(), identity_of(image)
+    rows, events = history.log(identity), history.chain(identity)
+    back, before = story.undone(events), story.changed_before(events)
     if output == "json":
-        print_json([_operation(row) for row in rows])
+        print_json([
+            {**_operation(row), "undone-by": back.get(row.operation), "changed-since": before.get(row.operation)}
+            for row in rows
+        ])  # fmt: skip
     elif rows:
-        print_text("\n".join(_line(row) for row in rows))
+        for row in rows:
+            if row.operation in before:
+                print_text(_outside(before[row.operation]))
+            print_text(_line(row, back.get(row.operation)))
+        since = story.changed_since(history, identity)
+        if since is not None:
+            print_text(_outside(since))
     else:
         print_text(f"{image}: nothing on record")
     return 0
 
 
-def _line(row: OperationRow) -> str:
+def _line(row: OperationRow, undone_by: str | None) -> str:
     took = f"{max(0.0, row.settled - row.started):.1f} s"
+    back = "" if undone_by is None else f"  [undone by {undone_by[:12]}]"
     return (
-        f"{row.operation[:12]}  {_date(row.started)}  {row.command:<8}  {row.outcome:<11}  "
-        f"{row.role:<8}  {took:>9}  {' '.join(row.arguments)}"
+        f"{row.operation[:12]}  {date(row.started)}  {row.command:<8}  {row.outcome:<11}  "
+        f"{row.role:<8}  {took:>9}  {' '.join(row.arguments)}{back}"
     ).rstrip()
+
+
+def _outside(since: float) -> str:
+    """A line for what is not on record."""
+    return f"{'-' * 12}  changed outside of this record, after {date(since)}"
 
 
 def _operation(row: OperationRow) -> dict[str, Any]:
@@ -125,7 +143,7 @@ def _parsed(body: str) -> Any:
 def _event_line(row: EventRow) -> str:
     body = _parsed(row.body)
     members = body if isinstance(body, dict) else {"body": body}
-    when = f"{_date(members['time'])}  " if isinstance(members.get("time"), (int, float)) else " " * 21
+    when = f"{date(members['time'])}  " if isinstance(members.get("time"), (int, float)) else " " * 21
     parts = [
         f"{name}={_short(value)}"
         for name, value in members.items()
@@ -142,7 +160,7 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "…"
 
 
-def _date(seconds: float) -> str:
+def date(seconds: float) -> str:
     try:
         return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
     except (OverflowError, ValueError, OSError):

@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import TextIO
 
 from safeimg.cli.commands import PROGRAM, find, module
+from safeimg.cli.config import configure
 from safeimg.cli.errors import Answer, CommandError, usage
 from safeimg.cli.objects import store
 from safeimg.cli.options import Command
@@ -92,6 +93,7 @@ def dispatch(words: list[str]) -> int:
         raise
     if asked == "help":
         return show_help(command)
+    configure()
     return int(module(name).run(command, own))
 
 

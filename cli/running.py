@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 import signal
 import sys
@@ -14,16 +13,18 @@ from types import FrameType
 from typing import TYPE_CHECKING, TypeVar
 
 from safeimg.cli.common import filesystem
+from safeimg.cli.config import KEEP_UNDO, KEEP_UNDO_TOTAL, setting
 from safeimg.cli.errors import CommandError
 from safeimg.cli.parser import Arguments
 from safeimg.cli.progress import Display
-from safeimg.cli.values import POLICIES, warn
+from safeimg.cli.values import warn
 from safeimg.drivers.formats.naming import Blockdev, local_name
 from safeimg.drivers.secrets import NO_SECRETS
 
 if TYPE_CHECKING:
     from safeimg.drivers.errors import StorageError
     from safeimg.drivers.transfer.core import Settings
+    from safeimg.journal.kept import Keeping
     from safeimg.ops.launch import Environment
 
 Result = TypeVar("Result")
@@ -188,6 +189,7 @@ def environment(
         stop=Stop().reason if stop is None else stop.reason,
         secrets=NO_SECRETS if arguments is None else arguments.secrets,
         notice=lambda line: print(line, file=sys.stderr),
+        keeping=keeping(arguments),
     )
 
 
@@ -275,19 +277,21 @@ def recorded(words: Sequence[str]) -> tuple[str, ...]:
 
 def _on_crash(arguments: Arguments) -> str:
     """`resume`, `rollback` or `report`."""
-    return str(arguments.last("on-crash", _from_environment("SAFEIMG_ON_CRASH", POLICIES, "report")))
+    return str(arguments.last("on-crash") or setting("on-crash", "report"))
 
 
 def _journal(arguments: Arguments) -> str:
     """`auto`, `require`, `off`, or the path of the log."""
     if arguments.flag("no-journal"):
         return "off"
-    return str(arguments.last("journal", _from_environment("SAFEIMG_JOURNAL", ("auto", "require", "off"), "auto")))
+    return str(arguments.last("journal") or setting("journal", "auto"))
 
 
-def _from_environment(name: str, allowed: Sequence[str], otherwise: str) -> str:
-    """A variable's value, for callers whose command line cannot be changed."""
-    chosen = os.environ.get(name, otherwise)
-    if chosen not in allowed:
-        raise CommandError(f"{name} is '{chosen}'; it may be {', '.join(allowed[:-1])} or {allowed[-1]}")
-    return chosen
+def keeping(arguments: Arguments | None = None) -> Keeping:
+    """How much is kept for `undo`."""
+    from safeimg.journal.kept import Keeping
+    from safeimg.ops.sizes import parse_size
+
+    given = None if arguments is None else arguments.last("keep-undo")
+    each = parse_size(setting("keep-undo", KEEP_UNDO)) if given is None else given
+    return Keeping(each or 0, parse_size(setting("keep-undo-total", KEEP_UNDO_TOTAL)) or 0)

@@ -70,5 +70,14 @@ JOURNALING = (
         values.policy,
         own=True,
     ),
+    Option(
+        "keep-undo",
+        None,
+        "keep-undo",
+        "SIZE",
+        "Keep up to so much for `safeimg undo` (64M; 0 keeps nothing).",
+        values.kept_size,
+        own=True,
+    ),
     WAIT,
 )

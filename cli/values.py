@@ -103,6 +103,10 @@ def policy(text: str) -> str:
     return text
 
 
+def kept_size(text: str) -> int:
+    return size("size of what is kept for undo", text)
+
+
 def seconds(text: str) -> float:
     if not re.fullmatch(r"\d+(\.\d+)?", text):
         raise CommandError(f"'{text}' is not a number of seconds")

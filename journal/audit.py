@@ -11,7 +11,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from safeimg.journal.chain import GENESIS, OUTCOME_KINDS, PARTICIPATED, EventRow, OperationRow, row_hash
+from safeimg.journal.chain import (
+    GENESIS,
+    OUTCOME_KINDS,
+    PARTICIPATED,
+    SETTLED,
+    EventRow,
+    OperationRow,
+    row_hash,
+)
 from safeimg.journal.events import Identity
 from safeimg.journal.history import History
 
@@ -91,7 +99,8 @@ def _compare(operations: Sequence[OperationRow], rows: Sequence[EventRow]) -> li
     findings: list[Finding] = []
     outcomes: dict[str, EventRow] = {}
     for row in rows:
-        outcomes[row.operation] = row
+        if row.kind != SETTLED:
+            outcomes[row.operation] = row
     for operation in listed.keys() - outcomes.keys():
         message = f"operation {operation[:8]} is listed, and none of its events is there"
         findings.append(Finding("removed", len(rows) + 1, operation, message))

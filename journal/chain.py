@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
@@ -13,6 +13,8 @@ from safeimg.journal.events import Abandoned, Completed, Declared, Event, Rolled
 
 GENESIS = bytes(32)  # what the first event of an image names as the hash before it
 PARTICIPATED = "Participated"  # kind of the one event that an operation leaves in a participant's chain
+CHANGED = "ChangedOutside"  # kind of the event that tells of changes before the operation
+SETTLED = "Settled"  # kind of the event behind the outcome
 
 _KEPT_BYTES = 64  # longer bytes are replaced by their length and BLAKE3-256
 OUTCOME_KINDS = {"completed": "Completed", "rolled back": "RolledBack", "abandoned": "Abandoned"}
@@ -78,11 +80,17 @@ def chain_home(
 
 
 def chain_participant(
-    summary: OperationRow, role: str, head: bytes, position: int, previous: bytes
+    summary: OperationRow,
+    role: str,
+    head: bytes,
+    position: int,
+    previous: bytes,
+    more: Mapping[str, Any],
 ) -> EventRow:
-    """The row that a participant's chain gets: what happened, and the hash of the last row at its home."""
+    """The row that a participant's chain gets: what happened, the hash of the last row at its home, and `more`."""
     body = _json(
         {
+            **_plain(dict(more)),
             "command": summary.command,
             "home": summary.home,
             "home_head": head.hex(),

@@ -182,6 +182,11 @@ def _read_observed(value: object, scope: Scope) -> tuple[int, ev.Identity]:
     return read_image(image, scope), read_identity(identity, scope)
 
 
+def _read_changed(value: object, scope: Scope) -> tuple[int, float]:
+    image, since = items(value, 2)
+    return read_image(image, scope), read_time(since, scope)
+
+
 def _read_owner(value: object, scope: Scope) -> ev.Owner:
     machine, boot, pid, started, uid, host = items(value, 6)
     return ev.Owner(
@@ -250,6 +255,7 @@ _KINDS: Mapping[str, tuple[Callable[..., ev.Event], Mapping[str, Read]]] = {
             "time": read_time,
         },
     ),
+    "ChangedOutside": (ev.ChangedOutside, {"images": many(_read_changed, MAX_IMAGES)}),
     "Observed": (ev.Observed, {"identities": many(_read_observed, MAX_IMAGES)}),
     "StepPrepared": (
         ev.StepPrepared,
@@ -270,6 +276,7 @@ _KINDS: Mapping[str, tuple[Callable[..., ev.Event], Mapping[str, Read]]] = {
     ),
     "StepApplied": (ev.StepApplied, {"number": read_number, "digests": many(_read_digests)}),
     "PointOfNoReturn": (ev.PointOfNoReturn, {"number": read_number, "time": read_time}),
+    "GivenUp": (ev.GivenUp, {"number": read_number, "before": many(_read_before)}),
     "Paused": (ev.Paused, {"reason": read_text, "time": read_time}),
     "RecoveryStarted": (
         ev.RecoveryStarted,
@@ -280,6 +287,7 @@ _KINDS: Mapping[str, tuple[Callable[..., ev.Event], Mapping[str, Read]]] = {
     "Completed": (ev.Completed, {"finish": many(_read_finish), "time": read_time}),
     "RolledBack": (ev.RolledBack, {"lost": many(read_text), "time": read_time}),
     "Abandoned": (ev.Abandoned, {"reason": read_text, "time": read_time, "finish": many(_read_finish)}),
+    "Settled": (ev.Settled, {"identities": many(_read_observed, MAX_IMAGES), "lost": read_text, "time": read_time}),
 }
 
 _PATCHES = {"StepPrepared": ("allocate", "link"), "Completed": ("finish",), "Abandoned": ("finish",)}

@@ -135,6 +135,15 @@ class Started:
 
 
 @dataclass(frozen=True, slots=True)
+class ChangedOutside:
+    """Images that are not as the operation before left them: something that is not on record changed them since.
+
+    `images`: index, and when that operation was settled."""
+
+    images: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Observed:
     """How the images that are only read look, after their fences are durable. Replaces the identities declared."""
 
@@ -174,6 +183,15 @@ class PointOfNoReturn:
 
     number: int  # of that step
     time: float
+
+
+@dataclass(frozen=True, slots=True)
+class GivenUp:
+    """Content that a step, or the end of the operation, gives up for good, kept for `undo` as before-images are:
+    of space that it frees, cuts off or writes over behind the point of no return. Durable before it is lost."""
+
+    number: int  # of the step; of the last one for what is given up at the end
+    before: tuple[BeforeRecord, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,7 +259,18 @@ class Abandoned:
     finish: tuple[FinishRecord, ...] = field(default=())
 
 
+@dataclass(frozen=True, slots=True)
+class Settled:
+    """How the images look now that everything is done to them: what tells later whether they were changed since.
+
+    `lost`: why the operation cannot be undone; empty if what that takes is kept."""
+
+    identities: tuple[tuple[int, Identity], ...]
+    lost: str
+    time: float
+
+
 Event = (
-    Declared | Started | Observed | StepPrepared | StepApplied | PointOfNoReturn | Paused | RecoveryStarted
-    | TakingBack | TakenBack | Completed | RolledBack | Abandoned
+    Declared | Started | ChangedOutside | Observed | StepPrepared | StepApplied | PointOfNoReturn | GivenUp | Paused
+    | RecoveryStarted | TakingBack | TakenBack | Completed | RolledBack | Abandoned | Settled
 )

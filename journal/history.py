@@ -9,13 +9,16 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 from safeimg.journal import chain
 from safeimg.journal.chain import EventRow, OperationRow
 from safeimg.journal.errors import JournalError
-from safeimg.journal.events import Declared, Event, Identity
+from safeimg.journal.events import ChangedOutside, Declared, Event, Identity, Settled, Started
 from safeimg.journal.identity import same_file
+
+UNDO = "undo"  # the command that takes completed operations back
+UNDOES = "operation"  # its setting that names the operation
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +62,10 @@ class History(Protocol):
         """The image's whole chain, in order of position."""
         ...
 
+    def newest(self, image: Identity, kinds: Sequence[str]) -> EventRow | None:
+        """The newest event of these kinds in the image's chain."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class ImageRow:
@@ -94,30 +101,48 @@ class Store(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Settled:
+class Prepared:
     """An operation made ready for recording."""
 
     summary: OperationRow
     declared: Declared
     bodies: list[tuple[str, str]]  # kind and body of each event
     identities: Mapping[int, Identity]
+    looks: Mapping[int, Identity]  # how the images looked once everything was done to them
+    lost: str  # why the operation cannot be undone
+    changed: Mapping[int, float]  # images that were changed outside before it: when they were last settled
+    undoes: str | None  # the operation that this one took back
 
 
-def prepare(events: Iterable[Event], home: str, identities: Mapping[int, Identity] | None) -> Settled:
+def prepare(events: Iterable[Event], home: str, identities: Mapping[int, Identity] | None) -> Prepared:
     """Reads the events once, keeping nothing of their bulk. Raises `JournalError` if they are not a whole
     operation."""
     first: Event | None = None
     last: Event | None = None
     bodies = []
+    looks: dict[int, Identity] = {}
+    undoes, lost = None, ""
+    changed: dict[int, float] = {}
     for event in events:
-        first, last = first or event, event
+        first = first or event
+        if isinstance(event, Settled):
+            looks.update(event.identities)
+            lost = event.lost
+        else:
+            last = event
+        if isinstance(event, ChangedOutside):
+            changed.update(event.images)
+        if isinstance(event, Started):
+            undoes = event.settings.get(UNDOES)
         bodies.append((type(event).__name__, chain.body_of(event)))
     summary = chain.summarise(first, last, printable(home))
     assert isinstance(first, Declared)
-    return Settled(summary, first, bodies, dict(identities or {}))
+    if first.command != UNDO or not isinstance(undoes, str):
+        undoes = None
+    return Prepared(summary, first, bodies, {**dict(identities or {}), **looks}, looks, lost, changed, undoes)
 
 
-def settle(store: Store, settled: Settled) -> None:
+def settle(store: Store, settled: Prepared) -> None:
     """Writes a settled operation's rows: every event into its home's chain, one into each participant's."""
     summary = settled.summary
     store.drop_pending(summary.operation)
@@ -139,7 +164,15 @@ def settle(store: Store, settled: Settled) -> None:
             rows = chain.chain_home(settled.bodies, summary.operation, position, previous)
             head = rows[-1].hash
         else:
-            rows = [chain.chain_participant(summary, image.role, head, position, previous)]
+            more: dict[str, Any] = {
+                "found": image.identity,
+                "look": settled.looks.get(index),
+                "lost": settled.lost,
+                "changed": settled.changed.get(index),
+            }
+            if settled.undoes is not None:
+                more[UNDOES] = settled.undoes
+            rows = [chain.chain_participant(summary, image.role, head, position, previous, more)]
         store.put_events(number, rows)
 
 
@@ -226,6 +259,9 @@ class MemoryHistory:
     def chain(self, image: Identity) -> list[EventRow]:
         row = match(self.images(image), image)
         return [] if row is None else list(self.events.get(row.number, []))
+
+    def newest(self, image: Identity, kinds: Sequence[str]) -> EventRow | None:
+        return next((row for row in reversed(self.chain(image)) if row.kind in kinds), None)
 
     def knows(self, operation: str) -> bool:
         return operation in self.operations

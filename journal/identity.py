@@ -55,3 +55,8 @@ def unchanged(recorded: Identity, now: Identity) -> bool:
     """The same file, and nobody wrote to it since. (A rename or chmod changes ctime, which is not looked
     at.)"""
     return same_file(recorded, now) and (recorded.size, recorded.mtime_ns) == (now.size, now.mtime_ns)
+
+
+def untouched(recorded: Identity, now: Identity) -> bool:
+    """The same file, and nobody did anything to it since, not even what a restored modification time would hide."""
+    return unchanged(recorded, now) and recorded.ctime_ns == now.ctime_ns

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from safeimg.journal import frames
 from safeimg.journal.codec import BadEvent, decode_event, encode_event
 from safeimg.journal.errors import JournalError, JournalUnavailable, LogBusy, LogDamaged, LogForeign, LogVoid
-from safeimg.journal.events import Declared, Event, Started, StepPrepared
+from safeimg.journal.events import Declared, Event, GivenUp, Started, StepPrepared
 from safeimg.journal.files import File, FileStat, FileSystem, Lockable, system_error
 from safeimg.journal.trust import check_trusted, sidecar_stat
 
@@ -22,7 +22,7 @@ MAX_UNSYNCED = (
 )  # more is synced before the next append, so that a torn tail stays bounded
 
 _ATTEMPTS = 3  # at reading a log that looks damaged
-_NEEDS_RESERVE = (Declared, Started, StepPrepared)  # the others settle the operation and may use the reserve
+_NEEDS_RESERVE = (Declared, Started, StepPrepared, GivenUp)  # the others settle the operation and may use the reserve
 
 
 class _Scan:
@@ -186,6 +186,11 @@ class Log:
     def durable(self) -> int:
         """The highest sequence known to be on stable storage."""
         return self._scan.durable
+
+    @property
+    def used(self) -> int:
+        """Bytes of the file up to the end of the last event."""
+        return self._scan.end
 
     @property
     def head(self) -> bytes:

@@ -67,6 +67,14 @@ def make_state_directory() -> str:
     return path
 
 
+def state_files(files: FileSystem) -> list[str]:
+    """The paths of the files in the state directory; none if it is not there."""
+    directory = state_directory()
+    if directory is None or files.stat(directory) is None:
+        return []
+    return [str(Path(directory) / name) for name in files.list_directory(directory)]
+
+
 def beside(files: FileSystem, image: str) -> str:
     """The path of the log beside `image`, links resolved: every name of a file leads to one log."""
     return files.resolve(image) + SUFFIX

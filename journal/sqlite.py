@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 NAME = "history.db"
 SCHEMA = 1  # PRAGMA user_version
+_EVENTS = "select position, operation, sequence, kind, body, previous, hash from events"
 TIMEOUT = 20.0  # seconds to wait for another process's transaction
 
 _TABLES: Mapping[str, tuple[dict[str, type], str | tuple[str, ...]]] = {
@@ -158,27 +159,16 @@ class SqliteHistory:
         return select(self.chain(image), operation)
 
     def chain(self, image: Identity) -> list[EventRow]:
-        rows = self._query(
-            "select position, operation, sequence, kind, body, previous, hash from events "
-            "where image = ? order by position",
-            image,
-        )
-        return [
-            EventRow(
-                _int(row[0]),
-                _text(row[1]),
-                _int(row[2]),
-                _text(row[3]),
-                _text(row[4]),
-                _bytes(row[5]),
-                _bytes(row[6]),
-            )
-            for row in rows
-        ]
+        return [_event(row) for row in self._query(f"{_EVENTS} where image = ? order by position", image)]
 
-    def _query(self, statement: str, image: Identity | None = None) -> list[tuple[Any, ...]]:
-        """Rows; none if there is no database yet, or it does not know `image` (whose number is the
-        parameter)."""
+    def newest(self, image: Identity, kinds: Sequence[str]) -> EventRow | None:
+        marks = ", ".join("?" * len(kinds))
+        statement = f"{_EVENTS} where image = ? and kind in ({marks}) order by position desc limit 1"
+        return next(map(_event, self._query(statement, image, *kinds)), None)
+
+    def _query(self, statement: str, image: Identity | None = None, *more: str) -> list[tuple[Any, ...]]:
+        """Rows; none if there is no database yet, or it does not know `image` (whose number is the first
+        parameter, before `more`)."""
         path = self._path or _default_path()
         if path is None or not Path(path).exists():
             return []
@@ -187,12 +177,12 @@ class SqliteHistory:
             try:
                 if _version(connection, path) == 0:
                     return []
-                parameters: tuple[int, ...] = ()
+                parameters: tuple[int | str, ...] = more
                 if image is not None:
                     row = match(_images(connection, image), image)
                     if row is None:
                         return []
-                    parameters = (row.number,)
+                    parameters = (row.number, *more)
                 return connection.execute(statement, parameters).fetchall()
             finally:
                 connection.close()
@@ -367,6 +357,12 @@ def _unusable(path: str, problem: str) -> HistoryError:
 
 def _line(error: Exception) -> str:
     return " ".join(str(error).split())
+
+
+def _event(row: tuple[Any, ...]) -> EventRow:
+    return EventRow(
+        _int(row[0]), _text(row[1]), _int(row[2]), _text(row[3]), _text(row[4]), _bytes(row[5]), _bytes(row[6])
+    )
 
 
 # What a tampered database holds in a column is made harmless; audit finds that its hash does not fit.

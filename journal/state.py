@@ -14,15 +14,19 @@ from typing import Any
 from safeimg.journal.errors import JournalError
 from safeimg.journal.events import (
     Abandoned,
+    BeforeRecord,
+    ChangedOutside,
     Completed,
     Declared,
     Event,
+    GivenUp,
     Identity,
     Observed,
     Paused,
     PointOfNoReturn,
     RecoveryStarted,
     RolledBack,
+    Settled,
     Started,
     StepApplied,
     StepPrepared,
@@ -73,7 +77,9 @@ class OperationState:
     no_return: int | None = None
     paused: str | None = None
     recovery: RecoveryStarted | None = None
+    given_up: dict[int, tuple[BeforeRecord, ...]] = field(default_factory=dict)  # by step: kept for `undo`
     outcome: Completed | RolledBack | Abandoned | None = None
+    settled: Settled | None = None
 
     def apply(self, event: Event) -> None:
         """One more event. Raises `UnlikelyEvents` if it cannot follow."""
@@ -119,6 +125,11 @@ def fold(events: Iterable[Event]) -> OperationState:
 
 def _apply(state: OperationState, event: Event) -> str | None:
     """Applies one event to `state`; the problem if it cannot follow."""
+    if isinstance(event, Settled):
+        if state.outcome is None or state.settled is not None:
+            return "it does not follow the operation's outcome"
+        state.settled = event
+        return None
     if state.outcome is not None:
         return "it follows the operation's outcome"
     if isinstance(event, Declared):
@@ -145,8 +156,11 @@ def _apply(state: OperationState, event: Event) -> str | None:
 
 def _apply_started(
     state: OperationState,
-    event: Observed | StepPrepared | StepApplied | PointOfNoReturn | Paused | TakingBack | TakenBack | Completed,
+    event: ChangedOutside | Observed | StepPrepared | StepApplied | PointOfNoReturn | GivenUp | Paused | TakingBack
+    | TakenBack | Completed,
 ) -> str | None:
+    if isinstance(event, ChangedOutside):
+        return None
     if isinstance(event, Observed):
         state.identities.update(event.identities)
         state.observed.update(index for index, _ in event.identities)
@@ -166,6 +180,9 @@ def _apply_started(
         return None
     if isinstance(event, PointOfNoReturn):
         state.no_return = event.number
+        return None
+    if isinstance(event, GivenUp):
+        state.given_up[event.number] = event.before
         return None
     if isinstance(event, Paused):
         state.paused = event.reason

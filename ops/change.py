@@ -19,7 +19,6 @@ from safeimg.drivers.formats.naming import Blockdev, are_options, lasting, recal
 from safeimg.drivers.formats.registry import lookup
 from safeimg.drivers.secrets import Secrets
 from safeimg.drivers.storage.api import FileSystem
-from safeimg.drivers.transfer.core import Transfer
 from safeimg.drivers.transfer.loop import blocking
 from safeimg.journal.state import OperationState
 from safeimg.ops.errors import Conflict
@@ -169,7 +168,7 @@ class Changing:
             raise
         return layers
 
-    def make_job(self, layers: list[Image], state: OperationState, transfer: Transfer) -> Job:
+    def make_job(self, layers: list[Image], state: OperationState, environment: Environment) -> Job:
         """See `registry.Reopener`."""
         settings = _settings(layers[0].file.path, state)
         return self._job(layers, settings, unlinked=unlinked_by(state))

@@ -136,11 +136,11 @@ def open_layers(fs: FileSystem, home: str, state: OperationState, secrets: Secre
     return layers
 
 
-def make_job(layers: list[Image], state: OperationState, transfer: Transfer) -> Job:
+def make_job(layers: list[Image], state: OperationState, environment: Environment) -> Job:
     """See `registry.Reopener`."""
     settings = _settings(layers[-1].file.path, state)
     undo = state.started is not None and state.started.undo
-    return _job(layers, settings, transfer, undo=undo, unlinked=unlinked_by(state))
+    return _job(layers, settings, environment.transfer, undo=undo, unlinked=unlinked_by(state))
 
 
 def _settings(home: str, state: OperationState) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from safeimg.journal.state import OperationState
 from safeimg.ops.convert_steps import Convert, Policy
 from safeimg.ops.convert_write import Compress
 from safeimg.ops.errors import Conflict
-from safeimg.ops.launch import Job
+from safeimg.ops.launch import Environment, Job
 from safeimg.ops.reopening import started_settings, unlinked_by
 from safeimg.ops.session import DATA_FILE, data_index, touched
 
@@ -71,10 +71,10 @@ def open_layers(fs: FileSystem, home: str, state: OperationState, secrets: Secre
         raise
 
 
-def make_job(layers: list[Image], state: OperationState, transfer: Transfer) -> Job:
+def make_job(layers: list[Image], state: OperationState, environment: Environment) -> Job:
     """See `registry.Reopener`."""
     settings = _settings(layers[0].file.path, state)
-    return job_of(layers, settings, transfer, unlinked=unlinked_by(state))
+    return job_of(layers, settings, environment.transfer, unlinked=unlinked_by(state))
 
 
 def job_of(layers: Sequence[Image], settings: dict[str, Any], transfer: Transfer, *,

@@ -44,6 +44,7 @@ from safeimg.ops.errors import OperationPaused
 from safeimg.ops.moving import save_before
 from safeimg.ops.records import fresh_record, move_record, patch_record
 from safeimg.ops.session import Session
+from safeimg.ops.sparing import lost_by, spare
 from safeimg.ops.steps import Operation, Step
 
 
@@ -110,7 +111,7 @@ class Engine:
         """Makes one step durable up to its links, which the next step's sync or `barrier` covers."""
         self._number += 1
         if step.no_return:
-            await blocking(self._pass_no_return)
+            await blocking(self._pass_no_return, step)
         if self._session is not None:
             await self._prepare(step, self._session)
         await blocking(self._allocate, step)
@@ -216,8 +217,10 @@ class Engine:
             self._session.record(self._unconfirmed)
         self._unconfirmed = None
 
-    def _pass_no_return(self) -> None:
+    def _pass_no_return(self, step: Step) -> None:
         self._sync_images()
+        if self._session is not None:
+            spare(self._session, self._number, lost_by(step, self._files), dict(enumerate(self._files)))
         if self._session is not None and not self._no_return:
             self._session.record(PointOfNoReturn(self._number, now()))
             self._no_return = True

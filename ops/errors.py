@@ -43,6 +43,14 @@ class Conflict(OperationError):
     exit_code = 4
 
 
+class Changed(Conflict):
+    """The same, found in an image's content. `found`: what is where, without what to do about it."""
+
+    def __init__(self, found: str, rest: str) -> None:
+        self.found = found
+        super().__init__(f"{found} {rest}")
+
+
 class OwnerAlive(OperationError):
     """The process that runs the operation is alive, or nobody here can tell."""
 

@@ -21,6 +21,7 @@ from safeimg.drivers.transfer.loop import blocking
 from safeimg.drivers.transfer.target import Target
 from safeimg.drivers.transfer.view import Source
 from safeimg.journal.history import History
+from safeimg.journal.kept import Keeping
 from safeimg.ops.engine import Engine
 from safeimg.ops.session import Session, Touched, refuse_pending
 from safeimg.ops.steps import Operation
@@ -42,6 +43,7 @@ class Environment:
     stop: Callable[[], str | None] = field(default=lambda: None)  # why to pause, if at all
     secrets: Secrets = NO_SECRETS  # what encrypted images are opened with
     notice: Callable[[str], None] = field(default=lambda line: None)  # shows a line of a report, as it is
+    keeping: Keeping | None = None  # what is kept of completed operations, for `undo`
 
 
 ON_CRASH = "on_crash"  # the setting that keeps it
@@ -96,6 +98,7 @@ async def launch(job: Job, environment: Environment) -> None:
                 environment.fs, environment.history, command=job.command, arguments=environment.arguments,
                 images=job.images, settings={**job.settings, "cursor": cursor, ON_CRASH: environment.on_crash},
                 undo=job.undo, created=job.created, total=job.total, journal=environment.journal,
+                keeping=environment.keeping,
             )
         )
         return opened[0]

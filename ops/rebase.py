@@ -164,11 +164,12 @@ def open_layers(fs: FileSystem, home: str, state: OperationState, secrets: Secre
         raise
 
 
-def make_job(layers: list[Image], state: OperationState, transfer: Transfer) -> Job:
+def make_job(layers: list[Image], state: OperationState, environment: Environment) -> Job:
     """See `registry.Reopener`."""
     if state.started is None or not state.started.settings.get("safe"):
-        return _unsafe.make_job(layers, state, transfer)
-    return _job(layers, _settings(layers[0].file.path, state), transfer, unlinked=unlinked_by(state))
+        return _unsafe.make_job(layers, state, environment)
+    settings = _settings(layers[0].file.path, state)
+    return _job(layers, settings, environment.transfer, unlinked=unlinked_by(state))
 
 
 def _settings(home: str, state: OperationState) -> dict[str, Any]:

@@ -9,10 +9,9 @@ from safeimg.drivers.formats.api import Image
 from safeimg.drivers.formats.registry import lookup
 from safeimg.drivers.secrets import Secrets
 from safeimg.drivers.storage.api import FileSystem
-from safeimg.drivers.transfer.core import Transfer
 from safeimg.journal.state import OperationState
 from safeimg.ops.errors import Impossible
-from safeimg.ops.launch import Job
+from safeimg.ops.launch import Environment, Job
 
 
 class Reopener(Protocol):
@@ -23,7 +22,7 @@ class Reopener(Protocol):
         image lies now; the others are found from there. `secrets`: of encrypted ones."""
         ...
 
-    def make_job(self, layers: list[Image], state: OperationState, transfer: Transfer) -> Job:
+    def make_job(self, layers: list[Image], state: OperationState, environment: Environment) -> Job:
         """The operation on images as they are now, ready to go on from `state.cursor`."""
         ...
 
@@ -39,6 +38,7 @@ _MODULES = {
     "dd": "safeimg.ops.convert_job",
     "rebase": "safeimg.ops.rebase",
     "snapshot": "safeimg.ops.snapshot",
+    "undo": "safeimg.ops.undo",
     "resize": "safeimg.ops.resize",
 }
 

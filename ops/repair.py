@@ -20,7 +20,6 @@ from safeimg.drivers.formats.naming import Blockdev, are_options, lasting, text_
 from safeimg.drivers.formats.registry import lookup
 from safeimg.drivers.secrets import Secrets
 from safeimg.drivers.storage.api import FileSystem
-from safeimg.drivers.transfer.core import Transfer
 from safeimg.drivers.transfer.loop import blocking
 from safeimg.journal.state import OperationState
 from safeimg.ops.check import only_top
@@ -184,7 +183,7 @@ def open_layers(fs: FileSystem, home: str, state: OperationState, secrets: Secre
     return reopen_home(fs, home, _settings(home, state), secrets)
 
 
-def make_job(layers: list[Image], state: OperationState, transfer: Transfer) -> Job:
+def make_job(layers: list[Image], state: OperationState, environment: Environment) -> Job:
     """See `registry.Reopener`."""
     settings = _settings(layers[0].file.path, state)
     command = state.declared.command

@@ -207,11 +207,11 @@ def open_layers(fs: FileSystem, home: str, state: OperationState, secrets: Secre
     return reopen_home(fs, home, _settings(home, state), secrets, backing=True)
 
 
-def make_job(layers: list[Image], state: OperationState, transfer: Transfer) -> Job:
+def make_job(layers: list[Image], state: OperationState, environment: Environment) -> Job:
     """See `registry.Reopener`."""
     released = isinstance(state.cursor, dict) and state.cursor.get("phase") in ("trim", END)
     unlinked = () if released else unlinked_by(state)  # what is freed may lie beyond the end of a file that was cut
-    return _job(layers, _settings(layers[0].file.path, state), transfer, unlinked=unlinked)
+    return _job(layers, _settings(layers[0].file.path, state), environment.transfer, unlinked=unlinked)
 
 
 def _settings(home: str, state: OperationState) -> dict[str, Any]:

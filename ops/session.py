@@ -1,7 +1,8 @@
 """A pending operation's journal while somebody works on it: its log, its undo file, the participants' pointers.
 
-Begin: log with `Declared` | pointers | undo file | `Started`. End: outcome | history | pointers removed | undo file
-removed | log removed. Each `|` is a sync; a crash anywhere leaves either nothing, or a log that says what to do.
+Begin: log with `Declared` | pointers | undo file | `Started`. End: outcome | `Settled` | history | kept for undo |
+pointers removed | undo file removed | log removed. Each `|` is a sync; a crash anywhere leaves either nothing, or a log
+that says what to do.
 """
 
 from __future__ import annotations
@@ -9,21 +10,33 @@ from __future__ import annotations
 import os
 import secrets
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 from safeimg.drivers.errors import StorageError, SyncFailed
 from safeimg.drivers.formats.api import Cipher, Image
 from safeimg.drivers.storage.api import File, FileSystem
-from safeimg.journal import find, place
+from safeimg.journal import find, kept, place
 from safeimg.journal.clock import now
 from safeimg.journal.errors import JournalError, JournalUnavailable, LogForeign
-from safeimg.journal.events import Declared, Event, Identity, ImageRecord, Started
-from safeimg.journal.history import History, PendingRow
+from safeimg.journal.events import (
+    ChangedOutside,
+    Completed,
+    Declared,
+    Event,
+    Identity,
+    ImageRecord,
+    Settled,
+    Started,
+)
+from safeimg.journal.history import UNDO, UNDOES, History, PendingRow
 from safeimg.journal.identity import identify
+from safeimg.journal.kept import Keeping
 from safeimg.journal.log import Log
 from safeimg.journal.owner import current_owner
 from safeimg.journal.pointer import NEW_SUFFIX, Pointer, remove_pointer, write_pointer
 from safeimg.journal.state import OperationState, fold
+from safeimg.journal.story import changed_since
 from safeimg.journal.undo import SUFFIX, UndoFile, remove_undo
 from safeimg.journal.version import VERSION
 from safeimg.ops.errors import SomethingPending
@@ -96,15 +109,29 @@ class Session:
     """Events go through `record`, which keeps `state` in step with the log."""
 
     def __init__(
-        self, fs: FileSystem, history: History, home: str, log: Log, state: OperationState, undo: UndoFile | None
+        self,
+        fs: FileSystem,
+        history: History,
+        home: str,
+        log: Log,
+        state: OperationState,
+        undo: UndoFile | None,
+        keeping: Keeping | None,
     ) -> None:
-        """Private: see `begin` and `reopen`."""
+        """Private: see `begin` and `reopen`. `keeping`: how much may be kept for `undo`; None for nothing."""
         self.fs = fs
         self.history = history
         self.home = home
         self.log = log
         self.state = state
         self.undo = undo
+        self.keeping = keeping
+        # Why the operation will not be undone; empty as long as it can.
+        self.lost = "" if keeping is not None and keeping.each else f"nothing of the {self.command} was to be kept"
+
+    @property
+    def command(self) -> str:
+        return self.state.declared.command
 
     @classmethod
     def begin(
@@ -120,6 +147,7 @@ class Session:
         created: Sequence[int],
         total: int,
         journal: str = "auto",
+        keeping: Keeping | None = None,
     ) -> Session:
         """Everything durable that has to be before an image is touched. Raises `JournalUnavailable`, `LogBusy`."""
         home = images[0].path
@@ -142,7 +170,7 @@ class Session:
             declared = Declared(
                 operation, command, tuple(arguments), VERSION, current_owner(), records, now()
             )
-            session = cls(fs, history, home, log, fold([declared]), None)
+            session = cls(fs, history, home, log, fold([declared]), None, keeping)
             log.append(declared)
             log.sync()
             session._point(images)
@@ -152,7 +180,10 @@ class Session:
             history.add_pending(PendingRow(
                 operation, command, log.path, fs.resolve(home), declared.owner.machine, declared.time
             ))
+            changed = session._changed_outside()
             session.record(Started(dict(settings), lengths, undo, tuple(created), total, now()))
+            if changed:
+                session.record(ChangedOutside(changed))
             session.sync()
             return session
         except BaseException as error:
@@ -162,20 +193,36 @@ class Session:
             log.close()
             raise
 
+    def _changed_outside(self) -> tuple[tuple[int, float], ...]:
+        """The images that something changed that is not on record, and when the operation before was settled."""
+        since = (
+            (index, changed_since(self.history, image.identity))
+            for index, image in enumerate(self.state.declared.images)
+            if image.writes
+        )
+        return tuple((index, time) for index, time in since if time is not None)
+
     def _withdraw(self) -> None:
         """Best effort: what could not begin leaves nothing behind. Once it is started, it is pending."""
         if self.state.started is None:
             try:
-                self.settle()
+                self.settle({})
             except (StorageError, JournalError):
                 pass
 
     @classmethod
     def reopen(
-        cls, fs: FileSystem, history: History, home: str, log_path: str, *, undo: bool = True
+        cls,
+        fs: FileSystem,
+        history: History,
+        home: str,
+        log_path: str,
+        *,
+        undo: bool = True,
+        keeping: Keeping | None = None,
     ) -> Session:
         """The session of a pending operation, locked against others (`LogBusy`), its torn tail dropped. With `undo`,
-        its before-images are at hand."""
+        its before-images are at hand. `keeping`: how much may be kept for `undo` once it is completed."""
         there = fs.stat(home)
         owner = None if there is None else there.uid
         log = Log.open(fs, log_path, write=True, image_owner=owner)
@@ -186,7 +233,10 @@ class Session:
                 before = UndoFile.open(
                     fs, log_path + SUFFIX, state.declared.operation, write=True, image_owner=owner
                 )
-            return cls(fs, history, home, log, state, before)
+            session = cls(fs, history, home, log, state, before, keeping)
+            if state.past_return or state.outcome is not None:  # what undo needs may be half gone
+                session.lost = session.lost or f"the {session.command} was interrupted as what it replaced went away"
+            return session
         except BaseException:
             log.close()
             raise
@@ -213,15 +263,39 @@ class Session:
             seen.append((index, identify(file)))
         return tuple(seen)
 
-    def settle(self) -> None:
-        """The outcome is durable: history, then everything that lies beside the images goes."""
+    def settle(self, files: Mapping[int, File]) -> None:
+        """The outcome is durable, and so is what follows from it in the images: how they look, history, what undo
+        needs; then everything that lies beside the images goes. `files`: those that are open."""
         if self.state.outcome is not None:
+            if self.state.settled is None:
+                self._record_looks(files)
             self.history.record_settled(self.log.replay(), home=self.fs.resolve(self.home))
+            if isinstance(self.state.outcome, Completed) and not self.lost and self.keeping is not None:
+                with suppress(StorageError, JournalError):  # the operation is done all the same
+                    kept.keep(self.fs, self.keeping, self.log, self.undo)
+            self._forget_undone()
         self._remove_pointers()
         if self.undo is not None:
             self.undo.close()
         remove_undo(self.fs, self.log.path + SUFFIX)
         self.log.remove()
+
+    def _forget_undone(self) -> None:
+        """What was kept of the operation that this one has taken back goes."""
+        settings = {} if self.state.started is None else self.state.started.settings
+        if self.command != UNDO or not isinstance(self.state.outcome, Completed):
+            return
+        with suppress(StorageError, JournalError):  # the next `gc` finds it
+            kept.forget(self.fs, str(settings.get("record")), str(settings.get(UNDOES)))
+
+    def _record_looks(self, files: Mapping[int, File]) -> None:
+        """How the images look now, in a way that survives a power cut: times are synced first."""
+        for index, file in files.items():
+            if self.state.declared.images[index].writes:
+                file.sync_all()
+        looks = tuple((index, identify(file)) for index, file in sorted(files.items()))
+        self.record(Settled(looks, self.lost, now()))
+        self.sync()
 
     def close(self) -> None:
         """Gives the log's lock back. What is pending stays pending."""

@@ -1,6 +1,6 @@
 """The end of an operation: its outcome is recorded first; what remains can be repeated after a crash at any point.
 
-    Completed → log | fences down → images | discards | history | pointers removed | undo file, log removed
+    Completed → log | fences down → images | discards | looks, history, kept for undo | pointers, undo file, log removed
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from safeimg.drivers.storage.api import File
 from safeimg.journal.clock import now
 from safeimg.journal.events import Completed, FinishRecord
 from safeimg.ops.session import Session
+from safeimg.ops.sparing import spare_end
 
 
 def complete(
@@ -23,13 +24,14 @@ def complete(
     """All steps are durable: records the outcome, takes the fences down and settles."""
     records = [FinishRecord(image, patch.offset, patch.before or b"", patch.after) for image, patch in finish]
     if session is not None:
+        spare_end(session, files, discards)
         session.record(Completed(tuple(records), now()))
         session.sync()
     finish_images(files, records)
     for image, offset, length in discards:
         files[image].discard(offset, length)
     if session is not None:
-        session.settle()
+        session.settle(files)
 
 
 def finish_images(files: Mapping[int, File], records: Sequence[FinishRecord]) -> None:

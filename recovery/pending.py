@@ -64,7 +64,7 @@ class Pending:
         """The job on images as they are after steps were taken back."""
         state = self.session.state
         layers = reparse(list(self.job.layers))
-        self._job = reopener(self.session.home, state).make_job(layers, state, self._environment.transfer)
+        self._job = reopener(self.session.home, state).make_job(layers, state, self._environment)
         return self._job
 
     def used_end(self, image: int, length: int) -> int | None:
@@ -112,13 +112,13 @@ class Pending:
         state = self.session.state
         command = state.declared.command
         if state.started is None:
-            self.session.settle()
+            self.session.settle({})
             return f"{command} had not begun; nothing was changed"
         if isinstance(state.outcome, Completed | Abandoned):
             finish_images(self.files, state.outcome.finish)
         if state.outcome is None:
             return None
-        self.session.settle()
+        self.session.settle(self.files)
         names = {Completed: "completed", RolledBack: "rolled back", Abandoned: "given up"}
         return f"{command} had been {names[type(state.outcome)]} before"
 
@@ -143,7 +143,9 @@ def open_pending(
     `LogDamaged`."""
     home, log_path = _locate(path, environment)
     try:
-        session = Session.reopen(environment.fs, environment.history, home, log_path, undo=undo)
+        session = Session.reopen(
+            environment.fs, environment.history, home, log_path, undo=undo, keeping=environment.keeping
+        )
     except LogBusy:
         raise OwnerAlive(f"{path}: another safeimg process is working on it") from None
     try:
@@ -236,7 +238,7 @@ def _open_job(session: Session, environment: Environment) -> Job:
     module = reopener(session.home, session.state)
     layers = module.open_layers(session.fs, session.home, session.state, environment.secrets)
     try:
-        return module.make_job(layers, session.state, environment.transfer)
+        return module.make_job(layers, session.state, environment)
     except BaseException:
         for layer in layers:
             layer.close()

@@ -13,7 +13,7 @@ from safeimg.drivers.formats.registry import lookup
 from safeimg.drivers.storage.api import File
 from safeimg.drivers.storage.patched import PatchedFile
 from safeimg.journal.state import LiveStep, OperationState
-from safeimg.ops.errors import Conflict
+from safeimg.ops.errors import Changed, Conflict
 
 
 def verify_unreferenced(state: OperationState, files: Mapping[int, File]) -> None:
@@ -27,10 +27,10 @@ def verify_unreferenced(state: OperationState, files: Mapping[int, File]) -> Non
         undone = PatchedFile(files[image], _links_undone(state.steps, image))
         driver = lookup(record.format)
         for offset, length in driver.referenced(driver.open(undone, repair=True), taken):
-            raise Conflict(
-                f"{files[image].path}: somebody else uses {length} bytes at offset {offset:#x} that the pending "
-                f"{state.declared.command} had prepared; nothing was written. Give the operation up with "
-                f"'safeimg abandon'"
+            raise Changed(
+                f"{files[image].path}: somebody else uses {length} bytes at offset {offset:#x}",
+                f"that the pending {state.declared.command} had prepared; nothing was written. Give the operation up "
+                "with 'safeimg abandon'",
             )
 
 

@@ -109,7 +109,7 @@ def _rollback(path: str, environment: Environment, fenced: bool, adopt: bool, op
             lost = shorten(session, pending.files, pending.used_end)
         session.record(RolledBack(tuple(lost), now()))
         session.sync()
-        session.settle()
+        session.settle({} if _removes(state) else pending.files)
         return "; ".join([f"{command} rolled back", *lost])
 
 
@@ -175,5 +175,5 @@ def abandon(path: str, environment: Environment, *, reason: str = "", operation:
         session.record(Abandoned(reason, now(), records))
         session.sync()
         finish_images(pending.files, records)
-        session.settle()
+        session.settle(pending.files)
         return f"{session.state.declared.command} given up; the images stay as they are"

@@ -23,7 +23,7 @@ from safeimg.journal.events import BeforeRecord, MoveRecord
 from safeimg.journal.identity import identify, unchanged
 from safeimg.journal.state import LiveStep, OperationState
 from safeimg.journal.undo import UndoFile
-from safeimg.ops.errors import Conflict
+from safeimg.ops.errors import Changed, Conflict
 from safeimg.recovery.composite import SECTOR, Sector, composite, runs
 
 CHUNK = 1 << 20  # bytes of data looked at in one go; a multiple of BLOCK
@@ -165,8 +165,9 @@ def _chunks(file: File, offset: int, length: int) -> Iterator[tuple[int, bytes]]
         yield at, content + bytes(size - len(content))
 
 
-def _changed(file: File, offset: int, length: int, what: str) -> Conflict:
-    return Conflict(
-        f"{file.path}: somebody else changed {what} at offset {offset:#x} ({length} bytes) while the operation was "
-        f"pending; nothing was written. Undo that change, or give the operation up with 'safeimg abandon'"
+def _changed(file: File, offset: int, length: int, what: str) -> Changed:
+    return Changed(
+        f"{file.path}: somebody else changed {what} at offset {offset:#x} ({length} bytes)",
+        "while the operation was pending; nothing was written. Undo that change, or give the operation up with "
+        "'safeimg abandon'",
     )

@@ -86,6 +86,9 @@ EVENTS = st.one_of(
         OFFSET,
         TIME,
     ),
+    st.builds(ev.ChangedOutside, tuples(st.tuples(IMAGE, TIME))),
+    st.builds(ev.GivenUp, NUMBER, tuples(BEFORE)),
+    st.builds(ev.Settled, tuples(st.tuples(IMAGE, IDENTITY)), TEXT, TIME),
     st.builds(ev.Observed, tuples(st.tuples(IMAGE, IDENTITY))),
     st.builds(
         ev.StepPrepared,

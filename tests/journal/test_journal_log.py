@@ -58,7 +58,8 @@ def test_every_event_comes_back(files: MemoryFiles) -> None:
     head = log.head
     log.close()
     again = Log.open(files, PATH)
-    assert (again.events, again.head, again.sequence, again.operation) == (EVERY_EVENT, head, 13, OPERATION)
+    assert (again.events, again.head) == (EVERY_EVENT, head)
+    assert (again.sequence, again.operation) == (len(EVERY_EVENT), OPERATION)
     assert read_events(files, PATH) == list(EVERY_EVENT)
 
 

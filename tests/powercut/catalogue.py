@@ -1,4 +1,4 @@
-"""All scenarios."""
+"""All scenarios: those that tests run, and with the undo of every operation those that the soak runs."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ from powercut.outside import OUTSIDE
 from powercut.repairs import REPAIRS
 from powercut.resizes import REBASES, RESIZES
 from powercut.scenarios import AMENDMENTS, CHANGES, COMMITS, CONVERSIONS, SNAPSHOTS
+from powercut.undos import chosen, undo_of
 
-SCENARIOS = [
+OPERATIONS = [
     *COMMITS, *CONVERSIONS, *CHANGES, *AMENDMENTS, *SNAPSHOTS, *RESIZES, *REBASES, *BITMAPS, *REPAIRS, *OUTSIDE,
     *LUKS_DISKS,
 ]  # fmt: skip
+SCENARIOS = [*OPERATIONS, *map(undo_of, chosen(OPERATIONS))]
+EVERYTHING = [*OPERATIONS, *(undo_of(each) for each in OPERATIONS if each.kept and not each.created)]

@@ -96,7 +96,7 @@ class Look:
         """What `path` shows; remembered, since many crash states share their images."""
         hasher = blake3(path.encode() + bytes([broken]))
         for name in sorted(fs.list_directory("/")):
-            if ".safeimg" not in name:
+            if "." in name and ".safeimg" not in name:
                 hasher.update(name.encode() + b"\0" + fs.read_file("/" + name))
         key = hasher.digest()
         if key not in _LOOKS:

@@ -13,7 +13,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from powercut.catalogue import SCENARIOS
+from powercut.catalogue import EVERYTHING
 from powercut.judge import Counter, Judge, Scenario, Violation
 
 QEMU_EVERY = 40  # states between two that qemu-img judges too
@@ -47,7 +47,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1, help="the first one; each round takes the next")
     parser.add_argument("--only", default="", help="scenarios whose name contains this")
     options = parser.parse_args()
-    chosen = [scenario for scenario in SCENARIOS if options.only in scenario.name]
+    chosen = [scenario for scenario in EVERYTHING if options.only in scenario.name]
     started = time.monotonic()
     until = started + options.seconds
     total = Counter()
@@ -73,7 +73,7 @@ def main() -> int:
 
 
 def _named(name: str, seed: int, until: float) -> tuple[str, Counter, str | None]:
-    return soak(next(each for each in SCENARIOS if each.name == name), seed, until)
+    return soak(next(each for each in EVERYTHING if each.name == name), seed, until)
 
 
 if __name__ == "__main__":

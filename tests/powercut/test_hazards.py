@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,15 +14,17 @@ import trio
 from powercut import guest
 from powercut.catalogue import SCENARIOS
 from powercut.judge import STEP_BYTES, Judge, Look, Scenario, environment, sidecars
+from powercut.undos import KEEPING, done, undoing
 from safeimg.drivers.errors import DriverError, SyncFailed
 from safeimg.drivers.formats.chain import close_chain, open_chain
 from safeimg.drivers.formats.registry import lookup
 from safeimg.drivers.storage.powercut import crash_states, power_cut, replay
 from safeimg.drivers.storage.simulated import Killed, SimulatedFileSystem
-from safeimg.journal import find
+from safeimg.journal import find, kept
 from safeimg.journal.codec import encode_event
 from safeimg.journal.errors import LogForeign
 from safeimg.journal.events import Declared, ImageRecord, PatchRecord, PointOfNoReturn, StepPrepared
+from safeimg.journal.history import MemoryHistory
 from safeimg.journal.identity import identify
 from safeimg.journal.log import Log, read_events
 from safeimg.journal.state import LiveStep, fold
@@ -30,6 +33,7 @@ from safeimg.ops.commit_job import commit
 from safeimg.ops.errors import Conflict, Impossible, OperationError
 from safeimg.recovery.composite import SECTOR, composite
 from safeimg.recovery.settle import resume, rollback
+from safeimg.recovery.undo import undo
 
 needs_qemu = pytest.mark.skipif(shutil.which("qemu-img") is None, reason="qemu-img is not installed")
 
@@ -463,6 +467,43 @@ def test_hazard_22_rollback_on_a_full_disk() -> None:
     settle(fs, "rollback", "/base.raw")
     before = judge.before["/base.raw"]
     assert before is not None and guest.content(fs, "/base.raw", "raw") == before.content
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["by its looks", "by its content alone"])
+def test_hazard_23_space_was_allocated_and_freed_since(known: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An operation has freed clusters; somebody else has used them since, and freed them too: all metadata is as the
+    operation left it. Undo refuses; where the file's times hide it, what it links to again is what was there."""
+    which = scenario("snapshot -a first")
+    before = Look.at(which.prepare(), "/disk.qcow2", "qcow2")
+    fs, history = which.prepare(), MemoryHistory()
+    done(which, fs, history)
+    record = kept.load(fs, kept.entries(fs, KEEPING)[0].paths[-1])
+    state = record.state
+    freed = [each for records in state.given_up.values() for each in records if each.undo is not None]
+    written = [each for step in state.steps for each in step.prepared.fresh]
+    assert freed and written
+    file = fs.open("/disk.qcow2", write=True)
+    for each in freed:
+        file.pwrite(each.offset, b"g" * each.length)
+    file.close()
+    if known:
+        left = fs.read_file("/disk.qcow2")
+        with pytest.raises(Conflict, match="was changed since the snapshot"):
+            trio.run(undo, "/disk.qcow2", undoing(environment(fs), history))
+        assert fs.read_file("/disk.qcow2") == left
+        return
+    monkeypatch.setattr("safeimg.recovery.undo.untouched", lambda recorded, now: True)
+    other, other_history = fs.clone(), deepcopy(history)
+    trio.run(undo, "/disk.qcow2", undoing(environment(fs), history))
+    assert Look.at(fs, "/disk.qcow2", "qcow2") == before
+    file = other.open("/disk.qcow2", write=True)
+    file.pwrite(written[0].offset, b"g")
+    file.close()
+    left = other.read_file("/disk.qcow2")
+    with pytest.raises(Conflict, match=r"somebody else changed data at offset .* since the snapshot"):
+        trio.run(undo, "/disk.qcow2", undoing(environment(other), other_history))
+    assert other.read_file("/disk.qcow2") == left
+
 
 
 def test_steps_are_several() -> None:
