@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from safeimg.cli import values
@@ -92,7 +91,7 @@ def run(command: Command, arguments: Arguments) -> int:
         raise CommandError("Check failed: Input/output error")
     _tell(second.messages)
     fixed = {"corruptions_fixed": first.corruptions_fixed, "leaks_fixed": first.leaks_fixed}
-    return _report(arguments, output, done.format, replace(second, **fixed, messages=()))
+    return _report(arguments, output, done.format, second._replace(**fixed, messages=()))
 
 
 def _checked(
@@ -108,7 +107,7 @@ def _checked(
     if done.result is None:
         raise CommandError("This image format does not support checks", code=UNSUPPORTED)
     _tell(done.result.messages)
-    return done.format, replace(done.result, messages=())
+    return done.format, done.result._replace(messages=())
 
 
 def _repaired(arguments: Arguments, name: str | Blockdev, fmt: str | None, cache: str) -> Repaired | None:

@@ -321,7 +321,7 @@ def _unlocking(options: Options, driver: Driver, asked: Mapping[str, str]) -> Op
     if not opening or not isinstance(options.target, str):
         return options
     named = from_filename(options.target)
-    return replace(options, target=replace(named, options={**named.options, **opening}))
+    return replace(options, target=named._replace(options={**named.options, **opening}))
 
 
 def _creation(options: Options, *, several: bool) -> tuple[Driver, dict[str, str]]:

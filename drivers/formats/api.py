@@ -7,8 +7,8 @@ Drivers are plain synchronous code over `storage.api.File`. Offsets and lengths 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from enum import Enum
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from safeimg.drivers.secrets import NO_SECRETS, Secrets
@@ -53,8 +53,7 @@ class Patch(NamedTuple):
     after: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class Changes:
+class Changes(NamedTuple):
     """A step's metadata changes to one image: `allocate` is made durable before any of `link` is written."""
 
     allocate: tuple[Patch, ...] = ()
@@ -266,8 +265,7 @@ class Planner(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
-class CreateOption:
+class CreateOption(NamedTuple):
     """One `-o` option of a format, as `-o help` lists it (by name)."""
 
     name: str
@@ -284,15 +282,14 @@ class RuntimeOption(NamedTuple):
     strong: bool = False  # changes what the guest sees: belongs to the image's name
 
 
-@dataclass(frozen=True, slots=True)
-class Opening:
+class Opening(NamedTuple):
     """With what an image is opened."""
 
-    options: Mapping[str, str | int | bool] = field(default_factory=dict)  # those of `runtime_options` that are given
+    options: Mapping[str, str | int | bool] = MappingProxyType({})  # those of `runtime_options` that are given
     secrets: Secrets = NO_SECRETS
     # Options of kind "file" that are given, and what opens the file that such options describe, for the same use as
     # the image. None: nobody will look at guest data, so neither files nor secrets are needed.
-    files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    files: Mapping[str, Mapping[str, Any]] = MappingProxyType({})
     open_file: Callable[[Mapping[str, Any]], File] | None = None
 
 
@@ -373,8 +370,7 @@ class Driver(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
-class CheckResult:
+class CheckResult(NamedTuple):
     """What `check` found, with qemu-img's counters."""
 
     corruptions: int = 0
@@ -387,4 +383,4 @@ class CheckResult:
     allocated_clusters: int = 0
     fragmented_clusters: int = 0
     compressed_clusters: int = 0
-    messages: tuple[str, ...] = field(default=())  # one line each, in qemu-img's words ("ERROR …", "Leaked …")
+    messages: tuple[str, ...] = ()  # one line each, in qemu-img's words ("ERROR …", "Leaked …")

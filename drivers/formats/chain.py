@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import posixpath
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from safeimg.drivers.errors import (
     DriverError,
@@ -74,7 +73,7 @@ def open_chain(
     """
     writes = write if callable(write) else lambda depth, _name: depth == 0 and bool(write)
     repairs = repair if callable(repair) else lambda depth: bool(repair)
-    opener = _Opener(fs, cache, force_share, warn, secrets, inspect, aio)
+    opener = _Opener(fs, cache, force_share, warn, secrets, inspect, aio, set())
     text = text_of(filename)
     images: list[Image] = []
     try:
@@ -159,8 +158,7 @@ def local_path(filename: str) -> str:
     raise UsageError(f"Unknown protocol '{prefix}'")
 
 
-@dataclass(frozen=True, slots=True)
-class _Layer:
+class _Layer(NamedTuple):
     """An image to be opened."""
 
     name: str  # what messages and callers call it
@@ -238,8 +236,7 @@ def _given(
     return Opening(given, secrets, files, open_beside)
 
 
-@dataclass(frozen=True, slots=True)
-class _Opener:
+class _Opener(NamedTuple):
     """Opens layer after layer of a chain."""
 
     fs: FileSystem
@@ -249,7 +246,7 @@ class _Opener:
     secrets: Secrets
     inspect: bool
     aio: str | None
-    seen: set[tuple[int, int]] = field(default_factory=set)
+    seen: set[tuple[int, int]]
 
     def open(self, layer: _Layer, write: bool, repair: bool) -> Image:
         options = layer.options

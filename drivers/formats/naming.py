@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
 from importlib import import_module
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 from safeimg.drivers.errors import UsageError
 from safeimg.drivers.formats.jsontext import JsonError, json_text, parse_json
@@ -51,8 +50,7 @@ def text_of(filename: str | Blockdev) -> str:
     return filename if isinstance(filename, str) else filename.text
 
 
-@dataclass(frozen=True, slots=True)
-class Blockdev:
+class Blockdev(NamedTuple):
     """An image as its user names it."""
 
     text: str  # as given: what messages call it
@@ -68,7 +66,7 @@ class Blockdev:
         """The same, with another local file at its lower end, if there is one."""
         if self.options and self.path is None:
             return self
-        return replace(self, options={**self.options, self._path_key(): path})
+        return self._replace(options={**self.options, self._path_key(): path})
 
     def _path_key(self) -> str:
         found = [key for key in self.options if re.fullmatch(r"((file|image)\.)*filename", key)]
@@ -113,7 +111,7 @@ def without_backing(name: str | Blockdev) -> str | Blockdev:
         if not name.startswith("json:"):
             return name
         name = from_filename(name)
-    return replace(name, options={key: item for key, item in name.options.items() if not key.startswith("backing.")})
+    return name._replace(options={key: item for key, item in name.options.items() if not key.startswith("backing.")})
 
 
 def recalled(options: Mapping[str, Value], path: str) -> Blockdev:

@@ -7,8 +7,8 @@ from __future__ import annotations
 import re
 import stat
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from importlib.util import find_spec
+from typing import NamedTuple
 
 from safeimg.drivers.errors import UnsupportedError, UsageError
 from safeimg.drivers.formats.naming import (
@@ -36,8 +36,7 @@ def opened() -> tuple[str, ...]:
     return (*_OPENED, "ssh") if find_spec("paramiko") is not None else _OPENED
 
 
-@dataclass(frozen=True, slots=True)
-class Access:
+class Access(NamedTuple):
     """How a file is opened; what is below an image inherits it from there."""
 
     write: bool = False

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from safeimg.drivers.errors import StorageError
@@ -20,8 +19,7 @@ Buffer = bytes | bytearray | memoryview
 CACHE_MODES = ("none", "writeback", "writethrough", "directsync", "unsafe")
 
 
-@dataclass(frozen=True, slots=True)
-class FileStat:
+class FileStat(NamedTuple):
     """What identifies a file and tells whether somebody changed it."""
 
     device: int

@@ -12,7 +12,7 @@ import os
 import re
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from safeimg.drivers.errors import StorageError, SyncFailed, UsageError
 from safeimg.drivers.storage.api import Buffer, File, FileStat
@@ -193,4 +193,4 @@ class Blkdebug(FileLayer):
 
     def stat(self) -> FileStat:
         """Of the file below, without the space it takes, as in QEMU."""
-        return replace(self._file.stat(), allocated=UNKNOWN)
+        return self._file.stat()._replace(allocated=UNKNOWN)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 
 from safeimg.drivers.storage.api import Buffer, FileStat, Span
 from safeimg.drivers.storage.virtual import VirtualFile
@@ -47,4 +46,4 @@ class NullFile(VirtualFile):
         self.pwrite(offset, b"")
 
     def stat(self) -> FileStat:
-        return replace(super().stat(), allocated=0)
+        return super().stat()._replace(allocated=0)

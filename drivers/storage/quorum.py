@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
 
 from safeimg.drivers.errors import StorageError
 from safeimg.drivers.storage.api import File, FileStat
@@ -43,7 +42,7 @@ class Quorum(VirtualFile):
 
     def stat(self) -> FileStat:
         allocated = sum(file.stat().allocated for file in self._files)
-        return replace(super().stat(), allocated=allocated)
+        return super().stat()._replace(allocated=allocated)
 
     def close(self) -> None:
         for file in self._files:

@@ -11,7 +11,6 @@ import os
 import struct
 from collections.abc import Callable
 from functools import cache
-from pathlib import Path
 
 from safeimg.drivers.storage.buffered import PositionalIO
 
@@ -63,7 +62,8 @@ def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
 def device_size(number: int) -> int:
     """The capacity of a block device, by its device number, unopened; 0 if the system does not say."""
     try:
-        text = Path(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}/size").read_text()
+        with open(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}/size") as told:
+            text = told.read()
         return int(text) * 512  # the kernel counts in 512-byte units whatever the sector size
     except (OSError, ValueError):
         return 0

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import struct
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -180,7 +179,7 @@ def test_everything_unknown_survives(plain: bytes, tmp_path: Path) -> None:
     header = parse_header_cluster(data[:65536], "x")
     assert header.extensions == (Extension(0x11223344, b"keep me"),)
     assert header.unknown_fields[-16:] == b"\x01\x02\x03\x04" * 4
-    backed = replace(header, backing_file="base").with_extension(
+    backed = header._replace(backing_file="base").with_extension(
         Extension(EXT_BACKING_FORMAT, b"raw"), EXT_BACKING_FORMAT
     )
     out = serialise(backed)
@@ -220,5 +219,5 @@ def test_headers_round_trip(
         return
     parsed = parse_header_cluster(data, "x")
     assert len(data) == size
-    assert replace(parsed, backing_file_offset=0, backing_file_size=0) == header
+    assert parsed._replace(backing_file_offset=0, backing_file_size=0) == header
     assert serialise(parsed) == data

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -70,7 +69,7 @@ def test_steps_crashes_and_rollback(tmp_path: Path, seed: int) -> None:
         fill(path, fresh, model)
         assert guest(path) == unlinked
         changes = planner.take()
-        lost = replace(changes, link=tuple(patch for patch in changes.link if rng.random() < 0.5))
+        lost = changes._replace(link=tuple(patch for patch in changes.link if rng.random() < 0.5))
         crashed = tmp_path / "crashed.vdi"
         crashed.write_bytes(path.read_bytes())
         apply(crashed, lost)
@@ -127,7 +126,7 @@ def test_a_block_that_a_crash_left_behind_is_used_next(tmp_path: Path) -> None:
     write(path, "write -P 1 1M 512")
     planner = driver.planner(opened(path, write=True))
     planner.place(0, MIB)
-    apply(path, replace(planner.take(), link=()))
+    apply(path, planner.take()._replace(link=()))
     run("qemu-img", "check", "-f", "vdi", path, ok=(2,))
     write(path, "write -P 3 3M 512")  # a guest takes the next one
     assert block_map(path) == (3, [0xFFFFFFFF, 0, 0xFFFFFFFF, 2])

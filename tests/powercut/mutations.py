@@ -11,7 +11,7 @@ import multiprocessing
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
 
@@ -84,7 +84,7 @@ _take = Qcow2Planner.take
 
 def _links_first(self: Qcow2Planner) -> Changes:
     changes = _take(self)
-    return replace(changes, allocate=changes.link, link=changes.allocate)
+    return changes._replace(allocate=changes.link, link=changes.allocate)
 
 
 _take_vdi = VdiPlanner.take
@@ -92,7 +92,7 @@ _take_vdi = VdiPlanner.take
 
 def _linked_before_counted(self: VdiPlanner) -> Changes:
     changes = _take_vdi(self)
-    return replace(changes, allocate=changes.link, link=changes.allocate)
+    return changes._replace(allocate=changes.link, link=changes.allocate)
 
 
 async def _nothing_kept(transfer: Any, moves: Any, files: Any, undo: Any) -> tuple[()]:
@@ -174,8 +174,8 @@ def _refcounts_before_tables(self: Shadow, **fields: int) -> Iterator[Changes]:
     assert link.before is not None
     low, high = 48 - link.offset, 60 - link.offset  # the refcount table's place and length
     half = link.before[:low] + link.after[low:high] + link.before[high:]
-    yield replace(last, link=(link._replace(after=half),))
-    yield replace(last, link=(link._replace(before=half),), fresh=(), length=None)
+    yield last._replace(link=(link._replace(after=half),))
+    yield last._replace(link=(link._replace(before=half),), fresh=(), length=None)
 
 
 _SWITCH = Shadow.switch

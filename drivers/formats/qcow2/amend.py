@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 
 from safeimg.drivers.errors import SnapshotDamaged, UsageError
 from safeimg.drivers.formats.api import Changes, CreateOption, Image, Kind, Planner
@@ -48,7 +47,7 @@ class Qcow2Amending:
 
     options: Sequence[CreateOption] = tuple(
         sorted(
-            (replace(option, default=None) for option in (*_CREATED, *luks_amend_options(PREFIX))),
+            (option._replace(default=None) for option in (*_CREATED, *luks_amend_options(PREFIX))),
             key=lambda option: option.name,
         )
     )
@@ -161,7 +160,7 @@ def _upgrade(image: Image, planner: Planner) -> Iterator[Changes]:
     own = own_planner(planner)
     header = current_header(own)
     if header.version < 3:
-        header = replace(header, version=3, header_length=HEADER_LENGTH, incompatible_features=CORRUPT)
+        header = header._replace(version=3, header_length=HEADER_LENGTH, incompatible_features=CORRUPT)
         yield from rewrite_header(own, header.with_extension(None, EXT_BITMAPS))
 
 
@@ -227,8 +226,8 @@ def _downgrade(image: Image, planner: Planner) -> Iterable[Changes]:
     if header.version > 2:
         yield from rewrite_header(
             own,
-            replace(
-                header, version=2, incompatible_features=0, compatible_features=0, autoclear_features=0,
+            header._replace(
+                version=2, incompatible_features=0, compatible_features=0, autoclear_features=0,
                 compression_type=ZLIB, unknown_fields=b"",
             ),
         )

@@ -8,7 +8,6 @@ log: of the new header it has digests, and the old one is overwritten before its
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -66,7 +65,7 @@ class Keys:
             yield plan.take()
         offset = plan.allocator.allocate_run(clusters) * size
         written = ((offset, content.ljust(clusters * size, b"\0")),)
-        yield replace(plan.take(), fresh=written)
+        yield plan.take()._replace(fresh=written)
         old = own.header.encryption
         assert old is not None
         if old.offset + old.length > own.file.length():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from safeimg.drivers.errors import UsageError
@@ -35,4 +34,4 @@ def set_backing(planner: Qcow2Planner, filename: str | None, fmt: str | None) ->
     extensions = tuple(kept for kept in header.extensions if kept.type != EXT_BACKING_FORMAT)
     if extension is not None:  # in front: it has to be in the first sector
         extensions = (extension, *extensions)
-    yield from rewrite_header(planner, replace(header, backing_file=filename or None, extensions=extensions))
+    yield from rewrite_header(planner, header._replace(backing_file=filename or None, extensions=extensions))

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from itertools import islice
 from typing import TYPE_CHECKING
 
@@ -75,7 +74,7 @@ def store(
             elif content:
                 fresh.append((table[index], content))
             if len(fresh) * planner.cluster_size >= STEP_BYTES:
-                yield replace(planner.take(), fresh=tuple(fresh))
+                yield planner.take()._replace(fresh=tuple(fresh))
                 fresh.clear()
         stored.append(_with_table(planner, each, before, table))
     carried = [before for _, before in pairs]
@@ -83,18 +82,17 @@ def store(
         if bitmap not in carried:
             _unlink(planner, bitmap)
     extension = _put_directory(planner, stored)
-    switch_header(planner, replace(_with_extension(header, extension), size=size))
+    switch_header(planner, _with_extension(header, extension)._replace(size=size))
     planner.current_size = size
-    yield replace(planner.take(), fresh=tuple(fresh))
+    yield planner.take()._replace(fresh=tuple(fresh))
 
 
 def _with_extension(header: Header, extension: BitmapsExtension | None) -> Header:
     """The header with the bitmaps extension in front, where it is in the first sector."""
     others = tuple(each for each in header.extensions if each.type != EXT_BITMAPS)
     if extension is None:
-        return replace(header, extensions=others, autoclear_features=header.autoclear_features & ~BITMAPS)
-    return replace(
-        header,
+        return header._replace(extensions=others, autoclear_features=header.autoclear_features & ~BITMAPS)
+    return header._replace(
         extensions=(extension.extension(), *others),
         autoclear_features=header.autoclear_features | BITMAPS,
     )
@@ -179,7 +177,7 @@ def _with_table(
     length = _clusters(planner, 8 * len(table))
     offset = planner.allocator.allocate_run(length) << bits
     planner.view.fresh(offset, encode_table(table).ljust(length << bits, b"\0"))
-    return replace(_named(wanted), bitmap_table_offset=offset, bitmap_table_size=len(table))
+    return _named(wanted)._replace(bitmap_table_offset=offset, bitmap_table_size=len(table))
 
 
 def _put_directory(planner: Qcow2Planner, bitmaps: Sequence[Bitmap]) -> BitmapsExtension | None:
@@ -196,7 +194,7 @@ def _put_directory(planner: Qcow2Planner, bitmaps: Sequence[Bitmap]) -> BitmapsE
     placed: list[Bitmap] = []
     at = offset
     for bitmap, entry in zip(bitmaps, entries, strict=True):
-        placed.append(replace(bitmap, offset=at, length=len(entry)))
+        placed.append(bitmap._replace(offset=at, length=len(entry)))
         at += len(entry)
     planner.bitmaps = tuple(placed)
     planner.bitmap_directory_offset = offset

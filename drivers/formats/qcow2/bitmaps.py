@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import struct
 from array import array
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from safeimg.drivers.errors import FormatError
 from safeimg.drivers.formats.qcow2.entries import decode_table
@@ -32,8 +32,7 @@ MAX_BITMAP_BYTES = 512 << 20  # of bits, in whole clusters
 _ENTRY = struct.Struct(">QIIBBHI")
 
 
-@dataclass(frozen=True, slots=True)
-class Bitmap:
+class Bitmap(NamedTuple):
     """An entry of the bitmap directory."""
 
     bitmap_table_offset: int

@@ -136,9 +136,8 @@ def create(fs: FileSystem, path: str, size: int, options: Mapping[str, str], *, 
         layout = _lay_out(path, header, preallocation != "off" or header.data_file_is_raw, len(luks_header))
         if luks_header:
             place = EncryptionHeader(layout.encryption_start << header.cluster_bits, len(luks_header))
-            header = replace(header, extensions=_inserted(header.extensions, place.extension()))
-        header = replace(
-            header,
+            header = header._replace(extensions=_inserted(header.extensions, place.extension()))
+        header = header._replace(
             crypt_method=method,
             refcount_table_offset=header.cluster_size,
             refcount_table_clusters=layout.table_clusters,
@@ -225,7 +224,7 @@ def _header(path: str, size: int, options: Mapping[str, str], preallocation: str
         refcount_order=refcount_bits.bit_length() - 1, compression_type=int(zstd), extensions=extensions,
         backing_file=backing_file,
     )
-    return replace(header, l1_size=header.l1_needed)
+    return header._replace(l1_size=header.l1_needed)
 
 
 def _check_size(path: str, header: Header) -> None:
@@ -298,18 +297,18 @@ def _first_cluster(path: str, header: Header, unfinished: str | None) -> bytes:
 def _unfinished(header: Header, command: str) -> Header:
     """The header of the image while it is being made; the backing file's name lies where it will in the
     end."""
-    marked = replace(header, incompatible_features=header.incompatible_features | UNFINISHED)
+    marked = header._replace(incompatible_features=header.incompatible_features | UNFINISHED)
     if header.version == 2:
         return marked
     mark = feature_name_table((FeatureName(0, UNFINISHED_BIT, f"unfinished safeimg {command}"),))
     marked = marked.with_extension(mark, EXT_FEATURE_NAMES)
     offset = max(backing_name_offset(header), backing_name_offset(marked))
-    return marked if header.backing_file is None else replace(marked, backing_file_offset=offset)
+    return marked if header.backing_file is None else marked._replace(backing_file_offset=offset)
 
 
 def _finished(header: Header) -> Header:
     """The inverse of `_unfinished`."""
-    header = replace(header, incompatible_features=header.incompatible_features & ~UNFINISHED)
+    header = header._replace(incompatible_features=header.incompatible_features & ~UNFINISHED)
     if header.version == 2:
         return header
     return header.with_extension(_feature_names(header.cluster_size), EXT_FEATURE_NAMES)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import struct
-from dataclasses import dataclass
 from typing import NamedTuple
 
 from safeimg.drivers.errors import FormatError
@@ -58,8 +57,7 @@ class Extension(NamedTuple):
 END = Extension(EXT_END, b"")
 
 
-@dataclass(frozen=True, slots=True)
-class BitmapsExtension:
+class BitmapsExtension(NamedTuple):
     """Where the bitmap directory lies (spec: "Bitmaps extension")."""
 
     nb_bitmaps: int
@@ -76,8 +74,7 @@ class BitmapsExtension:
         return Extension(EXT_BITMAPS, data)
 
 
-@dataclass(frozen=True, slots=True)
-class EncryptionHeader:
+class EncryptionHeader(NamedTuple):
     """Where the LUKS header lies (spec: "Full disk encryption header pointer")."""
 
     offset: int

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import struct
-from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from safeimg.drivers.errors import FormatError, UnsupportedError
 from safeimg.drivers.formats.qcow2.extensions import (
@@ -77,8 +77,7 @@ AES = 1
 LUKS = 2
 
 
-@dataclass(frozen=True, slots=True)
-class Header:
+class Header(NamedTuple):
     """A valid header. Version 2 has the values that the specification assumes for it."""
 
     version: int
@@ -183,7 +182,7 @@ class Header:
                 extension = None
         if extension is not None:
             kept.append(extension)
-        return replace(self, extensions=tuple(kept))
+        return self._replace(extensions=tuple(kept))
 
     @property
     def has_data_file(self) -> bool:
@@ -307,7 +306,7 @@ def parse_header_cluster(head: bytes, path: str, *, unfinished: bool = False, sn
             raise FormatError(path, "Backing file name too long")
         name = head[backing_offset:backing_offset + backing_size]
         backing_file = os.fsdecode(name.split(b"\0", 1)[0]) or None
-    return replace(header, extensions=extensions, backing_file=backing_file)
+    return header._replace(extensions=extensions, backing_file=backing_file)
 
 
 def serialise(header: Header) -> bytes:

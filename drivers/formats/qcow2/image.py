@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 from collections.abc import Iterator
 from copy import copy
-from dataclasses import replace
 from functools import cached_property
 from itertools import pairwise
 
@@ -153,7 +152,7 @@ class Qcow2Image:
             raise SnapshotDamaged(path, "Snapshot L1 table offset invalid", errno=errno.EINVAL)
         image = copy(self)
         image._shown = snapshot
-        image._adopt(replace(header, l1_table_offset=snapshot.l1_table_offset, l1_size=snapshot.l1_size))
+        image._adopt(header._replace(l1_table_offset=snapshot.l1_table_offset, l1_size=snapshot.l1_size))
         return image
 
     def forget(self) -> None:

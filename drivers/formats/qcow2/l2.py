@@ -15,8 +15,8 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 from safeimg.drivers.formats.qcow2.entries import COMPRESSED, COPIED, OFFSET_MASK, ZERO
 
@@ -26,8 +26,7 @@ EVERY = (1 << SUBCLUSTERS) - 1  # all subclusters of a cluster
 DESCRIPTOR = (1 << 64) - 1  # the part of an entry that every image has
 
 
-@dataclass(frozen=True, slots=True)
-class L2Layout:
+class L2Layout(NamedTuple):
     """What follows from the size of a cluster and the kind of L2 entries."""
 
     cluster_bits: int

@@ -6,8 +6,6 @@ Works on the draft of a file: what references were counted decides, not what the
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 from numpy.typing import NDArray
 from safeimg.drivers.errors import CheckFailed
@@ -51,7 +49,7 @@ class _Structures:
             self._draft.pwrite(cluster * size, encode_block(counts, header.refcount_order))
             content[8 * index:8 * index + 8] = (cluster * size).to_bytes(8, "big")
         self._draft.pwrite(table * size, content)
-        return replace(header, refcount_table_offset=table * size, refcount_table_clusters=clusters)
+        return header._replace(refcount_table_offset=table * size, refcount_table_clusters=clusters)
 
     def _place_blocks(self, first: int, end: int) -> None:
         """Blocks for whatever is in use in these clusters, and for the clusters of new blocks."""

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from safeimg.drivers.errors import FormatError, UnsupportedError
@@ -60,7 +59,7 @@ def stage_header(planner: Qcow2Planner, wanted: Header) -> Iterator[Changes]:
     if target[SECTOR:] == cluster[SECTOR:]:
         return
     current = parse_header_cluster(cluster, path, unfinished=True)
-    bare = replace(current, extensions=_without_names(current))
+    bare = current._replace(extensions=_without_names(current))
     if backing_name_offset(bare) > SECTOR:
         raise UnsupportedError(f"{path}: the header's extensions do not fit into its first sector")
     view.write(0, serialise(bare)[:SECTOR], Phase.LINK)
@@ -90,15 +89,15 @@ def _lay_out(path: str, cluster: bytes, wanted: Header) -> bytes:
     """The new header cluster. The old backing name stays what it is until the first sector is switched."""
     named = _name(cluster)
     old = range(max(SECTOR, named.start), max(SECTOR, named.stop))
-    bare = replace(wanted, extensions=_without_names(wanted))
+    bare = wanted._replace(extensions=_without_names(wanted))
     candidates = [bare]
     mark = wanted.extension(EXT_FEATURE_NAMES) if wanted.incompatible_features & UNFINISHED else None
     if wanted.version > 2 and wanted.cluster_size >= FEATURE_TABLE_MIN_CLUSTER:
-        candidates.insert(0, replace(bare, extensions=(*bare.extensions, feature_name_table())))
+        candidates.insert(0, bare._replace(extensions=(*bare.extensions, feature_name_table())))
     for header in candidates:
         for name_at in (0, old.stop):  # right behind the extensions, or behind the old name
             try:
-                target = bytearray(_serialised(replace(header, backing_file_offset=name_at), mark))
+                target = bytearray(_serialised(header._replace(backing_file_offset=name_at), mark))
             except FormatError:  # no room for it all
                 continue
             kept = cluster[old.start:old.stop]
@@ -116,7 +115,7 @@ def _serialised(header: Header, mark: bytes | None) -> bytes:
         return serialise(header)
     marked = header.with_extension(Extension(EXT_FEATURE_NAMES, mark), EXT_FEATURE_NAMES)
     name_at = max(header.backing_file_offset, backing_name_offset(header), backing_name_offset(marked))
-    marked, header = (replace(each, backing_file_offset=name_at) for each in (marked, header))
+    marked, header = (each._replace(backing_file_offset=name_at) for each in (marked, header))
     return serialise(marked)[:SECTOR] + serialise(header)[SECTOR:]
 
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 import errno
 from collections import deque
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -165,7 +164,7 @@ class Shadow:
     def _take(self) -> Changes:
         fresh = tuple((offset, bytes(content)) for offset, content in self._pieces)
         self._pieces, self._collected = [], 0
-        return replace(self._planner.take(), fresh=fresh)
+        return self._planner.take()._replace(fresh=fresh)
 
     # Refcount blocks
 

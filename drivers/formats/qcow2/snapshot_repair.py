@@ -5,7 +5,6 @@ Spec: docs/interop/qcow2, "Snapshots". Too much of anything is discarded; what v
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import NamedTuple
 
 from safeimg.drivers.errors import CheckFailed, FormatError
@@ -46,7 +45,7 @@ def read_table(image: Qcow2Image, findings: Findings, *, fix: bool) -> Table:
             raise CheckFailed(_TOO_LARGE, problem=f"ERROR snapshot table too large\n{remedy}")
         findings.say(f"Discarding {many} overhanging snapshots")
         mended += many
-        header = replace(header, nb_snapshots=MAX_SNAPSHOTS)
+        header = header._replace(nb_snapshots=MAX_SNAPSHOTS)
     try:
         snapshots = read_snapshots(image.file, header, discard=discard if fix else None)
     except TooMuch as error:

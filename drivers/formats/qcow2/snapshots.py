@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import struct
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from safeimg.drivers.errors import FormatError
 from safeimg.drivers.formats.qcow2.header import MAX_SNAPSHOTS, Header
@@ -22,8 +22,7 @@ _ENTRY = struct.Struct(">QIHHIIQII")
 _EXTRA = struct.Struct(">QQQ")
 
 
-@dataclass(frozen=True, slots=True)
-class Snapshot:
+class Snapshot(NamedTuple):
     """An entry of the snapshot table. Times are as stored: seconds and nanoseconds since the epoch."""
 
     l1_table_offset: int

@@ -9,7 +9,7 @@ and what qemu-img writes and refuses. Offsets and lengths are bytes.
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from safeimg.drivers.errors import FormatError, UnsupportedError
 from safeimg.drivers.storage.api import File
@@ -38,8 +38,7 @@ _FIELDS = struct.Struct("<64s5I256s7IQ4I16s16s16s16s")
 _NO_UUID = bytes(16)
 
 
-@dataclass(frozen=True, slots=True)
-class Header:
+class Header(NamedTuple):
     """What an image's header says, as far as it matters."""
 
     version: int

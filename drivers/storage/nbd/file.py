@@ -7,7 +7,6 @@ import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 
 from safeimg.drivers.errors import RemoteError, StorageError, SyncFailed
 from safeimg.drivers.storage.address import Address, connect
@@ -218,7 +217,7 @@ class NbdFile(VirtualFile):
             raise StorageError(self._path, action, error) from None
 
     def stat(self) -> FileStat:
-        return replace(super().stat(), is_device=True)
+        return super().stat()._replace(is_device=True)
 
     def close(self) -> None:
         self._client.close()
