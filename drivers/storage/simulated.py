@@ -248,7 +248,7 @@ class SimulatedFileSystem:
             try:
                 directory, name = locate(self.model, path, "stat")
             except StorageError as error:
-                if error.errno in (errno.ENOENT, errno.ENOTDIR):
+                if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
                     return None
                 raise
             if name:
