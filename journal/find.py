@@ -15,6 +15,7 @@ from safeimg.journal.events import (
     Abandoned,
     Completed,
     Declared,
+    Event,
     Identity,
     Owner,
     RecoveryStarted,
@@ -23,7 +24,7 @@ from safeimg.journal.events import (
 )
 from safeimg.journal.files import FileStat, FileSystem, system_error
 from safeimg.journal.identity import identify, same_file
-from safeimg.journal.log import Log, remove_void
+from safeimg.journal.log import read_log, remove_void
 from safeimg.journal.owner import current_owner, liveness
 from safeimg.journal.pointer import NEW_SUFFIX, Pointer, read_pointer, remove_quietly
 from safeimg.journal.undo import SUFFIX as UNDO_SUFFIX
@@ -89,14 +90,12 @@ def look(files: FileSystem, path: str, *, image_owner: int | None = None) -> Fou
     pointer = read_pointer(files, path, image_owner=image_owner)
     if pointer is not None:
         return PointerFound(path, pointer)
+    summary = _Summary()
     try:
-        log = Log.open(files, path, image_owner=image_owner)
+        read_log(files, path, summary, image_owner=image_owner)
     except LogVoid:
         return VoidFound(path)
-    try:
-        return _sum_up(log)
-    finally:
-        log.close()
+    return summary.found(path)
 
 
 def find(files: FileSystem, image: str, *, explicit: str | None = None) -> Found | None:
@@ -204,20 +203,31 @@ def scan(files: FileSystem, directory: str) -> Iterator[tuple[str, Found | Journ
                     yield path, found
 
 
-def _sum_up(log: Log) -> LogFound:
-    declared: Declared | None = None
-    started, outcome, owner = False, None, None
-    for event in log.replay():
+class _Summary:
+    """What a log's events come to (`log.Reader`)."""
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        self._declared: Declared | None = None
+        self._owner: Owner | None = None
+        self._started = False
+        self._outcome: Completed | RolledBack | Abandoned | None = None
+
+    def append(self, event: Event) -> None:
         if isinstance(event, Declared):
-            declared, owner = event, event.owner
+            self._declared, self._owner = event, event.owner
         elif isinstance(event, Started):
-            started = True
+            self._started = True
         elif isinstance(event, RecoveryStarted):
-            owner = event.owner
+            self._owner = event.owner
         elif isinstance(event, Completed | RolledBack | Abandoned):
-            outcome = event
-    assert declared is not None and owner is not None  # a log begins with it
-    return LogFound(log.path, declared, started, outcome, owner)
+            self._outcome = event
+
+    def found(self, path: str) -> LogFound:
+        assert self._declared is not None and self._owner is not None  # a log begins with it
+        return LogFound(path, self._declared, self._started, self._outcome, self._owner)
 
 
 def _log_of(files: FileSystem, pointer: Pointer, folder: str, home: str) -> LogFound | None:

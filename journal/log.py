@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterator
+from typing import Protocol
 
 from safeimg.journal import frames
 from safeimg.journal.codec import BadEvent, decode_event, encode_event
@@ -107,12 +108,12 @@ class Log:
 
     @classmethod
     def create(
-        cls, files: FileSystem, path: str, operation: str, like: FileStat, *, chunk: int = CHUNK
+        cls, files: FileSystem, path: str, operation: str, like: FileStat, *, chunk: int | None = None
     ) -> Log:
         """A new log with nothing in it, durable, locked, mode 0600, of the owner and group of `like` (the
         image).
 
-        `operation`: 32 hexadecimal digits. `chunk`: bytes by which the file grows (tests use less). A file
+        `operation`: 32 hexadecimal digits. `chunk`: bytes by which the file grows (CHUNK; tests use less). A file
         that is there already is the storage layer's EEXIST; raises `JournalUnavailable` where the file could
         not be trusted when read again (a server that gives it to somebody else).
         """
@@ -126,7 +127,7 @@ class Log:
             try:
                 files.give_to(path, like.uid, like.gid)
                 check_trusted(file.stat(), path, like.uid)
-                chunk = max(chunk, frames.HEADER)
+                chunk = max(CHUNK if chunk is None else chunk, frames.HEADER)
                 file.pwrite(0, frames.pack_header(operation, chunk))
                 _extend(file, frames.HEADER, chunk)
                 file.sync_all()
@@ -316,18 +317,30 @@ class Log:
         return scan.end
 
 
+class Reader(Protocol):
+    """What takes the events of a log, as a list does."""
+
+    def append(self, event: Event, /) -> None: ...
+    def clear(self) -> None:
+        """The log is read again from its beginning."""
+
+
 def read_events(files: FileSystem, path: str, *, image_owner: int | None = None) -> list[Event]:
     """The events of a log that another process may be writing at this moment; takes no lock and changes
     nothing.
 
     Raises as `Log.open` does."""
+    events: list[Event] = []
+    read_log(files, path, events, image_owner=image_owner)
+    return events
+
+
+def read_log(files: FileSystem, path: str, reader: Reader, *, image_owner: int | None = None) -> None:
+    """As `read_events`, for who need not keep all of them."""
     file = _open_trusted(files, path, False, image_owner)
     try:
-        events: list[Event] = []
-        _settled_scan(file, events)
-        if not events:
+        if _settled_scan(file, reader).sequence == 0:
             raise LogVoid(path)
-        return events
     finally:
         file.close()
 
@@ -364,7 +377,7 @@ def _open_trusted(files: FileSystem, path: str, write: bool, image_owner: int | 
     return file
 
 
-def _settled_scan(file: File, keep: list[Event] | None = None) -> _Scan:
+def _settled_scan(file: File, keep: Reader | None = None) -> _Scan:
     """Reads the whole log, into `keep` if given. Its writer may be at it: what looks like damage is looked at
     again."""
     for attempt in range(_ATTEMPTS):

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from safeimg.drivers.errors import UnsupportedError
+from safeimg.drivers.errors import DriverError, UnsupportedError
 from safeimg.drivers.formats.api import Image
 from safeimg.drivers.secrets import NO_SECRETS, Secrets
 from safeimg.drivers.storage.api import File, FileSystem
@@ -20,6 +20,8 @@ from safeimg.drivers.transfer.core import Transfer
 from safeimg.drivers.transfer.loop import blocking
 from safeimg.drivers.transfer.target import Target
 from safeimg.drivers.transfer.view import Source
+from safeimg.journal import find
+from safeimg.journal.errors import JournalError
 from safeimg.journal.history import History
 from safeimg.journal.kept import Keeping
 from safeimg.ops.engine import Engine
@@ -106,13 +108,22 @@ async def launch(job: Job, environment: Environment) -> None:
     try:
         await _run(job, environment, await blocking(begin, None, False), None, begin)
     except BaseException:
-        if not opened:  # nobody could go on with what was begun
+        if not opened and not _is_started(environment.fs, job.images[0].path):  # nobody could go on with it
             for index in job.created:
                 environment.fs.unlink(job.images[index].path)
         raise
     finally:
         for session in opened:
             session.close()
+
+
+def _is_started(fs: FileSystem, home: str) -> bool:
+    """Whether a journal that could not be begun is there all the same: the sync of its last event failed."""
+    try:
+        found = find.find(fs, home)
+    except (DriverError, JournalError):
+        return True  # it may be
+    return isinstance(found, find.LogFound) and found.started
 
 
 def _keeps_journal(job: Job, wanted: str) -> bool:

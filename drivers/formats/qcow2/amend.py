@@ -216,7 +216,7 @@ def _not_raw(image: Image, planner: Planner) -> Iterable[Changes]:
 def _expand(image: Image, planner: Planner) -> Iterable[Changes]:
     """Clusters that are marked as zeroes: version 2 has no such mark."""
     own = own_planner(planner)
-    return expand_zero_clusters(own) if own.header.version > 2 else ()
+    return expand_zero_clusters(own, image.cipher) if own.header.version > 2 else ()
 
 
 def _downgrade(image: Image, planner: Planner) -> Iterable[Changes]:

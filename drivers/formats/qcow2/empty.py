@@ -15,7 +15,7 @@ from safeimg.drivers.errors import FormatError, UnsupportedError, UsageError
 from safeimg.drivers.formats.api import Changes
 from safeimg.drivers.formats.qcow2.header import DIRTY, MAX_REFCOUNT_TABLE_BYTES
 from safeimg.drivers.formats.qcow2.refcounts import RefcountLayout
-from safeimg.drivers.formats.qcow2.references import References, count_everything, count_kept, refcount_blocks
+from safeimg.drivers.formats.qcow2.references import References, count_everything, count_kept
 from safeimg.drivers.formats.qcow2.tables import REPAIR
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def change_refcount_width(planner: Qcow2Planner, order: int) -> Changes:
     fit. The old structures stay counted until `release`."""
     planner.ready()
     bits, old = planner.header.cluster_bits, planner.refcounts
-    blocks = sorted(refcount_blocks(planner))
+    blocks = sorted(block for _, block in planner.refcounts.blocks())
     if len(set(blocks)) < len(blocks):
         raise FormatError(planner.path, f"a refcount block is in use twice: {REPAIR}")
     layout = RefcountLayout(bits, order)
@@ -101,17 +101,16 @@ def _as_recorded(planner: Qcow2Planner, wanted: RefcountLayout) -> References:
 
     bits, old = planner.header.cluster_bits, planner.layout
     references = References(planner.path, 1 << 62 - bits)
-    for index in range(planner.refcounts.table_entries):
-        if block := planner.refcounts.block(index):
-            counts = decode_block(planner.view.read(block, 1 << bits), old.refcount_order)
-            above = (counts > wanted.maximum).nonzero()[0]
-            if len(above):
-                first = int(above[0])
-                raise UsageError(
-                    f"Cannot decrease refcount entry width to {1 << wanted.refcount_order} bits: Cluster at offset "
-                    f"{index * old.block_entries + first << bits:#x} has a refcount of {int(counts[first])}"
-                )
-            references.set_run(index * old.block_entries, counts)
+    for index, block in planner.refcounts.blocks():
+        counts = decode_block(planner.view.read(block, 1 << bits), old.refcount_order)
+        above = (counts > wanted.maximum).nonzero()[0]
+        if len(above):
+            first = int(above[0])
+            raise UsageError(
+                f"Cannot decrease refcount entry width to {1 << wanted.refcount_order} bits: Cluster at offset "
+                f"{index * old.block_entries + first << bits:#x} has a refcount of {int(counts[first])}"
+            )
+        references.set_run(index * old.block_entries, counts)
     return references
 
 

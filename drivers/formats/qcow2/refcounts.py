@@ -7,13 +7,14 @@ the counts of one image through its `MetadataView`. Clusters are given by number
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from safeimg.drivers.errors import FormatError, UnsupportedError
 from safeimg.drivers.formats.metadata import MetadataView, Phase
 from safeimg.drivers.formats.qcow2.entries import REFCOUNT_BLOCK_MASK
 
+_BATCH = 64 << 10  # bytes of the table that are read at a time
 _CODES = {3: "B", 4: "H", 5: "I", 6: "Q"}
 
 
@@ -81,7 +82,20 @@ class Refcounts:
         if index >= self.table_entries:
             return 0
         at = self.table_offset + 8 * index
-        entry = int.from_bytes(self._view.read(at, 8), "big")
+        return self._checked(int.from_bytes(self._view.read(at, 8), "big"), at)
+
+    def blocks(self) -> Iterator[tuple[int, int]]:
+        """Index and host offset of each refcount block, in the order of the table. `FormatError` as `block`."""
+        end = self.table_offset + 8 * self.table_entries
+        for start in range(self.table_offset, end, _BATCH):
+            data = self._view.read(start, min(_BATCH, end - start))
+            if data.count(0) == len(data):
+                continue
+            for at, (entry,) in zip(range(start, end, 8), struct.iter_unpack(">Q", data), strict=False):
+                if entry:
+                    yield (at - self.table_offset) // 8, self._checked(entry, at)
+
+    def _checked(self, entry: int, at: int) -> int:
         offset = entry & REFCOUNT_BLOCK_MASK
         if offset % (1 << self.layout.cluster_bits) or entry != offset:
             raise FormatError(self._view.path, f"refcount table entry {entry:#x} is invalid", offset=at)

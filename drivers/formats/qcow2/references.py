@@ -173,7 +173,7 @@ def count_everything(planner: Qcow2Planner) -> References:
     count_l1(planner, references, {(planner.l1_table_offset, planner.l1_size): 1})
     refcounts = planner.refcounts
     references.add_range(refcounts.table_offset, refcounts.table_clusters << bits, bits)
-    for block in refcount_blocks(planner):
+    for _, block in refcounts.blocks():
         references.add_range(block, 1, bits)
     return references
 
@@ -194,14 +194,6 @@ def count_kept(planner: Qcow2Planner) -> References:
             for entry in read_table(planner, bitmap):
                 references.add_range(entry & OFFSET_MASK, 1 if entry & OFFSET_MASK else 0, bits)
     return references
-
-
-def refcount_blocks(planner: Qcow2Planner) -> Iterator[int]:
-    """Host offsets of the refcount blocks in use."""
-    refcounts = planner.refcounts
-    for index in range(refcounts.table_entries):
-        if block := refcounts.block(index):
-            yield block
 
 
 def count_l1(planner: Qcow2Planner, references: References, tables: Mapping[tuple[int, int], int]) -> None:

@@ -169,12 +169,7 @@ class Shadow:
     # Refcount blocks
 
     def _find_blocks(self) -> dict[int, int]:
-        refcounts, found = self._planner.refcounts, {}
-        table = np.frombuffer(
-            self._planner.view.read(refcounts.table_offset, refcounts.table_clusters << self._bits), ">u8"
-        )
-        for index in table.nonzero()[0].tolist():
-            found[index] = refcounts.block(index) >> self._bits
+        found = {index: block >> self._bits for index, block in self._planner.refcounts.blocks()}
         if len(set(found.values())) < len(found):
             raise FormatError(self._planner.path, f"a refcount block is in use twice: {REPAIR}")
         return found
