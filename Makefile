@@ -8,6 +8,9 @@ JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 SECONDS ?= 600
 SEED ?= 1
 STATES ?=
+SLICES ?=
+RESULTS ?=
+REPLAY ?=
 RUNS ?= 3
 OPERATION ?= commit
 KILLS ?= 200
@@ -26,7 +29,7 @@ help:
 	@echo "make test        all tests"
 	@echo "make lint        ruff, and mypy --strict"
 	@echo "make bench       safeimg against qemu-img, wall time: RUNS=$(RUNS)"
-	@echo "make crash-soak  simulated power cuts: SECONDS=$(SECONDS) SEED=$(SEED) JOBS=$(JOBS) STATES= enough"
+	@echo "make crash-soak  simulated power cuts: SECONDS=$(SECONDS) SEED=$(SEED) JOBS=$(JOBS) STATES= (enough) SLICES= (of each) ONLY= RESULTS=FILE REPLAY=STATE"
 	@echo "make mutations   the power-cut simulation on a protocol with deliberate faults: it has to catch each"
 	@echo "make kill-soak   real commands killed: OPERATION=$(OPERATION) KILLS=$(KILLS) SIZE=$(SIZE) SEED=$(SEED)"
 	@echo "make conformance QEMU's own tests with safeimg as qemu-img: FORMAT= (all) CASES= (all) JOBS=$(JOBS) PROGRAM= (safeimg)"
@@ -55,7 +58,8 @@ bench: $(STAMP)
 	@$(BIN)/python bench/speed.py --runs $(RUNS)
 
 crash-soak: $(STAMP)
-	cd tests && ../$(BIN)/python -m powercut.soak --seconds $(SECONDS) --seed $(SEED) --jobs $(JOBS) $(addprefix --states ,$(STATES))
+	cd tests && ../$(BIN)/python -m powercut.soak --seconds $(SECONDS) --seed $(SEED) --jobs $(JOBS) $(addprefix --states ,$(STATES)) \
+		$(addprefix --slices ,$(SLICES)) --only "$(ONLY)" $(addprefix --json ,$(abspath $(RESULTS))) $(if $(REPLAY),--replay "$(REPLAY)")
 
 mutations: $(STAMP)
 	cd tests && ../$(BIN)/python -m powercut.mutations --jobs $(JOBS)

@@ -20,6 +20,7 @@
     reverse            overlapping writes arrived newest first
     old-times          everything but times and attributes
     random:J           seeded subsets and tears (and so orders) of everything, sector by sector
+    lost:…             what was lost, item by item (`spelled.py`): not among `crash_states`, to be replayed
 
 A `CrashState` is a file system of its own. Its `description` names it: `replay` makes the same state again.
 `crash_states` on a kill state and the trace of a recovery run on it gives the second crash.
@@ -35,6 +36,7 @@ from dataclasses import dataclass, field
 from safeimg.drivers.storage.durability import SECTOR, Entry, Model
 from safeimg.drivers.storage.simulated import SimulatedFileSystem, Trace
 from safeimg.drivers.storage.sparse import PAGE
+from safeimg.drivers.storage.spelled import PREFIX, spell, spelled
 from safeimg.drivers.storage.survival import (
     Loss,
     Plan,
@@ -122,17 +124,46 @@ def crash_states(
 
 def replay(initial: SimulatedFileSystem, trace: Trace, description: str) -> CrashState:
     """The one state that a description names. Takes as long as running the prefix."""
+    prefix, seed, kind, member = _parsed(description)
+    model = _after(initial, trace, prefix)
+    following = trace.entries[prefix] if prefix < len(trace) else None
+    return _state(initial, model, following, prefix, seed, kind, member, trace.labels(prefix))
+
+
+def spell_out(initial: SimulatedFileSystem, trace: Trace, description: str) -> tuple[int, list[str]] | None:
+    """What the power cut of a description lost, item by item, and the prefix; None for a process that was killed."""
+    prefix, seed, kind, member = _parsed(description)
+    if kind == "kill":
+        return None
+    model = _after(initial, trace, prefix)
+    return prefix, spell(model, _plan(model, member, seed, prefix))
+
+
+def spelled_description(prefix: int, items: Sequence[str]) -> str:
+    """The description of the state in which that was lost."""
+    return f"prefix={prefix} seed=0 kind=power member={PREFIX + '+'.join(items) if items else 'all'}"
+
+
+def _parsed(description: str) -> tuple[int, int, str, str]:
     found = _DESCRIPTION.match(description.strip())
     if found is None:
         raise ValueError(f"not the description of a crash state: {description!r}")
-    prefix, seed, kind, member = int(found[1]), int(found[2]), found[3], found[4]
+    return int(found[1]), int(found[2]), found[3], found[4]
+
+
+def _after(initial: SimulatedFileSystem, trace: Trace, prefix: int) -> Model:
     if prefix > len(trace):
         raise ValueError(f"prefix {prefix} of a trace of {len(trace)} entries")
     model = initial.clone().model
     for entry in trace.entries[:prefix]:
         model.apply(entry)
-    following = trace.entries[prefix] if prefix < len(trace) else None
-    return _state(initial, model, following, prefix, seed, kind, member, trace.labels(prefix))
+    return model
+
+
+def _plan(model: Model, member: str, seed: int, prefix: int) -> Plan:
+    if member.startswith(PREFIX):
+        return spelled(model, member.removeprefix(PREFIX).split("+"))
+    return plan_of(model, member, seed, prefix)
 
 
 def power_cut(fs: SimulatedFileSystem, member: str = "none", *, seed: int = 0) -> SimulatedFileSystem:
@@ -220,7 +251,7 @@ def _state(
 ) -> CrashState:
     lost: tuple[Loss, ...] = ()
     if kind == "power":
-        plan = plan or plan_of(model, member, seed, prefix)
+        plan = plan or _plan(model, member, seed, prefix)
         after, lost = survivors(model, plan), losses(model, plan)
     elif member == "whole":
         after = model.clone()

@@ -6,6 +6,8 @@ here: everything that was never written reads as zeroes, and the owner keeps the
 
 from __future__ import annotations
 
+import functools
+import hashlib
 from collections.abc import Iterator
 
 PAGE = 4096
@@ -35,27 +37,35 @@ def _without_run(runs: Runs, first: int, last: int) -> Runs:
     return tuple(run for run in rest if run[0] < run[1])
 
 
+@functools.lru_cache(1 << 16)
+def _digest(page: bytes) -> bytes:
+    return hashlib.blake2b(page, digest_size=16).digest()
+
+
 class SparseBytes:
     """Bytes at offsets, with holes. Not thread-safe."""
 
-    __slots__ = ("_pages", "_reserved", "_shared")
+    __slots__ = ("_digest", "_pages", "_reserved", "_shared")
 
     def __init__(self) -> None:
         self._pages: dict[int, bytes] = {}
         self._reserved: Runs = ()  # pages that occupy space though they may hold nothing (fallocate)
         self._shared = False  # the dictionary belongs to a clone too: copy it before changing it
+        self._digest: bytes | None = None  # of the pages, if known
 
     def clone(self) -> SparseBytes:
         other = SparseBytes.__new__(SparseBytes)
         other._pages = self._pages
         other._reserved = self._reserved
         other._shared = self._shared = True
+        other._digest = self._digest
         return other
 
     def _own(self) -> dict[int, bytes]:
         if self._shared:
             self._pages = dict(self._pages)
             self._shared = False
+        self._digest = None
         return self._pages
 
     def __eq__(self, other: object) -> bool:
@@ -65,6 +75,15 @@ class SparseBytes:
         return self._pages == other._pages and self._reserved == other._reserved
 
     __hash__ = None  # type: ignore[assignment]
+
+    def digest(self) -> bytes:
+        """Of the bytes and of where the holes are; the same in every process. Cheap where little has changed."""
+        if self._digest is None:
+            hasher = hashlib.blake2b(digest_size=16)
+            for number in sorted(self._pages):
+                hasher.update(number.to_bytes(8, "little") + _digest(self._pages[number]))
+            self._digest = hasher.digest()
+        return self._digest
 
     def read(self, offset: int, length: int) -> bytes:
         if length <= 0:

@@ -28,7 +28,7 @@ from safeimg.drivers.storage.lookup import joined
 Sectors = tuple[tuple[int, int], ...]  # half-open ranges of bytes, multiples of the sector size
 
 
-class _Kept(NamedTuple):
+class Kept(NamedTuple):
     """A change whose data arrived: all of it, or only these sectors."""
 
     change: Change
@@ -44,10 +44,10 @@ class Loss(NamedTuple):
 
 
 @dataclass(slots=True)
-class _Survival:
+class Survival:
     """What of one file survived."""
 
-    writes: list[_Kept]  # in the order in which they arrived
+    writes: list[Kept]  # in the order in which they arrived
     length: int
     times: tuple[int, int]
     attributes: Attributes
@@ -58,7 +58,7 @@ class _Survival:
 class Plan:
     """What survives a power cut."""
 
-    files: dict[int, _Survival]  # by inode
+    files: dict[int, Survival]  # by inode
     names: list[NameChange]
 
 
@@ -139,14 +139,14 @@ def plan_of(model: Model, member: str, seed: int, prefix: int) -> Plan:
     return everything
 
 
-def _nothing(node: Node) -> _Survival:
-    return _Survival([], node.disk.length, (node.disk.mtime, node.disk.ctime), node.disk.attributes)
+def _nothing(node: Node) -> Survival:
+    return Survival([], node.disk.length, (node.disk.mtime, node.disk.ctime), node.disk.attributes)
 
 
-def _everything(node: Node) -> _Survival:
+def _everything(node: Node) -> Survival:
     live = node.live
-    writes = [_Kept(change, None) for change in node.changes if change.pieces]
-    return _Survival(writes, live.length, (live.mtime, live.ctime), live.attributes, len(node.old_attributes))
+    writes = [Kept(change, None) for change in node.changes if change.pieces]
+    return Survival(writes, live.length, (live.mtime, live.ctime), live.attributes, len(node.old_attributes))
 
 
 def _lose(model: Model, plan: Plan, unit: tuple[str, int, int]) -> None:
@@ -175,7 +175,7 @@ def _tear_newest(model: Model, plan: Plan, how: str) -> None:
             plan.files[number] = _nothing(model.nodes[number])
             continue
         survival.writes = [
-            _Kept(kept.change, _part(kept.change, how)) if kept.change is newest else kept for kept in writes
+            Kept(kept.change, _part(kept.change, how)) if kept.change is newest else kept for kept in writes
         ]
 
 
@@ -199,7 +199,7 @@ def _extent(change: Change) -> tuple[int, int]:
 
 def _random_plan(model: Model, rng: random.Random) -> Plan:
     """Each file all, none or part of it; then each change whole, torn or lost, in order or not."""
-    files: dict[int, _Survival] = {}
+    files: dict[int, Survival] = {}
     for node in model.nodes.values():
         mode = rng.random()
         if mode < 0.2:
@@ -219,7 +219,7 @@ def _random_plan(model: Model, rng: random.Random) -> Plan:
     return Plan(files, [change for change in model.name_changes if rng.random() < rate])
 
 
-def _random_survival(node: Node, rng: random.Random) -> _Survival:
+def _random_survival(node: Node, rng: random.Random) -> Survival:
     """Each change whole, torn or lost. Kept in order: one that another overtook is one torn where they
     overlap."""
     rate, tearing = rng.choice((0.1, 0.5, 0.9)), rng.choice((0.0, 0.3, 0.9))
@@ -228,7 +228,7 @@ def _random_survival(node: Node, rng: random.Random) -> _Survival:
         if change.pieces and rng.random() < rate:
             start, end = _extent(change)
             torn = end - start > SECTOR and rng.random() < tearing
-            survival.writes.append(_Kept(change, _random_sectors(start, end, rng) if torn else None))
+            survival.writes.append(Kept(change, _random_sectors(start, end, rng) if torn else None))
     lengths = [node.disk.length, *(change.length for change in node.changes if change.length is not None)]
     survival.length = lengths[-1] if rng.random() < 0.5 else rng.choice(lengths)
     return survival
@@ -272,7 +272,7 @@ def key_of(model: Model, plan: Plan) -> object:
     )
 
 
-def _survivor(node: Node, survival: _Survival) -> Node:
+def _survivor(node: Node, survival: Survival) -> Node:
     copy = node.disk.clone()
     for change, sectors in survival.writes:
         for piece in change.pieces:

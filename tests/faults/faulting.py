@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
 
-import trio
+from powercut import straight
 from powercut.judge import Judge, Look, Scenario, environment, sidecars
 from powercut.scenarios import COMMITS
 from safeimg.drivers.errors import DriverError, SyncFailed
@@ -53,7 +53,7 @@ def attempt(judge: Judge, fs: FileSystem, action: str = "run") -> Exception | No
             await (resume if action == "resume" else rollback)(judge.scenario.home, around)
 
     try:
-        trio.run(main)
+        straight.run(main)
     except CLEAN as error:
         assert "\n" not in str(error).strip() and str(error).strip(), repr(error)
         return error

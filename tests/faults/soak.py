@@ -37,7 +37,7 @@ from safeimg.drivers.storage.faults import CHANGES, READS
 
 MEMBERS = ("none", "random:0", "random:1")  # of the power cuts between a failure and its recovery
 SYNCS = frozenset({"sync", "sync_all"})
-ROOM = 1_500_000  # bytes: more than any of the commits takes, its log included
+ROOM = 400_000  # bytes: more than any of the commits takes, its log included
 KILLS = (0.3, 0.5, 0.6, 0.75, 0.9)  # how far a commit is that is killed, and whose recovery then fails
 
 
@@ -52,7 +52,7 @@ def cases(judge: Judge, stride: int) -> Iterator[tuple[str, Callable[[], object]
         yield f"sync {number} fails", partial(_sync_fails, judge, number)
     for number in range(1, count(judge, READS) + 1, 4 * stride):
         yield f"read {number} fails", partial(read_fails, judge, number)
-    for room in range(0, ROOM, 4096 * 5 * stride):
+    for room in range(0, ROOM, 4096 * stride):
         yield f"room for {room} bytes", partial(_full, judge, room)
     for number in range(1, calls(judge) + 1, stride):
         yield f"a full disk after call {number}", partial(_full_after, judge, number)

@@ -162,7 +162,7 @@ def test_a_full_disk(name: str) -> None:
     """Room for so many bytes and no more: the commit stops or ends, and takes itself back on the disk as full."""
     judge = judge_of(name)
     stopped = 0
-    for room in range(0, 1_100_000, 45056):
+    for room in range(0, 200_000, 8192):
         fs, error = run_on_full_disk(judge, room)
         stopped += error is not None
         acknowledged_or_pending(judge, fs, error, seed=room)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from powercut.bitmaps import BITMAPS
+from powercut.features import FEATURES
 from powercut.luks_disks import LUKS_DISKS
 from powercut.outside import OUTSIDE
 from powercut.repairs import REPAIRS
@@ -12,7 +13,7 @@ from powercut.undos import chosen, undo_of
 
 OPERATIONS = [
     *COMMITS, *CONVERSIONS, *CHANGES, *AMENDMENTS, *SNAPSHOTS, *RESIZES, *REBASES, *BITMAPS, *REPAIRS, *OUTSIDE,
-    *LUKS_DISKS,
+    *LUKS_DISKS, *FEATURES,
 ]  # fmt: skip
 SCENARIOS = [*OPERATIONS, *map(undo_of, chosen(OPERATIONS))]
 EVERYTHING = [*OPERATIONS, *(undo_of(each) for each in OPERATIONS if each.kept and not each.created)]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from safeimg.drivers.errors import SecretMissing
 from safeimg.drivers.formats.api import Changes, Image
@@ -21,8 +22,12 @@ SECRETS.add("s1", b"another")
 
 
 def create(fs: FileSystem, path: str, fmt: str, size: int, **options: str) -> None:
-    given = {name.replace("encrypt_", "encrypt.").replace(".key_", ".key-"): value for name, value in options.items()}
-    lookup(fmt).create(fs, path, size, given, secrets=SECRETS)
+    lookup(fmt).create(fs, path, size, spelled(options), secrets=SECRETS)
+
+
+def spelled(options: Mapping[str, str]) -> dict[str, str]:
+    """Options whose names are Python's, as `-o` has them."""
+    return {name.replace("encrypt_", "encrypt.").replace(".key_", ".key-"): value for name, value in options.items()}
 
 
 def named(path: str, key: dict[str, str]) -> Blockdev:
@@ -73,12 +78,14 @@ def write_compressed(fs: FileSystem, path: str, pieces: Iterable[tuple[int, byte
     """Writes whole clusters of data, compressed."""
     from safeimg.drivers.formats.qcow2.compression import compress
 
-    chain = open_chain(fs, path, format="qcow2", write=True, backing=False)
+    chain = opened(fs, path, "qcow2", write=True, backing=False)
     image = chain[0]
     planner = lookup("qcow2").planner(image)
+    details: Any = lookup("qcow2").specific_info(image)
+    kind = ("zlib", "zstd").index(details.get("compression-type", "zlib"))
     for offset, data in pieces:
         _apply(image, planner.reserve(16))
-        stored = compress(0, data)
+        stored = compress(kind, data)
         assert stored is not None
         place = planner.place_compressed(offset, len(stored))
         image.file.pwrite(place.offset, stored)
@@ -89,7 +96,7 @@ def write_compressed(fs: FileSystem, path: str, pieces: Iterable[tuple[int, byte
 
 def snapshot(fs: FileSystem, path: str, name: str) -> None:
     """Takes an internal snapshot."""
-    chain = open_chain(fs, path, format="qcow2", write=True, backing=False)
+    chain = opened(fs, path, "qcow2", write=True, backing=False)
     image = chain[0]
     driver = lookup("qcow2")
     assert driver.snapshots is not None
@@ -103,7 +110,7 @@ def snapshot(fs: FileSystem, path: str, name: str) -> None:
 
 def bitmaps(fs: FileSystem, path: str, wanted: Iterable[tuple[str, int, bool]]) -> None:
     """Adds bitmaps given as (name, granularity, enabled)."""
-    chain = open_chain(fs, path, write=True, backing=False)
+    chain = opened(fs, path, write=True, backing=False)
     states = [WantedBitmap(BitmapState(name, size, enabled, False), False) for name, size, enabled in wanted]
     planner = lookup("qcow2").planner(chain[0])
     feature = lookup("qcow2").bitmaps
@@ -117,7 +124,7 @@ def bitmaps(fs: FileSystem, path: str, wanted: Iterable[tuple[str, int, bool]]) 
 
 def mark(fs: FileSystem, path: str, ranges: list[tuple[int, int]]) -> None:
     """Sets bits of the enabled bitmaps, without writing data."""
-    chain = open_chain(fs, path, write=True, backing=False)
+    chain = opened(fs, path, write=True, backing=False)
     planner = lookup("qcow2").planner(chain[0])
     _apply(chain[0], planner.reserve(planner.marking_clusters(ranges)))
     _apply(chain[0], planner.mark_dirty(ranges))

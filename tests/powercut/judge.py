@@ -1,40 +1,34 @@
 """Judges crash states of operations against the promises G1 to G4 of the design.
 
-For each state: as it is (G1), after `resume` (G2), after `rollback` (G3); recovery itself can be crashed again, from a
-state that only a killed process left (its writes not synced) as well as after a power cut.
+For each state: as it is (G1), after `resume` (G2), after `rollback` (G3), each of which has to outlive a power cut.
+Recovery itself can be crashed again, from a state that only a killed process left (its writes not synced) as well as
+after a power cut. States that are the same, to the last byte, time and unsynced change, are judged once.
 """
 
 from __future__ import annotations
 
-import re
+import hashlib
 import shutil
 import subprocess
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
-import trio
-from blake3 import blake3
-from powercut import guest
+from powercut import guest, straight
+from powercut.look import SIDECAR, Look, Violation, lost_blocks, sidecars, state_digest, unsynced_digest
 from safeimg.drivers.errors import DriverError
-from safeimg.drivers.formats.api import Image
 from safeimg.drivers.formats.chain import close_chain
-from safeimg.drivers.formats.features import BitmapState
-from safeimg.drivers.formats.registry import lookup
-from safeimg.drivers.formats.snapshots import entries, load
 from safeimg.drivers.secrets import NO_SECRETS, Secrets
 from safeimg.drivers.storage.powercut import CrashState, crash_states, power_cut
 from safeimg.drivers.storage.simulated import SimulatedFileSystem
-from safeimg.drivers.transfer.core import Settings, Transfer
-from safeimg.drivers.transfer.view import View
+from safeimg.drivers.transfer.core import Settings
 from safeimg.journal import find
 from safeimg.journal.errors import JournalError
 from safeimg.journal.history import MemoryHistory
 from safeimg.journal.log import read_events
 from safeimg.journal.state import fold
-from safeimg.ops.bitmap_plan import listed
 from safeimg.ops.errors import Impossible, OperationError, SomethingPending
-from safeimg.ops.info import snapshot_members
 from safeimg.ops.launch import Environment
 from safeimg.ops.session import refuse_pending_on
 from safeimg.recovery.pending import NothingPending
@@ -42,14 +36,12 @@ from safeimg.recovery.settle import resume, rollback
 
 NO_CHECKS = 63  # qemu-img check's exit code for an image that opens, and whose format has none
 STEP_BYTES = 16384  # of guest data: several steps even where images are small
-
-
-class Violation(AssertionError):
-    """A promise that a crash state breaks; the message replays it."""
+CLEAN = (DriverError, JournalError, OperationError)  # what an operation or a recovery may end with
 
 
 def environment(fs: SimulatedFileSystem, secrets: Secrets = guest.SECRETS) -> Environment:
-    return Environment(fs, MemoryHistory(), Transfer(Settings(workers=1)), arguments=("test",), secrets=secrets)
+    transfer = straight.StraightTransfer(Settings(workers=1))
+    return Environment(fs, MemoryHistory(), transfer, arguments=("test",), secrets=secrets)
 
 
 @dataclass(frozen=True)
@@ -65,118 +57,63 @@ class Scenario:
     created: bool = False  # the home image is made by the operation
     broken: bool = False  # the images are damaged, and the operation repairs them
     kept: bool = True  # what is overwritten is, so that rollback is possible
+    shows: bool = False  # what `top` shows is meant to become another
 
     def prepare(self) -> SimulatedFileSystem:
         fs = SimulatedFileSystem()
-        self.build(fs)
+        with straight.alone():
+            self.build(fs)
         return power_cut(fs, "all")
 
     def execute(self, fs: SimulatedFileSystem) -> None:
         async def main() -> None:
             await self.run(environment(fs))
 
-        trio.run(main)
-
-
-@dataclass(frozen=True)
-class Look:
-    """What a user can tell of an image: all that a rollback restores and a resume reaches."""
-
-    content: bytes
-    size: int
-    backing: tuple[str | None, str | None]
-    leaks: int
-    bitmaps: tuple[tuple[BitmapState, bytes], ...]
-    details: object
-    snapshots: object  # what is listed of each, and its content
-    mistakes: int  # in the metadata; none is allowed but of images that were `broken` before
-
-    @classmethod
-    def at(cls, fs: SimulatedFileSystem, path: str, fmt: str, *, broken: bool = False) -> Look:
-        """What `path` shows; remembered, since many crash states share their images."""
-        hasher = blake3(path.encode() + bytes([broken]))
-        for name in sorted(fs.list_directory("/")):
-            if "." in name and ".safeimg" not in name:
-                hasher.update(name.encode() + b"\0" + fs.read_file("/" + name))
-        key = hasher.digest()
-        if key not in _LOOKS:
-            _LOOKS[key] = cls._at(fs, path, fmt, broken)
-        return _LOOKS[key]
-
-    @classmethod
-    def _at(cls, fs: SimulatedFileSystem, path: str, fmt: str, broken: bool) -> Look:
-        chain = guest.opened(fs, path, fmt)
-        try:
-            data = cls._content(chain)
-            driver = lookup(fmt)
-            leaks = mistakes = 0
-            found = driver.check(chain[0])
-            if found is not None:
-                lost = _lost_blocks(fmt, "\n".join(found.messages))
-                leaks = found.leaks + lost
-                if broken:
-                    mistakes = found.corruptions + found.check_errors
-                elif found.corruptions != bool(lost) or found.check_errors:
-                    raise Violation(f"{path}: {found.messages}")
-            backing = chain[0].backing_file, chain[0].backing_format
-            snapshots = [
-                (snapshot_members(entry), entry.disk_size, cls._content(load(chain, f"snapshot.id={entry.id}")))
-                for entry in entries(chain[0])
-            ]
-            bitmaps = tuple((state, _bits(chain[0], state)) for state in listed(chain[0]))
-            details = driver.specific_info(chain[0])
-            return cls(data, chain[0].size, backing, leaks, bitmaps, details, snapshots, mistakes)
-        finally:
-            close_chain(chain)
-
-    @staticmethod
-    def _content(chain: Sequence[Image]) -> bytes:
-        view = View(chain)
-        data = bytearray(view.size)
-        view.read_into(0, memoryview(data))
-        return bytes(data)
-
-
-_LOOKS: dict[bytes, Look] = {}
-
-
-def _lost_blocks(fmt: str, messages: str) -> int:
-    """Blocks that a VDI image counts and does not refer to, if that is all that is wrong: what a leak is elsewhere is
-    an error in the words of its check."""
-    found = re.fullmatch(r"ERROR: allocated blocks mismatch, is (\d+), should be (\d+)\n?", messages)
-    return 0 if fmt != "vdi" or found is None else max(0, int(found[2]) - int(found[1]))
-
-
-def _bits(image: Image, state: BitmapState) -> bytes:
-    """All bits of a bitmap; of an inconsistent one they mean nothing."""
-    feature = lookup(image.format).bitmaps
-    if feature is None or state.inconsistent:
-        return b""
-    return feature.bits(image, state.name).read(0, -(-image.size // (8 * state.granularity)))
+        straight.run(main)
 
 
 @dataclass
 class Counter:
-    """How much was judged."""
+    """How much was judged: crash states of the operation, and of its recoveries; each counts once."""
 
     states: int = 0
+    second: int = 0  # of recoveries that were crashed
+    deeper: int = 0  # of recoveries that were crashed again and again until they finished
+    failed: int = 0  # after a sync that failed, in the operation or in a recovery
+    repeated: int = 0  # the same as one judged before, and not counted
     resumed: int = 0
     rolled_back: int = 0
     refused: int = 0
     nothing: int = 0
-    second: int = 0
     qemu: int = 0
 
+    @property
+    def total(self) -> int:
+        return self.states + self.second + self.deeper + self.failed
+
     def add(self, other: Counter) -> None:
-        for name in ("states", "resumed", "rolled_back", "refused", "nothing", "second", "qemu"):
-            setattr(self, name, getattr(self, name) + getattr(other, name))
+        for name, value in asdict(other).items():
+            setattr(self, name, getattr(self, name) + value)
 
     def __str__(self) -> str:
         return (
-            f"{self.states} states: {self.resumed} resumed, {self.rolled_back} rolled back, "
-            f"{self.refused} past return, {self.nothing} nothing pending; "
-            f"{self.second} of crashed recoveries; {self.qemu} by qemu-img"
+            f"{self.total} states ({self.states} of the operation, {self.second} of crashed recoveries, "
+            f"{self.deeper} crashed until they finish, {self.failed} after failed syncs; {self.repeated} repeated): "
+            f"{self.resumed} resumed, {self.rolled_back} rolled back, {self.refused} past return, "
+            f"{self.nothing} nothing pending; {self.qemu} by qemu-img"
         )
+
+
+class Leg(NamedTuple):
+    """Part of how a state came about: what ran, and the crash that ended it."""
+
+    action: str  # "run", "resume", "rollback"
+    failing: int  # which of its syncs failed; 0: none
+    crash: str  # the crash state, as `powercut.replay` takes it
+
+    def __str__(self) -> str:
+        action = self.action + (f"!{self.failing}" if self.failing else "")  # as `explore.parse` reads it
+        return self.crash if action == "run" else f"{action}: {self.crash}"
 
 
 @dataclass
@@ -189,6 +126,8 @@ class Judge:
     after: dict[str, Look] = field(init=False)
     trace_of: SimulatedFileSystem = field(init=False)
     counter: Counter = field(default_factory=Counter)
+    seen: set[bytes] = field(default_factory=set)  # digests of the states judged
+    _pending: dict[bytes, bool | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         fs = self.scenario.prepare()
@@ -203,6 +142,10 @@ class Judge:
         leftovers = sidecars(fs)
         if leftovers:
             raise Violation(f"an uninterrupted run left {leftovers}")
+        top = self.scenario.top
+        before = None if top is None else self.before[top]
+        if before is not None and (before.content == self.after[top or ""].content) == self.scenario.shows:
+            raise Violation(f"an uninterrupted run changes what {top} shows, or should and does not")
 
     def _look(self, fs: SimulatedFileSystem, path: str, fmt: str) -> Look:
         return Look.at(fs, path, fmt, broken=self.scenario.broken)
@@ -211,16 +154,37 @@ class Judge:
         return crash_states(self.initial, self.trace_of.trace, **options)  # type: ignore[arg-type]
 
     def judge(self, state: CrashState, *, qemu: Path | None = None) -> None:
-        """Raises `Violation`."""
-        self.counter.states += 1
+        """Judges a crash state of the operation. Raises `Violation`."""
+        self.counter.states += self.judged(state.fs, [Leg("run", 0, state.description)], qemu=qemu)
+
+    def judged(self, fs: SimulatedFileSystem, legs: Sequence[Leg], *, qemu: Path | None = None) -> bool:
+        """Judges a state, unless one like it was. `legs`: how it came about. Raises `Violation`.
+
+        What a resume was crashed in can be resumed or rolled back; once a rollback has begun, only a rollback
+        settles."""
+        back = any(leg.action == "rollback" for leg in legs)
+        key = state_digest(fs) + unsynced_digest(fs)
+        full, half = (hashlib.blake2b(key + end, digest_size=8).digest() for end in (b"", b"back"))
+        if full in self.seen or (back and half in self.seen):
+            self.counter.repeated += 1
+            return False
+        self.seen.add(half if back else full)
         try:
-            self._as_it_is(state.fs.clone())
-            self.settles(state.fs, "resume")
-            self.settles(state.fs, "rollback")
+            self._as_it_is(fs.clone())
+            self.settles(fs, "rollback")
+            if not back:
+                self.settles(fs, "resume")
             if qemu is not None:
-                self._qemu(state.fs, qemu)
-        except (Violation, DriverError, JournalError, OperationError) as error:
-            raise Violation(f"{self.scenario.name}: {state.description}\n  {type(error).__name__}: {error}") from error
+                self._qemu(fs, qemu)
+        except (Violation, *CLEAN) as error:
+            raise self.violation(legs, error) from error
+        return True
+
+    def violation(self, legs: Sequence[Leg], error: Exception) -> Violation:
+        return Violation(f"{self.name_of(legs)}\n  {type(error).__name__}: {error}", tuple(legs))
+
+    def name_of(self, legs: Sequence[Leg]) -> str:
+        return f"{self.scenario.name}: " + "\n  > ".join(map(str, legs))
 
     def _as_it_is(self, fs: SimulatedFileSystem) -> None:
         """G1: everything opens, nothing is wrong but leaks, and the top shows what it did before or will afterwards."""
@@ -236,20 +200,30 @@ class Judge:
 
     def _is_guarded(self, fs: SimulatedFileSystem) -> None:
         """G4: while the operation is pending every image that it changes is refused, here and by QEMU's rules."""
+        key = state_digest(fs, lambda path: SIDECAR in path, times=False)  # images change, the log mostly not
+        key += repr([fs.stat(path) is not None for path, _ in self.scenario.images]).encode()
+        if key not in self._pending:
+            self._pending[key] = self._refuses(fs)
+        if self._pending[key]:
+            for path, fmt in self.scenario.images:
+                if not self._is_fenced(fs, path, fmt):
+                    raise Violation(f"G4: {path} is half-changed and not fenced")
+
+    def _refuses(self, fs: SimulatedFileSystem) -> bool:
+        """Whether an operation is pending that has changed images. `Violation` if one of them would be taken."""
         found = find.find(fs, self.scenario.home)
         if not isinstance(found, find.LogFound) or not found.started or found.outcome is not None:
-            return
-        live = fold(read_events(fs, found.path)).steps
-        for path, fmt in self.scenario.images:
+            return False
+        for path, _ in self.scenario.images:
             try:
-                refuse_pending_on(fs.clone(), path)
+                with straight.alone():
+                    refuse_pending_on(fs.clone(), path)
             except SomethingPending:
                 pass
             else:
                 raise Violation(f"G4: a change of {path} is not refused")
-            changed = any(step.prepared.name not in ("fence", "reserve") for step in live)
-            if changed and not self._is_fenced(fs, path, fmt):
-                raise Violation(f"G4: {path} is half-changed and not fenced")
+        live = fold(read_events(fs, found.path)).steps
+        return any(step.prepared.name not in ("fence", "reserve") for step in live)
 
     def _is_fenced(self, fs: SimulatedFileSystem, path: str, fmt: str) -> bool:
         if fs.stat(path) is None:
@@ -263,17 +237,11 @@ class Judge:
         return False
 
     def settles(self, fs: SimulatedFileSystem, action: str) -> SimulatedFileSystem:
-        """G2 or G3 on a copy of `fs`, which is returned with the trace of the recovery."""
+        """G2 or G3 on a copy of `fs`, which is returned with the trace of the recovery. What is settled has to last."""
         fs = fs.clone()
-        act = resume if action == "resume" else rollback
-        secrets = guest.SECRETS if action == "resume" else NO_SECRETS  # taking back needs none
-
-        async def main() -> str:
-            return await act(self.scenario.home, environment(fs, secrets))
-
         fs.begin_trace()
         try:
-            done = trio.run(main)
+            done = self.attempt(fs, action)
         except NothingPending:
             self.counter.nothing += 1
             if not (self.scenario.created and self._unfinished(fs)):
@@ -288,9 +256,25 @@ class Judge:
             self.counter.resumed += 1
         else:
             self.counter.rolled_back += 1
-        if not (self.scenario.created and "had not begun" in done and self._unfinished(fs)):
-            self._settled(fs, "after" if "finished" in done or "completed" in done else "before", action)
+        self.acknowledged(fs, action, done)
         return fs
+
+    def acknowledged(self, fs: SimulatedFileSystem, action: str, done: str) -> None:
+        """What an operation or a recovery reports, in the words of `done`, is so, and lasts."""
+        if not (self.scenario.created and "had not begun" in done and self._unfinished(fs)):
+            side = "after" if "finished" in done or "completed" in done else "before"
+            self._settled(fs, side, action)
+            self.lasts(fs, side)
+
+    def attempt(self, fs: SimulatedFileSystem, action: str) -> str:
+        """Settles what is pending on `fs` itself; what was done."""
+        act = resume if action == "resume" else rollback
+        secrets = guest.SECRETS if action == "resume" else NO_SECRETS  # taking back needs none
+
+        async def main() -> str:
+            return await act(self.scenario.home, environment(fs, secrets))
+
+        return straight.run(main)
 
     def lasts(self, fs: SimulatedFileSystem, side: str) -> None:
         """What was settled is there after a power cut too."""
@@ -308,34 +292,20 @@ class Judge:
             return True
         return False
 
-    def crash_again(self, state: CrashState, *, seed: int, count: int) -> None:
-        """Recovery itself is crashed: whatever it leaves can be settled again, as by the first crash."""
+    def crash_again(self, state: CrashState, *, seed: int, count: int | Sequence[int]) -> None:
+        """Recovery itself is crashed: whatever it leaves can be settled again, as by the first crash. `count`: after
+        how many of its calls, or which."""
         for action in ("resume", "rollback"):
-            fs = state.fs.clone()
-            initial = fs.clone()
+            first = Leg("run", 0, state.description)
             try:
-                recovery = self.settles(fs, action)
-            except (Violation, DriverError, JournalError, OperationError) as error:
-                raise Violation(f"{self.scenario.name}: {state.description}, {action}: {error}") from error
+                recovery = self.settles(state.fs, action)
+            except (Violation, *CLEAN) as error:
+                raise self.violation([first], error) from error
             again = crash_states(
-                initial, recovery.trace, seed=seed, prefixes=count, subsets_per_prefix=1, singles_per_prefix=1
+                state.fs, recovery.trace, seed=seed, prefixes=count, subsets_per_prefix=1, singles_per_prefix=1
             )
             for second in again:
-                self.counter.second += 1
-                try:
-                    self._as_it_is(second.fs.clone())
-                    self._settle_somehow(second.fs, action)
-                except (Violation, DriverError, JournalError, OperationError) as error:
-                    raise Violation(
-                        f"{self.scenario.name}: {state.description}\n  then {action}: {second.description}\n"
-                        f"  {type(error).__name__}: {error}"
-                    ) from error
-
-    def _settle_somehow(self, fs: SimulatedFileSystem, action: str) -> None:
-        """A resume that was crashed can be resumed or rolled back; a rollback that was crashed, rolled back."""
-        self.settles(fs, "rollback")
-        if action == "resume":
-            self.settles(fs, "resume")
+                self.counter.second += self.judged(second.fs, [first, Leg(action, 0, second.description)])
 
     def _side(self, fs: SimulatedFileSystem, action: str) -> str:
         """Whether the images are as before, or as after."""
@@ -377,7 +347,7 @@ class Judge:
             words = ["--object", "secret,id=s0,data=hunter2", "--image-opts", named]
             result = subprocess.run(["qemu-img", "check", "-U", *words], capture_output=True, text=True, check=False)
             allowed = (0, 1, 2, 3) if self.scenario.broken else (0, 3, NO_CHECKS)
-            if result.returncode not in allowed and not _lost_blocks(fmt, result.stderr):
+            if result.returncode not in allowed and not lost_blocks(fmt, [result.stderr]):
                 raise Violation(f"G1: qemu-img check {path}: {result.stdout}{result.stderr}")
 
 
@@ -392,6 +362,3 @@ def _beside(fs: SimulatedFileSystem, path: str, prefix: str, folder: Path) -> st
     outside = head[4:8] == bytes([0, 0, 0, 3]) and head[79] & 4
     return key + (f",{prefix}data-file.filename={folder / 'data.bin'}" if outside else "")
 
-
-def sidecars(fs: SimulatedFileSystem) -> Sequence[str]:
-    return [name for name in fs.list_directory("/") if ".safeimg" in name]

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 
-import trio
-from powercut import guest
+from powercut import guest, straight
 from powercut.judge import STEP_BYTES, Scenario, environment
 from powercut.scenarios import KIB, convert_to, data, overlay_pieces, qcow2_chain
 from safeimg.drivers.storage.simulated import SimulatedFileSystem
@@ -35,17 +34,17 @@ def _disk(fs: SimulatedFileSystem) -> None:
 
 def _two_passwords(fs: SimulatedFileSystem) -> None:
     _disk(fs)
-    trio.run(_amend("state=active,new-secret=s0,iter-time=0"), environment(fs))
+    straight.run(_amend("state=active,new-secret=s0,iter-time=0"), environment(fs))
 
 
 def _all_passwords(fs: SimulatedFileSystem) -> None:
     """Slots 6 and 7 too, which lie behind the header's first sector."""
     _disk(fs)
     for _ in range(6):
-        trio.run(_amend("state=active,new-secret=s0,iter-time=0"), environment(fs))
-    trio.run(_amend("state=active,new-secret=s1,iter-time=0"), environment(fs))
-    trio.run(_amend("state=inactive,keyslot=5"), environment(fs))
-    trio.run(_amend("state=active,new-secret=s1,iter-time=0"), environment(fs))
+        straight.run(_amend("state=active,new-secret=s0,iter-time=0"), environment(fs))
+    straight.run(_amend("state=active,new-secret=s1,iter-time=0"), environment(fs))
+    straight.run(_amend("state=inactive,keyslot=5"), environment(fs))
+    straight.run(_amend("state=active,new-secret=s1,iter-time=0"), environment(fs))
 
 
 def _chain(fs: SimulatedFileSystem) -> None:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 
-import trio
-from powercut import guest
+from powercut import guest, straight
 from powercut.judge import STEP_BYTES, Scenario, environment
 from powercut.scenarios import BASE_AND_TOP, KIB, NEW_QCOW2, _base_pieces, convert_to, data, overlay_pieces
 from safeimg.drivers.storage.simulated import SimulatedFileSystem
@@ -57,7 +56,7 @@ def _keys(fs: SimulatedFileSystem) -> None:
     """The password of the scenarios is in two slots, so that one may go."""
     guest.create(fs, "/disk.qcow2", "qcow2", 64 * KIB, cluster_size="4096", **LUKS)
     guest.write(fs, "/disk.qcow2", [(0, data(51, 9 * KIB))])
-    trio.run(_amend("encrypt.state=active,encrypt.new-secret=s0,encrypt.iter-time=0"), environment(fs))
+    straight.run(_amend("encrypt.state=active,encrypt.new-secret=s0,encrypt.iter-time=0"), environment(fs))
 
 
 def _amend(words: str) -> Callable[[Environment], Awaitable[None]]:

@@ -47,9 +47,12 @@ RESIZES = [
     ),
     Scenario("resize --shrink", _full, _resize("/base.qcow2", 70 * KIB, shrink=True), "/base.qcow2", None, BASE),
     Scenario("resize, raw", _raw, _resize("/disk.raw", 200 * KIB), "/disk.raw", None, RAW),
-    Scenario(
-        "resize --preallocation=falloc, raw", _raw, _resize("/disk.raw", 200 * KIB, preallocation="falloc"),
-        "/disk.raw", None, RAW,
+    *(
+        Scenario(
+            f"resize --preallocation={mode}, raw", _raw, _resize("/disk.raw", 200 * KIB, preallocation=mode),
+            "/disk.raw", None, RAW,
+        )
+        for mode in ("falloc", "full")
     ),
     Scenario("resize --shrink, raw", _raw, _resize("/disk.raw", 20 * KIB, shrink=True), "/disk.raw", None, RAW),
 ]

@@ -266,6 +266,15 @@ CONVERSIONS = [
         "/target.qcow2", None, NEW_QCOW2, created=True,
     ),
     Scenario(
+        "dd to raw", qcow2_chain(),
+        convert_to("/top.qcow2", "/target.raw", "raw", blocks=Blocks(700, 250, 9), sparse=0), "/target.raw", None,
+        (("/target.raw", "raw"),), created=True,
+    ),
+    Scenario(
+        "convert -n to raw", _existing_raw, convert_to("/top.qcow2", "/target.raw", "raw", create=False),
+        "/target.raw", None, (("/target.raw", "raw"),), kept=False,
+    ),
+    Scenario(
         "convert to vdi", _large_pieces, convert_to("/source.qcow2", "/target.vdi", "vdi"), "/target.vdi", None,
         NEW_VDI, created=True,
     ),
@@ -322,9 +331,10 @@ TOP = (("/top.qcow2", "qcow2"),)
 
 
 CHANGES = [
-    Scenario("rebase -u", two_bases, _rebase_unsafe("other.raw"), "/top.qcow2", "/top.qcow2", TOP),
-    Scenario("rebase -u, long name", two_bases, _rebase_unsafe("o" * 200 + ".raw"), "/top.qcow2", "/top.qcow2", TOP),
-    Scenario("rebase -u onto nothing", two_bases, _rebase_unsafe(None), "/top.qcow2", "/top.qcow2", TOP),
+    Scenario(name, two_bases, _rebase_unsafe(backing), "/top.qcow2", "/top.qcow2", TOP, shows=True)
+    for name, backing in (
+        ("rebase -u", "other.raw"), ("rebase -u, long name", "o" * 200 + ".raw"), ("rebase -u onto nothing", None),
+    )
 ]
 
 def _with_zeroes(**options: str) -> Callable[[SimulatedFileSystem], None]:
@@ -350,7 +360,9 @@ def _amend(*options: str) -> Callable[[Environment], Awaitable[None]]:
 
 
 def _amendment(name: str, options: str, **made: str) -> Scenario:
-    return Scenario(f"amend -o {name}", _with_zeroes(**made), _amend(options), "/top.qcow2", "/top.qcow2", TOP)
+    return Scenario(
+        f"amend -o {name}", _with_zeroes(**made), _amend(options), "/top.qcow2", "/top.qcow2", TOP, shows=name == "size"
+    )
 
 
 AMENDMENTS = [
@@ -413,8 +425,8 @@ def _snapshots() -> list[Scenario]:
                "-d second": ("delete", "second")}
     return [
         Scenario(
-            f"snapshot {action}{kind}", build, _snapshot(*words), "/disk.qcow2", "/disk.qcow2",
-            DISK,
+            f"snapshot {action}{kind}", build, _snapshot(*words), "/disk.qcow2", "/disk.qcow2", DISK,
+            shows=words[0] == "apply",
         )
         for kind, build in images.items()
         for action, words in actions.items()
@@ -440,7 +452,8 @@ SNAPSHOTS = [
         None, NEW_QCOW2, created=True,
     ),
     Scenario(
-        "snapshot -a, another size", _last_snapshot, _snapshot("apply", "only"), "/disk.qcow2", "/disk.qcow2", DISK
+        "snapshot -a, another size", _last_snapshot, _snapshot("apply", "only"), "/disk.qcow2", "/disk.qcow2", DISK,
+        shows=True,
     ),
     Scenario("snapshot -d, the last", _last_snapshot, _snapshot("delete", "only"), "/disk.qcow2", "/disk.qcow2", DISK),
 ]

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from copy import deepcopy
 from dataclasses import replace
 
-import trio
+from powercut import straight
 from powercut.judge import Scenario, environment
 from safeimg.drivers.storage.simulated import SimulatedFileSystem
 from safeimg.journal.history import History, MemoryHistory
@@ -30,7 +31,7 @@ def done(scenario: Scenario, fs: SimulatedFileSystem, history: History, keeping:
 
     if FOLDER[1:] not in fs.list_directory("/"):
         fs.make_directory(FOLDER)
-    trio.run(main)
+    straight.run(main)
 
 
 def undo_of(scenario: Scenario) -> Scenario:
@@ -43,7 +44,7 @@ def undo_of(scenario: Scenario) -> Scenario:
         done(scenario, fs, histories[-1])
 
     async def run(env: Environment) -> None:
-        await undo(scenario.home, undoing(env, histories[-1]))
+        await undo(scenario.home, undoing(env, deepcopy(histories[-1])))  # it may run several times
 
     return replace(scenario, name=f"undo of {scenario.name}", build=build, run=run)
 
