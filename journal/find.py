@@ -23,6 +23,7 @@ from safeimg.journal.events import (
     Started,
 )
 from safeimg.journal.files import FileStat, FileSystem, system_error
+from safeimg.journal.history import History
 from safeimg.journal.identity import identify, same_file
 from safeimg.journal.log import read_log, remove_void
 from safeimg.journal.owner import current_owner, liveness
@@ -119,6 +120,23 @@ def find(files: FileSystem, image: str, *, explicit: str | None = None) -> Found
         void = void or found
     renamed = None if there is None else _under_another_name(files, image, there)
     return renamed or void
+
+
+def indexed(files: FileSystem, history: History, image: str) -> tuple[str, LogFound] | None:
+    """What is pending on a file that `image` is another name of, whose folder holds no log: a hard link, or a file that
+    is mounted there. The home image's name, and the log; None if this host's index knows of none.
+
+    Raises `LogForeign`, `LogDamaged`, `HistoryError`."""
+    there = files.stat(image)
+    if there is None:
+        return None
+    for row in history.pending():
+        home = files.stat(row.home)
+        if home is not None and (home.device, home.inode) == (there.device, there.inode):
+            found = look(files, row.log, image_owner=there.uid)
+            if isinstance(found, LogFound) and found.operation == row.operation:
+                return row.home, found
+    return None
 
 
 def clear_void(files: FileSystem, void: VoidFound, *, image_owner: int | None = None) -> None:

@@ -82,7 +82,7 @@ class Job:
 
 async def launch(job: Job, environment: Environment) -> None:
     """Runs a new operation to its end. Refused while anything is pending on an image that it changes."""
-    refuse_pending(environment.fs, job.images)
+    refuse_pending(environment.fs, environment.history, job.images)
     keeps_journal = _keeps_journal(job, environment.journal)
     opened: list[Session] = []
     started = time.monotonic()

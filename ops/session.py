@@ -77,11 +77,15 @@ def data_index(images: Sequence[Image], index: int) -> int:
     return len(images) + sum(image.data is not image.file for image in images[:index])
 
 
-def refuse_pending(fs: FileSystem, images: Sequence[Touched]) -> None:
+def refuse_pending(fs: FileSystem, history: History, images: Sequence[Touched]) -> None:
     """Raises `SomethingPending` if an operation is pending on an image that is to be written."""
     for image in images:
         if image.writes:
             refuse_pending_on(fs, image.path)
+            known = find.indexed(fs, history, image.path)
+            if known is not None:
+                home, log = known
+                raise SomethingPending(image.path, log.declared.command, log.operation, home)
 
 
 def refuse_pending_on(fs: FileSystem, path: str) -> None:

@@ -6,10 +6,10 @@ import os
 from collections.abc import Callable, Mapping
 from types import TracebackType
 
-from safeimg.drivers.errors import DriverError
+from safeimg.drivers.errors import DriverError, NoLocks
 from safeimg.drivers.formats.api import Image
 from safeimg.drivers.formats.registry import lookup
-from safeimg.drivers.storage.api import File
+from safeimg.drivers.storage.api import File, FileSystem
 from safeimg.drivers.storage.locks import try_lock
 from safeimg.journal import find
 from safeimg.journal.errors import LogBusy, LogDamaged, LogLost
@@ -201,17 +201,27 @@ def _locate(path: str, environment: Environment) -> tuple[str, str]:
     """The home image and the log of what is pending on the image at `path`."""
     found = find.find(environment.fs, path)
     if found is None:
-        raise NothingPending(f"{path}: nothing is pending")
+        known = find.indexed(environment.fs, environment.history, path)
+        if known is None:
+            raise NothingPending(f"{path}: nothing is pending")
+        return known[0], known[1].path
     if isinstance(found, find.VoidFound):
         find.clear_void(environment.fs, found)
         raise NothingPending(f"{path}: nothing is pending (an operation that never began was cleared away)")
     if isinstance(found, find.LogFound):
-        return path, found.path
+        return _unlinked(environment.fs, path), found.path
     resolved = find.resolve_pointer(environment.fs, found)
     if resolved.log is None:
         remove_pointer(environment.fs, found.path)
         raise NothingPending(f"{path}: nothing is pending (a pointer to a settled operation was cleared away)")
     return resolved.home, resolved.log.path
+
+
+def _unlinked(fs: FileSystem, path: str) -> str:
+    """Where the file at `path` lies if that is a symbolic link: the other images are found from there."""
+    resolved = fs.resolve(path)
+    beside = os.path.join(fs.resolve(os.path.dirname(path) or "."), os.path.basename(path))
+    return path if resolved == beside else resolved
 
 
 def _check_owner(path: str, session: Session, fenced: bool) -> None:
@@ -236,7 +246,17 @@ def _open_job(session: Session, environment: Environment) -> Job:
                 f"written to it; put both back together, or give the operation up with 'safeimg abandon'"
             )
     module = reopener(session.home, session.state)
-    layers = module.open_layers(session.fs, session.home, session.state, environment.secrets)
+    try:
+        layers = module.open_layers(session.fs, session.home, session.state, environment.secrets)
+    except DriverError as error:
+        names = map(session.path_of, session.state.declared.images)
+        missing = [name for name in names if session.fs.stat(name) is None]
+        if not missing:
+            raise
+        raise Impossible(
+            f"{missing[0]}: not there: put it back under that name, or give the {session.state.declared.command} up "
+            f"with 'safeimg abandon {session.home}'"
+        ) from error
     try:
         return module.make_job(layers, session.state, environment)
     except BaseException:
@@ -252,12 +272,20 @@ def _open_files(session: Session) -> dict[int, File]:
         for index, image in enumerate(session.state.declared.images):
             path = session.home if index == 0 else session.path_of(image)
             if image.writes and session.fs.stat(path) is not None and session.owns(index):
-                files[index] = session.fs.open(path, write=True, locking=True)
+                files[index] = _open_locked(session.fs, path)
     except BaseException:
         for file in files.values():
             file.close()
         raise
     return files
+
+
+def _open_locked(fs: FileSystem, path: str) -> File:
+    """Where there are no locks, the log's owner is what tells that nobody else is at work."""
+    try:
+        return fs.open(path, write=True, locking=True)
+    except NoLocks:
+        return fs.open(path, write=True)
 
 
 def _check_identities(session: Session, files: Mapping[int, File]) -> None:

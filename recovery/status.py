@@ -63,12 +63,13 @@ def status(
     `everything` all that this host's index knows of. Entries of the index whose log is gone are dropped from it."""
     found: dict[str, Status] = {}
     for path in paths:
-        for each in _at(fs, path):
+        for each in _at(fs, history, path):
             found.setdefault(each.operation or each.log, each)
     for directory in scan:
         for log, what in find.scan(fs, directory):
-            if not isinstance(what, find.PointerFound):
-                each = _judge(fs, log.removesuffix(place.SUFFIX), log, what)
+            image = log.removesuffix(place.SUFFIX)
+            pointed = isinstance(what, find.PointerFound)  # to a log that may lie elsewhere
+            for each in _of_image(fs, history, image) if pointed else [_judge(fs, image, log, what)]:
                 found.setdefault(each.operation or each.log, each)
     if everything:
         for each in _indexed(fs, history):
@@ -76,17 +77,17 @@ def status(
     return list(found.values())
 
 
-def _at(fs: FileSystem, path: str) -> Iterator[Status]:
+def _at(fs: FileSystem, history: History, path: str) -> Iterator[Status]:
     there = fs.stat(path)
     if there is not None and stat.S_ISDIR(there.mode):
         for name in fs.list_directory(path):
             if name.endswith(place.SUFFIX):
-                yield from _of_image(fs, os.path.join(path, name.removesuffix(place.SUFFIX)))
+                yield from _of_image(fs, history, os.path.join(path, name.removesuffix(place.SUFFIX)))
         return
-    yield from _of_image(fs, path)
+    yield from _of_image(fs, history, path)
 
 
-def _of_image(fs: FileSystem, image: str) -> Iterator[Status]:
+def _of_image(fs: FileSystem, history: History, image: str) -> Iterator[Status]:
     try:
         found = find.find(fs, image)
         if isinstance(found, find.PointerFound):
@@ -95,6 +96,8 @@ def _of_image(fs: FileSystem, image: str) -> Iterator[Status]:
                 yield _judge(fs, resolved.home, resolved.log.path, resolved.log)
         elif found is not None:
             yield _judge(fs, image, found.path, found)
+        elif (known := find.indexed(fs, history, image)) is not None:
+            yield _judge(fs, known[0], known[1].path, known[1])
     except (JournalError, DriverError) as error:
         yield Status(image, fs.resolve(image) + place.SUFFIX, "unreadable", str(error))
 

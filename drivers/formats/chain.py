@@ -193,7 +193,8 @@ def _next_layer(layer: _Layer, image: Image, wanted: bool) -> _Layer | None:
     if image.backing_file is None and not replaced:
         return None
     name = ""
-    if not any(key == "file" or key.startswith("file.") for key in replaced) and image.backing_file is not None:
+    elsewhere = replaced.get("file.driver", "file") not in (*FILE_DRIVERS, "null-co", "null-aio")
+    if not ("file" in replaced or "file.filename" in replaced or elsewhere) and image.backing_file is not None:
         name = backing_filename(image.file.path, image.backing_file)
         try:
             replaced = {**from_filename(name).options, **replaced}

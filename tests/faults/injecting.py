@@ -59,7 +59,8 @@ def mounted(folder: Path, *words: str) -> Iterator[Path]:
     mounted."""
     if os.geteuid() != 0:
         pytest.skip("only root may mount")
-    folder.mkdir(exist_ok=True)
+    if not folder.exists():
+        folder.mkdir()
     problem = _run("mount", *words, folder)
     if problem:
         pytest.skip(problem)

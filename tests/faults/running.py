@@ -14,7 +14,7 @@ from typing import Any
 
 from safeimg.drivers.storage.file import LocalFileSystem
 from safeimg.journal.errors import JournalError
-from safeimg.journal.events import Event, StepPrepared
+from safeimg.journal.events import Declared, Event, StepPrepared
 from safeimg.journal.log import read_events
 
 SIZE = 4 << 20
@@ -55,12 +55,14 @@ class Folder:
         rebase = ["qemu-img", "rebase", "-u", "-b", base, "-F", self.format, self.top.name]
         subprocess.run(rebase, cwd=path, check=True)
 
-    def start(self, *words: str, under: Sequence[str] = (), program: str = PROGRAM,
-              environment: Mapping[str, str] | None = None, **process: Any) -> subprocess.Popen[bytes]:
+    def start(
+        self, *words: str, under: Sequence[str] = (), program: str = PROGRAM, python: str = sys.executable,
+        environment: Mapping[str, str] | None = None, **process: Any,
+    ) -> subprocess.Popen[bytes]:  # fmt: skip
         """`under`: a command that runs safeimg's. `process`: for `subprocess.Popen`."""
         process.setdefault("stdout", subprocess.PIPE)
         started = subprocess.Popen(
-            [*under, sys.executable, "-c", program, *words],
+            [*under, python, "-c", program, *words],
             cwd=self.path,
             stderr=subprocess.PIPE,
             env={**os.environ, "SAFEIMG_STATE_DIR": str(self.state), **(environment or {})},
@@ -90,7 +92,9 @@ class Folder:
 
     def events(self) -> list[Event]:
         try:
-            return read_events(LocalFileSystem(), str(self.log)) if self.log.exists() else []
+            if not self.log.exists():
+                return []
+            return read_events(LocalFileSystem(), str(self.log), image_owner=self.base.stat().st_uid)
         except (JournalError, OSError):
             return []
 
@@ -105,7 +109,8 @@ class Folder:
     def killed(self, *words: str, **how: Any) -> None:
         """A command killed half-way."""
         process = self.begun(*(words or SLOW), **how)
-        process.send_signal(signal.SIGKILL)
+        (declared,) = (event for event in self.events() if isinstance(event, Declared))
+        os.kill(declared.owner.pid, signal.SIGKILL)
         process.communicate()
 
     def stop(self, process: subprocess.Popen[bytes]) -> str:
@@ -157,18 +162,18 @@ class Folder:
                 path.chmod(0o600)
             os.utime(path, ns=(time_ns, time_ns))
 
-    def settles_both_ways(self, more_room: Callable[[], object] = lambda: None, *, program: str = PROGRAM) -> None:
+    def settles_both_ways(self, more_room: Callable[[], object] = lambda: None, **how: Any) -> None:
         """What is pending shows what the guest had; it can be taken back, and it can be finished instead, if there is
         `more_room`."""
         assert self.left(), "nothing is pending"
         kept = self.kept()
         assert self.shown(self.top) == self.new
-        self._settled("rollback", self.old, program)
+        self._settled("rollback", self.old, **how)
         more_room()
         self.put_back(kept)
-        self._settled("resume", self.new, program)
+        self._settled("resume", self.new, **how)
 
-    def _settled(self, verb: str, content: bytes, program: str) -> None:
-        self.done(verb, self.base.name, program=program)
+    def _settled(self, verb: str, content: bytes, **how: Any) -> None:
+        self.done(verb, self.base.name, **how)
         assert self.shown(self.base) == content, verb
         assert self.shown(self.top) == self.new and self.left() == []
