@@ -65,7 +65,7 @@ class Rebase:
         unlinked: Sequence[tuple[int, int]] = (),
         step_bytes: int = STEP_BYTES,
     ) -> None:
-        self._top = layers[0]
+        self._top, self._below = layers[0], layers[1:]
         before, after = layers[1 : 1 + old], layers[1 + old :]
         self.view = View(layers[: 1 + old])
         self._old = View(before, size=self._top.size) if before else None
@@ -77,7 +77,7 @@ class Rebase:
         self._backing = backing, backing_format
         self._unlinked = list(unlinked)
         self._step_bytes = step_bytes
-        self._filler = Filler([self._top], transfer, unlinked=unlinked, step_bytes=step_bytes)
+        self._filler = Filler(layers, transfer, unlinked=unlinked, step_bytes=step_bytes)
         self._chunk = max(CHUNK, self._filler.cluster)
 
     def total(self) -> int:
@@ -143,7 +143,8 @@ class Rebase:
     def _plan_anew(self) -> None:
         """The header is fenced by now, and the next planner has to know it."""
         image = lookup(self._top.format).reopen(self._top)
-        self._filler = Filler([image], self._transfer, unlinked=self._unlinked, step_bytes=self._step_bytes)
+        images = [image, *self._below]
+        self._filler = Filler(images, self._transfer, unlinked=self._unlinked, step_bytes=self._step_bytes)
 
     async def _differences(self, start: int, end: int) -> list[Difference]:
         """Where the two chains differ in `start`…`end` below the overlay, by its clusters, in order."""

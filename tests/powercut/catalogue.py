@@ -16,4 +16,12 @@ OPERATIONS = [
     *LUKS_DISKS, *FEATURES,
 ]  # fmt: skip
 SCENARIOS = [*OPERATIONS, *map(undo_of, chosen(OPERATIONS))]
-EVERYTHING = [*OPERATIONS, *(undo_of(each) for each in OPERATIONS if each.kept and not each.created)]
+_FINAL = [*OUTSIDE, *LUKS_DISKS]  # with changes of key slots among them, of which no material is kept
+EVERYTHING = [
+    *OPERATIONS,
+    *(
+        undo_of(each)
+        for each in OPERATIONS
+        if each.kept and not each.created and not (each in _FINAL and each.name.startswith("amend"))
+    ),
+]

@@ -56,6 +56,7 @@ class Scenario:
     images: tuple[tuple[str, str], ...]  # path and format of all images written
     created: bool = False  # the home image is made by the operation
     broken: bool = False  # the images are damaged, and the operation repairs them
+    breaks: bool = False  # …and are damaged again afterwards
     kept: bool = True  # what is overwritten is, so that rollback is possible
     shows: bool = False  # what `top` shows is meant to become another
 
@@ -138,7 +139,8 @@ class Judge:
         self.initial = fs.begin_trace()
         self.scenario.execute(fs)
         self.trace_of = fs
-        self.after = {path: Look.at(fs, path, fmt) for path, fmt in self.scenario.images}
+        broken = self.scenario.breaks
+        self.after = {path: Look.at(fs, path, fmt, broken=broken) for path, fmt in self.scenario.images}
         leftovers = sidecars(fs)
         if leftovers:
             raise Violation(f"an uninterrupted run left {leftovers}")

@@ -55,7 +55,10 @@ def judge_of(name: str) -> tuple[Judge, tuple[str, ...]]:
 def judge_slice(name: str, seed: int, seen: Collection[bytes]) -> Slice:
     """A slice of a scenario's states, but for those that were `seen`."""
     started = time.process_time()
-    judge, features = judge_of(name)
+    try:
+        judge, features = judge_of(name)
+    except Exception as error:
+        return Slice(name, violation=f"{name}: an uninterrupted run fails: {type(error).__name__}: {error}")
     judge.counter, judge.seen = Counter(), set(seen)
     done = Slice(name, judge.counter, features=features)
     with tempfile.TemporaryDirectory(prefix="powercut-") as folder:
@@ -142,7 +145,7 @@ class Soak:
         tally.counter.add(done.counter)
         tally.seen |= done.new
         tally.seconds += done.seconds
-        tally.features = done.features
+        tally.features = done.features or tally.features
         self._spent[done.scenario] += done.seconds
         if time.monotonic() - self._told > TELL_EVERY:
             self._told = time.monotonic()

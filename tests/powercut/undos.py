@@ -46,7 +46,7 @@ def undo_of(scenario: Scenario) -> Scenario:
     async def run(env: Environment) -> None:
         await undo(scenario.home, undoing(env, deepcopy(histories[-1])))  # it may run several times
 
-    return replace(scenario, name=f"undo of {scenario.name}", build=build, run=run)
+    return replace(scenario, name=f"undo of {scenario.name}", build=build, run=run, breaks=scenario.broken)
 
 
 CHOSEN = ("snapshot -a first", "amend -o several, down", "resize --shrink", "commit", "convert -n --undo to raw")
