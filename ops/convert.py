@@ -329,6 +329,7 @@ def _creation(options: Options, *, several: bool) -> tuple[Driver, dict[str, str
     if options.command == "dd" and options.format not in names():
         raise UsageError("Unknown file format")  # without its name
     driver = format_driver(options.format)
+    local_path(options.target_name)  # what protocol it is comes first
     given = [f"{name}={value.replace(',', ',,')}" for name, value in options.create_options.items()]
     values = parse_options(driver.create_options, given)
     known = {option.name for option in driver.create_options}

@@ -34,11 +34,12 @@ class Line:
 
 SIZES = (
     "0", "1", "512", "1000", "64k", "100K", "700k", "1M", "1048576", "1.5M", "2M", "5M", "33M", "0.5k", "1.25M",
-    "513", "2.0", "1e", "700000",
+    "513", "2.0", "1e", "700000", "1b", "512B", "+1M", "0x800k", "1m",
 )  # fmt: skip
 BAD_SIZES = (
     "", "0.0001k", "1.k", "x", "1Q", "-1", "1.5.5", "9E", "16E", "0x100", "1e6", " 1M", "1 M",
-    "99999999999999999999",
+    "99999999999999999999", "1Ki", "inf", "nan", "0x1p3", "18446744073709551615", "9223372036854775807",
+    "9223372036854775808", "7E", "1,5M",
 )  # fmt: skip
 FORMATS = ("raw", "qcow2", "qcow2", "vdi", "luks")
 BAD_FORMATS = ("foo", "", "vmdk2", "QCOW2")
@@ -56,7 +57,17 @@ CREATE_OPTIONS = (
     "refcount_bits=8", "refcount_bits=0x10", "cluster_size=64k,extended_l2=on", "compat=v2",
     "cluster_size=1.5k", "size=1.5M", "nocow", "nolazy_refcounts", "lazy_refcounts", "static=on", "static=off",
     "size=2M", "size=x", "foo=bar", "foo", "help", "?", "", "backing_fmt=qcow2", "backing_fmt=raw",
-    "backing_file=plain.qcow2", "backing_file=nowhere",
+    "backing_file=plain.qcow2", "backing_file=nowhere", "backing_file=disk.raw,backing_fmt=raw",
+    "data_file=new.data,data_file_raw=on", "data_file=new.data,preallocation=metadata", "data_file=plain.qcow2",
+    "extent_size_hint=1M", "extent_size_hint=0", "extent_size_hint=x", "encrypt.cipher-alg=aes-128",
+    "encrypt.format=luks,encrypt.iter-time=10,encrypt.key-secret=sec0,encrypt.cipher-mode=cbc,encrypt.ivgen-alg=plain64",
+    "encrypt.format=luks,encrypt.iter-time=10,encrypt.key-secret=sec0,encrypt.cipher-alg=twofish-128",
+    "encrypt.format=luks,encrypt.iter-time=10,encrypt.key-secret=sec0,encrypt.hash-alg=sha512,encrypt.cipher-alg=x",
+    "encrypt.format=aes,encrypt.key-secret=sec0,encrypt.iter-time=10", "encrypt.format=foo",
+    "key-secret=sec0,iter-time=10,cipher-alg=serpent-256,hash-alg=sha1", "key-secret=sec0,iter-time=0",
+    "preallocation=full,cluster_size=4k", "preallocation=metadata,extended_l2=on", "cluster_size=2M,extended_l2=on",
+    "cluster_size=8k,extended_l2=on", "compat=0.10,refcount_bits=8", "compat=0.10,compression_type=zstd",
+    "size=1M,size=2M", "cluster_size=4096,,", "foo,,bar=1", "preallocation=falloc,static=on", "block_size=1M",
 )  # fmt: skip
 AMEND_OPTIONS = (
     "compat=0.10", "compat=1.1", "compat=foo", "lazy_refcounts=on", "lazy_refcounts=off", "lazy_refcounts=x",
@@ -69,11 +80,31 @@ AMEND_OPTIONS = (
     "encrypt.state=active,encrypt.new-secret=sec0,encrypt.iter-time=10",
     "encrypt.state=inactive,encrypt.old-secret=sec0", "encrypt.state=inactive,encrypt.keyslot=0",
     "encrypt.state=inactive,encrypt.keyslot=3", "encrypt.state=x", "encrypt.keyslot=9,encrypt.state=active",
-    "state=active,new-secret=sec0,iter-time=10", "state=inactive,keyslot=0",
+    "state=active,new-secret=sec0,iter-time=10", "state=inactive,keyslot=0", "data_file=x,size=2M",
+    "data_file=", "backing_file=plain.qcow2,backing_fmt=qcow2", "compat=1.1,refcount_bits=32,size=2M",
+    "lazy_refcounts=on,size=2M", "compat=0.10,size=2M", "data_file_raw=off,lazy_refcounts=on", "state=x",
+    "encrypt.state=active,encrypt.new-secret=sec0,encrypt.keyslot=2,encrypt.iter-time=10",
+    "encrypt.state=active,encrypt.new-secret=nope", "encrypt.state=inactive", "encrypt.iter-time=10",
+    "state=inactive,old-secret=sec0", "state=active,new-secret=sec0,keyslot=9", "encryption=off", "encrypt.format=luks",
 )  # fmt: skip
 NEW = ("new.qcow2", "new.raw", "new.vdi", "nowhere/new.img")
 # No -h: safeimg's help is its own.
-ODD = (("--foo",), ("-Z",), ("--object", "foo"), ("--object", "secret,id=s"), ("surplus",), ("--",))
+ODD = (
+    ("--foo",), ("-Z",), ("--object", "foo"), ("--object", "secret,id=s"), ("surplus",), ("--",), ("",), ("-",),
+    ("--object", "secret,id=s,data=a,file=b"), ("--object", "secret,id=s,file=missing"), ("--output",), ("-o",),
+    ("--object", "secret,id=s,data=YQ==,format=base64"), ("--object", "secret,id=s,data=?,format=base64"),
+    ("--object", '{"qom-type":"secret","id":"s","data":"a"}'), ("--object", "secret,id=1,data=a"), ("--quiet",),
+    ("--object", "secret,data=a"), ("--object", "secret,id=s,data=a,foo=b"), ("--image-opts=x",), ("-f",),
+)  # fmt: skip
+# Pairs that show much the same.
+ALIKE = (
+    ("plain.qcow2", "packed.qcow2"), ("zstd.qcow2", "plain.qcow2"), ("plain.qcow2", "snaps.qcow2"),
+    ("plain.qcow2", "bitmaps.qcow2"), ("disk.raw", "disk.vdi"), ("disk.raw", "odd.raw"),
+    ("outside.qcow2", "outraw.qcow2"), ("narrow.qcow2", "wide.qcow2"), ("two-bits.qcow2", "narrow.qcow2"),
+    ("plain.qcow2", "short.qcow2"),
+    ("plain.qcow2", "mid.qcow2"), ("state.qcow2", "old-state.qcow2"), ("plain.qcow2", "sized.qcow2"),
+    ("empty.qcow2", "nothing.raw"), ("empty.qcow2", "zero.qcow2"), ("long.qcow2", "plain.qcow2"),
+)  # fmt: skip
 
 
 class Generator:
@@ -82,21 +113,30 @@ class Generator:
     def __init__(self, rng: Random, commands: tuple[str, ...] | None = None) -> None:
         self.rng = rng
         self.command = ""  # of the line that is being made
+        self.focus = ""  # the image that a case is about, once there is one
         self.commands = [name for name in COMMANDS if commands is None or name in commands]
 
     def case(self) -> list[Line]:
         """One to three lines that follow one another on the same images."""
-        return [self.line() for _ in range(self.rng.choice((1, 1, 1, 2, 2, 3)))]
+        lines = []
+        self.focus = ""
+        for _ in range(self.rng.choice((1, 1, 1, 2, 2, 3))):
+            lines.append(self.line())
+            touched = [part[-1].removeprefix("of=") for part in lines[-1].parts]
+            self.focus = next((name for name in reversed(touched) if name in (*NEW[:3], *GOOD, *ENCRYPTED)), "")
+        return lines
 
     def line(self) -> Line:
         command = self.command = self.rng.choice(self.commands)
         parts = [part for part in COMMANDS[command](self) if part]
         if self.maybe(0.04):
-            # What measure does not know, qemu-img answers with its help: safeimg's is its own.
-            odd = [part for part in ODD if command != "measure" or part[0] not in ("--foo", "-Z")]
-            parts.insert(self.rng.randrange(len(parts) + 1), self.rng.choice(odd))
+            parts.insert(self.rng.randrange(len(parts) + 1), self.rng.choice(ODD))
         if parts and self.maybe(0.03):
             parts.pop(self.rng.randrange(len(parts)))
+        if parts and self.maybe(0.02):
+            parts.append(self.rng.choice(parts))
+        if self.maybe(0.01):
+            command = self.rng.choice(("foo", "", "inf", "Info", "list"))
         if command != "dd" and self.maybe(0.07):
             parts = [self.renamed(part) for part in parts]
         if self.maybe(0.06) or (self.maybe(0.6) and any(name in word for part in parts for word in part
@@ -119,8 +159,25 @@ class Generator:
             f"file:{name}", f"./{name}", f'json:{{"driver":"{fmt}",{file}}}', f"json:{{{file}}}",
             f'json:{{"driver":"{fmt}","file.filename":"{name}"}}', f'json:{{"driver":"file","filename":"{name}"}}',
             f'json:{{"driver":"{fmt}",{file},"foo":1}}', f'json:{{"driver":"{fmt}",{file}', f"foo:{name}",
-            f'json:{{"driver":"raw","offset":512,"size":65536,{file}}}',
+            f'json:{{"driver":"raw","offset":512,"size":65536,{file}}}', f"blkdebug::{name}",
+            f'json:{{"driver":"{fmt}",{file},"backing":null}}', f'json:{{"driver":"{fmt}",{file},"read-only":true}}',
+            f'json:{{"driver":"{fmt}","file":{{"driver":"file","filename":"{name}","locking":"off"}}}}',
+            f'json:{{"driver":"{fmt}",{file},"cache":{{"direct":false}},"discard":"unmap"}}',
+            f'json:{{"driver":"{fmt}",{file},"node-name":"1"}}', f'json:{{"driver":"{fmt}","file":"{name}"}}',
+            f'json:{{"driver":"{fmt}",{file}}} x', f'json:{{"driver":"{fmt}",,{file}}}', f"host_device:{name}",
+            'json:{"driver":"null-co","size":1048576,"read-zeroes":true}', "null-co://", ".", f"file:{name}/",
+            f'json:{{"driver":"{fmt}",{file},"force-share":true}}', f"nbd:unix:{name}", f"fat:{name}",
         )),)  # fmt: skip
+
+    def backing(self, name: str) -> str:
+        """A backing image's name, mostly as it is."""
+        if not self.maybe(0.15):
+            return name
+        file = f'"file":{{"driver":"file","filename":"{name}"}}'
+        return self.rng.choice((
+            f"./{name}", f"file:{name}", f'json:{{"driver":"{format_of(name)}",{file}}}', f"foo:{name}",
+            f"json:{{{file}}}", f"nowhere/{name}", f'json:{{"driver":"{format_of(name)}",{file}', "x" * 1030,
+        ))  # fmt: skip
 
     def opened(self, command: str, parts: list[Part]) -> list[Part]:
         """With --image-opts, mostly all that belongs to them."""
@@ -139,7 +196,11 @@ class Generator:
                     f"{driver},{file},foo=bar", f"driver=raw,offset=1k,{file}",
                     f"driver=qcow2,lazy-refcounts=on,{file}",
                     f"driver=qcow2,backing.driver=raw,{file}", f"{driver},file={name}",
-                    f"driver=qcow2,{file},backing=",
+                    f"driver=qcow2,{file},backing=", f"{driver},{file},file.locking=off", f"driver={format_of(name)}",
+                    f"{driver},{file},read-only=on", f"driver=qcow2,{file},backing.file.filename=small.qcow2",
+                    f"{driver},{file},cache.direct=off,discard=on", f"driver=foo,{file}", f"{driver},{file},,x",
+                    f"driver=qcow2,{file},overlap-check=all,l2-cache-size=1M", "driver=null-co,size=1M",
+                    f"driver=qcow2,{file},lazy-refcounts=x", f"{driver},{file},encrypt.key-secret=nope",
                 ))  # fmt: skip
             found.append((part[-1].replace(name, text),))
         if self.maybe(0.95):  # with it, no format is to be given
@@ -165,6 +226,8 @@ class Generator:
             only_read = self.command in ("info", "check")
             name = self.rng.choice((*BROKEN, "missing.qcow2", *NEW))
             return name if only_read or name not in UNCOUNTED else "corrupt.qcow2"
+        if self.focus and self.maybe(0.6):
+            return self.focus
         return self.rng.choice(ENCRYPTED) if self.maybe(0.06) else self.rng.choice(GOOD)
 
     def size(self) -> str:
@@ -185,6 +248,9 @@ class Generator:
     def of(self, letter: str, values: tuple[str, ...], chance: float = 0.3) -> Part:
         return (letter, self.rng.choice(values)) if self.maybe(chance) else ()
 
+    def of_words(self, words: tuple[str, ...], chance: float) -> Part:
+        return (self.rng.choice(words),) if self.maybe(chance) else ()
+
     def options(self, values: tuple[str, ...], most: int = 3) -> list[Part]:
         """-o, with one to three settings, in one word or in several."""
         chosen = [self.rng.choice(values) for _ in range(self.rng.randint(1, most))]
@@ -198,7 +264,7 @@ class Generator:
             parts += self.options(CREATE_OPTIONS)
         if self.maybe(0.3):
             backing = self.image()
-            parts += [("-b", backing), self.said("-F", backing, 0.85), self.flag("-u", chance=0.2)]
+            parts += [("-b", self.backing(backing)), self.said("-F", backing, 0.85), self.flag("-u", chance=0.2)]
         return [
             *parts,
             (self.rng.choice((*NEW, *NEW, self.image())),),
@@ -215,7 +281,7 @@ class Generator:
         # qemu-img 7.2 loses the snapshots of an image that has bitmaps, too; safeimg does not.
         repair = () if image == "all.qcow2" else self.of("-r", ("leaks", "all", "foo"), 0.5)
         return [self.said("-f", image), self.of("--output", ("json", "human", "xml")), self.flag("-q"),
-                repair, self.of("-T", CACHES, 0.1), (image,)]  # fmt: skip
+                repair, self.of("-T", CACHES, 0.1), self.flag("-U", chance=0.1), (image,)]  # fmt: skip
 
     def map(self) -> list[Part]:
         image = self.image()
@@ -237,11 +303,12 @@ class Generator:
             *parts,
             self.said("-f", image),
             self.of("-l", ("first", "1", "snapshot.name=first"), 0.1),
+            self.flag("-U", chance=0.1),
             (image,),
         ]
 
     def compare(self) -> list[Part]:
-        one, other = self.image(), self.image()
+        one, other = self.rng.choice(ALIKE) if self.maybe(0.4) else (self.image(), self.image())
         return [self.said("-f", one), self.said("-F", other), self.flag("-s"), self.flag("-q"), self.flag("-p"),
                 self.flag("-U", chance=0.1), self.of("-T", CACHES, 0.1), (one,), (other,)]  # fmt: skip
 
@@ -269,7 +336,7 @@ class Generator:
             parts += self.options(CREATE_OPTIONS, 2)
         if self.maybe(0.15):
             backing = self.image()
-            parts += [(self.rng.choice(("-B", "-b")), backing), self.said("-F", backing, 0.8)]
+            parts += [(self.rng.choice(("-B", "-b")), self.backing(backing)), self.said("-F", backing, 0.8)]
         return [*parts, *((source,) for source in sources), (target,)]
 
     def commit(self) -> list[Part]:
@@ -290,7 +357,8 @@ class Generator:
         # qemu-img 7.2 does not keep what an image of version 2 without a backing image shows; safeimg does.
         unsafe = ("-u",) if image in ("old.qcow2", "old-state.qcow2") else self.flag("-u")
         return [self.said("-f", image), unsafe, self.flag("-p", chance=0.1), self.flag("-q", chance=0.1),
-                self.of("-t", CACHES, 0.1), self.of("-T", CACHES, 0.1), ("-b", backing), said, (image,)]  # fmt: skip
+                self.of("-t", CACHES, 0.1), self.of("-T", CACHES, 0.1), self.flag("-U", chance=0.05),
+                ("-b", self.backing(backing)), said, (image,)]  # fmt: skip
 
     def resize(self) -> list[Part]:
         image = self.image()
@@ -326,14 +394,16 @@ class Generator:
                 self.flag("--force", chance=0.1), (image,)]  # fmt: skip
 
     def dd(self) -> list[Part]:
-        image = self.image()
+        image, size = self.image(), self.size()
+        if size in ("1", "1b"):  # takes qemu-img longer than we wait
+            size = "512"
         numbers = ("0", "1", "3", "16", "1k", "x", "-1")
         return [self.said("-f", image), ("-O", self.format()) if self.maybe(0.6) else (), self.flag("-U", chance=0.1),
                 (f"if={image}",), (f"of={self.rng.choice((*NEW, *NEW, self.image()))}",),
-                (f"bs={self.size()}",) if self.maybe(0.5) else (),
+                (f"bs={size}",) if self.maybe(0.5) else (),
                 (f"count={self.rng.choice(numbers)}",) if self.maybe() else (),
-                (f"skip={self.rng.choice(numbers)}",) if self.maybe() else ()]  # fmt: skip
-
+                (f"skip={self.rng.choice(numbers)}",) if self.maybe() else (),
+                self.of_words(("seek=1", "foo", "conv=notrunc", "=", "if=", "iflag=direct"), 0.03)]  # fmt: skip
 
     def bench(self) -> list[Part]:
         image = self.image()

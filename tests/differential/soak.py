@@ -14,6 +14,7 @@ import os
 import shlex
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from random import Random
@@ -36,7 +37,19 @@ def cases(seed: int, lines: int, chosen: tuple[str, ...]) -> Iterator[tuple[str,
 
 def run(bench: Bench, *, lines: int, seed: int, chosen: tuple[str, ...], shrink: bool = True) -> list[str]:
     """The differences, told."""
-    found = [told(bench, name, case, shrink) for name, case in cases(seed, lines, chosen) if bench.difference(case)]
+    found: list[str] = []
+    excused: Counter[str] = Counter()
+    done = 0
+    for name, case in cases(seed, lines, chosen):
+        if done % 500 > (done + len(case)) % 500:
+            print(f"… {done} lines", flush=True)
+        done += len(case)
+        if bench.difference(case):
+            found.append(told(bench, name, case, shrink))
+        elif bench.excuse:
+            excused[bench.excuse] += 1
+    for rule, count in excused.items():
+        print(f"{count} cases excused: {rule}")
     if bench.unjudged:
         print(f"{bench.unjudged} cases not judged: qemu-img did not come to an end, or not for the lines' sake")
     return found
