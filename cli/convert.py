@@ -204,8 +204,6 @@ def _check(arguments: Arguments) -> None:
         for name in ("target-image-opts", "target-is-zero"):
             if flag(name):
                 raise CommandError(f"--{name} requires use of -n flag")
-    elif flag("options"):
-        raise CommandError("-o has no effect when skipping image creation")
     if flag("copy-offloading"):
         for name, message in (
             ("compress", "Cannot enable copy offloading when -c is used"),
@@ -214,6 +212,8 @@ def _check(arguments: Arguments) -> None:
         ):
             if flag(name):
                 raise CommandError(message)
+    if flag("no-create") and flag("options"):
+        raise CommandError("-o has no effect when skipping image creation")
 
 
 def _default_cache() -> str:

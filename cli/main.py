@@ -10,7 +10,6 @@ from typing import TextIO
 from safeimg.cli.commands import PROGRAM, find, module
 from safeimg.cli.config import configure
 from safeimg.cli.errors import Answer, CommandError, usage
-from safeimg.cli.objects import store
 from safeimg.cli.options import Command
 from safeimg.cli.parser import parse
 
@@ -84,8 +83,6 @@ def dispatch(words: list[str]) -> int:
         raise usage(f"Command not found: {name}")
     try:
         own, asked = parse(command, arguments.positional)
-        if own.flag("object"):
-            own.secrets = store(own.all("object"))
     except CommandError as error:
         # 1 means to say that images differ; qemu-img says it all the same where the syntax is wrong.
         if command.new or (command.name == "compare" and not error.hint):

@@ -70,24 +70,19 @@ def user_object(text: str) -> UserObject:
     return UserObject(kind, name, members)
 
 
-def store(objects: Iterable[UserObject]) -> Secrets:
-    """The secrets among the objects, each loaded in turn. Raises `CommandError`."""
-    secrets = Secrets()
-    known: set[str] = set()
-    for each in objects:
-        if each.kind == "secret":
-            try:
-                content = _load(each.members, secrets)
-            except UsageError as error:
-                raise CommandError(str(error)) from None
-            if each.name not in known:
-                secrets.add(each.name, content)
-        if each.name in known:
-            raise CommandError(
-                f"attempt to add duplicate property '{each.name}' to object (type 'container')"
-            )
-        known.add(each.name)
-    return secrets
+def store(each: UserObject, others: Iterable[UserObject], secrets: Secrets) -> None:
+    """Adds the object, if it is one, to the `secrets`, which those before it may have been added to: `others`. Raises
+    `CommandError`."""
+    is_known = any(each.name == other.name for other in others)
+    if each.kind == "secret":
+        try:
+            content = _load(each.members, secrets)
+        except UsageError as error:
+            raise CommandError(str(error)) from None
+        if not is_known:
+            secrets.add(each.name, content)
+    if is_known:
+        raise CommandError(f"attempt to add duplicate property '{each.name}' to object (type 'container')")
 
 
 def _load(members: dict[str, str], secrets: Secrets) -> bytes:

@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from safeimg.cli.errors import usage
+from safeimg.cli.objects import UserObject, store
 from safeimg.cli.options import Command, Option
-from safeimg.drivers.secrets import NO_SECRETS, Secrets
+from safeimg.drivers.secrets import Secrets
 
 
 class Arguments:
@@ -23,9 +24,11 @@ class Arguments:
     def __init__(self) -> None:
         self._values: dict[str, list[Any]] = {}
         self.positional: list[str] = []
-        self.secrets: Secrets = NO_SECRETS  # those that `--object` gives
+        self.secrets = Secrets()  # those that `--object` gives
 
     def add(self, name: str, value: Any) -> None:
+        if isinstance(value, UserObject):
+            store(value, self.all(name), self.secrets)
         self._values.setdefault(name, []).append(value)
 
     def flag(self, name: str) -> bool:

@@ -19,7 +19,6 @@ from safeimg.drivers.formats.naming import (
     Blockdev,
     from_filename,
     lasting,
-    local_name,
     protocol,
     text_of,
 )
@@ -167,7 +166,7 @@ def open_job(
             return _into_existing(fs, options, transfer, chains, part, secrets)
         job = _into_new(fs, options, transfer, chains, part, supersede, secrets, *creation)
         if options.blocks is not None and found is None:
-            complain(f"{local_name(options.sources[0])}: cannot skip to specified offset")
+            complain(f"{text_of(options.sources[0])}: cannot skip to specified offset")
         return job
     except BaseException:
         for chain in chains:

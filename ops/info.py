@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from safeimg.drivers.errors import UsageError
@@ -16,8 +16,11 @@ from safeimg.drivers.formats.naming import (
     STRONG,
     Blockdev,
     Value,
+    below,
     from_argument,
-    shown,
+    from_filename,
+    members,
+    name_of,
 )
 from safeimg.drivers.formats.registry import lookup
 from safeimg.drivers.formats.snapshots import entries
@@ -93,13 +96,34 @@ def _below(image: Image, backing: str) -> str:
         ) from None
 
 
-def shown_name(image: Image, options: Mapping[str, Value], *, alone: bool = True) -> str:
-    """What QEMU calls an image that was opened with `options`: `json:{…}` where no file name says it all. `alone`:
-    nobody wanted its backing image."""
+def shown_name(image: Image, options: Mapping[str, Value]) -> str:
+    """What QEMU calls an image that was opened with `options`: `json:{…}` where no file name says it all."""
+    return name_of(_own_members(image, options))
+
+
+def shown_chain(layers: Sequence[Image], options: Mapping[str, Value]) -> str:
+    """The same of the top of a chain, whose backing images may be others than those that it names."""
+    return name_of(_chain_members(layers, options))
+
+
+def _own_members(image: Image, options: Mapping[str, Value]) -> dict[str, Any]:
     format = _shown_format(image, options)
     strong = STRONG.get(format) or [each.name for each in lookup(image.format).runtime_options if each.strong]
-    cut_off = not alone and "backing" in options and image.backing_file is not None
-    return shown(options, format, strong, cut_off=cut_off)
+    return members(options, format, strong)
+
+
+def _chain_members(layers: Sequence[Image], options: Mapping[str, Value]) -> dict[str, Any]:
+    top, own = layers[0], _own_members(layers[0], options)
+    named = None if top.backing_file is None else backing_filename(top.file.path, top.backing_file)
+    if len(layers) == 1:
+        return own if named is None else {"backing": None, **own}
+    replaced = below(options, "backing")
+    if not replaced:
+        return own
+    if named is not None and not any(key.startswith("file") for key in replaced):
+        replaced = {**from_filename(named).options, **replaced}
+    backing = _chain_members(layers[1:], replaced)
+    return own if name_of(backing) == named else {"backing": backing, **own}
 
 
 def _shown_format(image: Image, options: Mapping[str, Value]) -> str:

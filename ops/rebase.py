@@ -25,7 +25,7 @@ from safeimg.journal.state import OperationState
 from safeimg.ops.change import Action, Changing, Settings
 from safeimg.ops.errors import Conflict
 from safeimg.ops.filling import STEP_BYTES
-from safeimg.ops.info import shown_name
+from safeimg.ops.info import shown_chain
 from safeimg.ops.launch import Environment, Job, launch
 from safeimg.ops.rebase_safe import Rebase, refused, set_backing
 from safeimg.ops.reopening import reopen_home, started_settings, unlinked_by
@@ -72,7 +72,7 @@ async def rebase(
         old = len(layers) - 1
         _check_format(backing_format)
         if backing:
-            _check_relative(layers[0], filename, fmt, backing)
+            _check_relative(layers, filename, fmt, backing)
             layers += _open_new(environment, layers[0].file.path, backing, backing_format)
         _check(layers[0], backing, backing_format)
         settings = {
@@ -85,10 +85,10 @@ async def rebase(
         close_chain(layers)
 
 
-def _check_relative(image: Image, filename: str | Blockdev, fmt: str | None, backing: str) -> None:
+def _check_relative(layers: Sequence[Image], filename: str | Blockdev, fmt: str | None, backing: str) -> None:
     """A relative name needs a file name that it could be relative to."""
     named = from_argument(filename, fmt) if isinstance(filename, str) else filename
-    base = shown_name(image, named.options, alone=False)
+    base = shown_chain(layers, named.options)
     if base.startswith("json:") and not backing.startswith(("/", "json:")) and protocol(backing) is None:
         raise UsageError(
             f"Could not resolve backing filename: Cannot use relative backing file names for '{base}'"

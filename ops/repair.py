@@ -164,18 +164,23 @@ async def open_to_change(
     It is opened twice: what is pending on it is refused before its fence would, in less helpful words. Raises what
     opening raises, `SomethingPending`."""
     fs, secrets = environment.fs, environment.secrets
-    found = open_chain(fs, filename, format=fmt, backing=backing or present, force_share=True, secrets=secrets)
+
+    def open_it(name: str | Blockdev, backing: bool) -> list[Image]:
+        return open_chain(
+            fs, name, format=fmt, write=True, cache=cache, backing=backing, warn=warn, secrets=secrets
+        )
+
+    try:
+        found = open_chain(fs, filename, format=fmt, backing=backing or present, force_share=True, secrets=secrets)
+    except OpenError:
+        close_chain(await open_sound(environment, lambda: open_it(filename, backing or present)))  # in better words
+        raise
     try:
         refuse_pending_on(fs, found[0].file.path)
     finally:
         close_chain(found)
     name = filename if backing or not present else without_backing(filename)
-    return await open_sound(
-        environment,
-        lambda: open_chain(
-            fs, name, format=fmt, write=True, cache=cache, backing=backing, warn=warn, secrets=secrets
-        ),
-    )
+    return await open_sound(environment, lambda: open_it(name, backing))
 
 
 def open_layers(fs: FileSystem, home: str, state: OperationState, secrets: Secrets) -> list[Image]:

@@ -174,7 +174,8 @@ async def resize(
             await launch(_job(layers, settings, environment.transfer), environment)
     except StorageError as error:
         if error.errno == errno.EFBIG and error.action == "truncate":  # trying again would not help
-            raise UsageError(f"Could not resize file: {error.strerror}") from error
+            what = "preallocate new data" if preallocation == "falloc" else "resize file"
+            raise UsageError(f"Could not {what}: {error.strerror}") from error
         raise
     finally:
         close_chain(layers)

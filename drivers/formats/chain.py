@@ -270,7 +270,11 @@ class _Opener(NamedTuple):
                         "         Specify the 'raw' format explicitly to remove the restrictions."
                     )
             beside = None if self.inspect else partial(self._open_beside, access)
-            given = _given(options, driver.runtime_options, self.secrets, beside)
+            try:
+                given = _given(options, driver.runtime_options, self.secrets, beside)
+            except UsageError:
+                driver.open(file, write=write, repair=repair).close()  # what is wrong with the image itself comes first
+                raise
             image = driver.open(file, write=write, repair=repair, given=given)
         except BaseException:
             file.close()

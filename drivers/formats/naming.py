@@ -208,14 +208,15 @@ def _flattened(value: dict[str, Any] | list[Any], prefix: str) -> Iterator[tuple
             yield prefix + name, item
 
 
-def shown(options: Mapping[str, Value], driver: str, strong: Sequence[str], *, cut_off: bool = False) -> str:
+def shown(options: Mapping[str, Value], driver: str, strong: Sequence[str]) -> str:
     """The file name that QEMU calls an open image by: a plain one if that is enough to open it again, else JSON.
 
-    `strong`: which of the driver's options change what the guest sees; `cut_off`: it is open without the backing image
-    that it names."""
-    found = _members(options, driver, strong)
-    if cut_off:
-        found = {"backing": None, **found}
+    `strong`: which of the driver's options change what the guest sees."""
+    return name_of(members(options, driver, strong))
+
+
+def name_of(found: Mapping[str, Any]) -> str:
+    """The file name for `members`."""
     name = _plain_name(found)
     return "json:" + json_text(found) if name is None else name
 
@@ -267,7 +268,7 @@ STRONG = {
 }  # fmt: skip
 
 
-def _members(options: Mapping[str, Value], driver: str, strong: Sequence[str]) -> dict[str, Any]:
+def members(options: Mapping[str, Value], driver: str, strong: Sequence[str]) -> dict[str, Any]:
     """What `options` say of a driver and all below it, without what only says how it is opened."""
     found: dict[str, Any] = {}
     if driver in FILE_DRIVERS:
@@ -294,7 +295,7 @@ def _members(options: Mapping[str, Value], driver: str, strong: Sequence[str]) -
 def _child(options: Mapping[str, Value], place: str) -> dict[str, Any]:
     child = below(options, place)
     driver = str(child.get("driver", "file"))
-    return _members(child, driver, STRONG.get(driver, ()))
+    return members(child, driver, STRONG.get(driver, ()))
 
 
 def _position(name: str) -> int:

@@ -4,6 +4,8 @@ A new protocol is a function here that makes a `File` of its options."""
 
 from __future__ import annotations
 
+import errno
+import os
 import re
 import stat
 from collections.abc import Callable, Mapping
@@ -131,6 +133,8 @@ def _local(
     if found is not None:
         if driver != "file" and not (found.is_device or stat.S_ISCHR(found.mode)):
             raise UsageError(f"'{driver}' driver requires '{path}' to be either a character or block device")
+        if access.write and stat.S_ISDIR(found.mode):
+            raise UsageError(f"Could not open '{path}': {os.strerror(errno.EISDIR)}")
         if not found.is_device and not stat.S_ISREG(found.mode):
             raise UsageError(f"'{driver}' driver requires '{path}' to be a regular file")
         seen(found)

@@ -33,7 +33,7 @@ class NullFile(VirtualFile):
 
     def spans(self, offset: int, length: int) -> Iterator[Span]:
         for span in super().spans(offset, length):
-            yield span._replace(is_data=not self._reads_zeroes)
+            yield span._replace(is_data=not self._reads_zeroes, allocated=None if self._reads_zeroes else False)
 
     def pwrite(self, offset: int, data: Buffer) -> None:
         if not self._writable:

@@ -165,8 +165,8 @@ class Generator:
             f'json:{{"driver":"{fmt}",{file},"cache":{{"direct":false}},"discard":"unmap"}}',
             f'json:{{"driver":"{fmt}",{file},"node-name":"1"}}', f'json:{{"driver":"{fmt}","file":"{name}"}}',
             f'json:{{"driver":"{fmt}",{file}}} x', f'json:{{"driver":"{fmt}",,{file}}}', f"host_device:{name}",
-            'json:{"driver":"null-co","size":1048576,"read-zeroes":true}', "null-co://", ".", f"file:{name}/",
-            f'json:{{"driver":"{fmt}",{file},"force-share":true}}', f"nbd:unix:{name}", f"fat:{name}",
+            'json:{"driver":"null-co","size":1048576,"read-zeroes":true}', "null-co://", f"file:{name}/",
+            f'json:{{"driver":"{fmt}",{file},"force-share":true}}', f"nbd:unix:{name}",
         )),)  # fmt: skip
 
     def backing(self, name: str) -> str:
