@@ -47,10 +47,12 @@ async def rebase_unsafe(
 ) -> None:
     """Changes the backing image's name alone (None or "": no backing image); the guest content changes with it."""
     settings = {"safe": False, "backing": backing or None, "backing_format": backing_format}
-    await _unsafe.run(
-        environment, filename, settings, fmt=fmt, cache=cache, warn=warn,
-        check=lambda image: _check(image, backing, backing_format),
-    )  # fmt: skip
+
+    def check(image: Image) -> None:
+        _check_format(backing_format)
+        _check(image, backing, backing_format)
+
+    await _unsafe.run(environment, filename, settings, fmt=fmt, cache=cache, warn=warn, check=check)
 
 
 async def rebase(
@@ -108,7 +110,6 @@ def _open_new(
 
 
 def _check(image: Image, backing: str | None, backing_format: str | None) -> None:
-    _check_format(backing_format)
     feature = lookup(image.format).rebasing
     if feature is None:
         raise refused(backing, "Operation not supported")

@@ -3,9 +3,7 @@ by safeimg and used by qemu-io and qemu-img."""
 
 from __future__ import annotations
 
-import shutil
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,11 +11,6 @@ from differential import images
 from differential.judge import Bench
 from differential.lines import Line
 from twin import safeimg
-
-pytestmark = pytest.mark.skipif(
-    shutil.which("qemu-img") is None or shutil.which("qemu-io") is None,
-    reason="qemu-img and qemu-io are not installed",
-)
 
 # One after the other on the same image; what an image cannot have is refused in the same words.
 CHANGES = (
@@ -64,14 +57,6 @@ ENCRYPTED = (
 )
 WRITES = ("write -P 1 0 100k", "write -P 2 700k 3k", "write -z 64k 16k", "discard 700k 1k")
 READS = ("read -P 1 0 64k", "read -P 0 64k 16k", "read -P 1 80k 20k", "read -P 2 701k 2k")
-
-
-@pytest.fixture(scope="module")
-def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
-    folder = tmp_path_factory.mktemp("bench")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SAFEIMG_STATE_DIR", str(folder / "state"))
-        yield Bench(folder)
 
 
 @pytest.mark.parametrize("name", CHANGED)

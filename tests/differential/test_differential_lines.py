@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from random import Random
 
@@ -12,12 +11,6 @@ from differential import soak
 from differential.judge import Bench
 from differential.lines import Generator, Line
 from twin import qemu_img, qemu_io
-
-pytestmark = pytest.mark.skipif(
-    shutil.which("qemu-img") is None or shutil.which("qemu-io") is None,
-    reason="qemu-img and qemu-io are not installed",
-)
-
 
 # What the soak has found once.
 FOUND = (
@@ -80,14 +73,6 @@ FOUND = (
     """check 'json:{"driver":"qcow2","file.filename":"mid.qcow2","backing":""}'""",
     """rebase -b small.qcow2 -F qcow2 'json:{"driver":"qcow2","file.filename":"mid.qcow2","backing":null}'""",
 )
-
-
-@pytest.fixture(scope="module")
-def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
-    folder = tmp_path_factory.mktemp("bench")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SAFEIMG_STATE_DIR", str(folder / "state"))
-        yield Bench(folder)
 
 
 @pytest.mark.parametrize("seed", [1, 2, 3, 4])

@@ -6,9 +6,11 @@ import socket
 import struct
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from listening import accepting
 
 OPTION, REPLY = 0x49484156454F5054, 0x3E889045565A9
 REQUEST, SIMPLE, STRUCTURED = 0x25609513, 0x67446698, 0x668E33EF
@@ -188,30 +190,19 @@ class Connection:
 @contextmanager
 def serving(fake: Fake, path: Path) -> Iterator[None]:
     """The server listens at the unix socket `path` meanwhile."""
+    clients: list[socket.socket] = []
+
+    def serve(client: socket.socket) -> None:
+        clients.append(client)
+        threading.Thread(target=Connection(fake, client).run, daemon=True).start()
+
     with socket.socket(socket.AF_UNIX) as listening:
         listening.bind(str(path))
-        listening.listen()
-        clients: list[socket.socket] = []
-
-        def accept() -> None:
-            while True:
-                try:
-                    client, _ = listening.accept()
-                except OSError:
-                    return
-                clients.append(client)
-                threading.Thread(target=Connection(fake, client).run, daemon=True).start()
-
-        thread = threading.Thread(target=accept, daemon=True)
-        thread.start()
         try:
-            yield
+            with accepting(listening, serve):
+                yield
         finally:
-            listening.shutdown(socket.SHUT_RDWR)
             for client in clients:
-                try:
+                with suppress(OSError):
                     client.shutdown(socket.SHUT_RDWR)
-                except OSError:
-                    pass
-            thread.join()
             path.unlink()

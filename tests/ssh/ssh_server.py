@@ -6,11 +6,12 @@ import os
 import socket
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import paramiko
+from listening import accepting
 
 KEY = paramiko.ECDSAKey.generate()
 
@@ -73,32 +74,21 @@ def _files(root: Path, rules: Rules) -> type[paramiko.SFTPServerInterface]:
 @contextmanager
 def serving(root: Path, rules: Rules) -> Iterator[int]:
     """The TCP port at which it listens meanwhile."""
+    open_ones: list[paramiko.Transport] = []
+
+    def serve(client: socket.socket) -> None:
+        transport = paramiko.Transport(client)
+        transport.add_server_key(KEY)
+        transport.set_subsystem_handler("sftp", paramiko.SFTPServer, _files(root, rules))
+        with suppress(paramiko.SSHException, EOFError):
+            transport.start_server(threading.Event(), _Users(rules))
+            open_ones.append(transport)
+
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
-        listening.listen()
-        open_ones: list[paramiko.Transport] = []
-
-        def accept() -> None:
-            while True:
-                try:
-                    client, _ = listening.accept()
-                except OSError:
-                    return
-                transport = paramiko.Transport(client)
-                transport.add_server_key(KEY)
-                transport.set_subsystem_handler("sftp", paramiko.SFTPServer, _files(root, rules))
-                try:
-                    transport.start_server(threading.Event(), _Users(rules))
-                except (paramiko.SSHException, EOFError):
-                    continue
-                open_ones.append(transport)
-
-        thread = threading.Thread(target=accept, daemon=True)
-        thread.start()
         try:
-            yield listening.getsockname()[1]
+            with accepting(listening, serve):
+                yield listening.getsockname()[1]
         finally:
-            listening.shutdown(socket.SHUT_RDWR)
-            thread.join()
             for transport in open_ones:
                 transport.close()
