@@ -8,7 +8,7 @@ from safeimg.drivers.errors import UsageError
 from safeimg.drivers.formats.api import Driver, Image
 from safeimg.drivers.formats.chain import close_chain, open_chain
 from safeimg.drivers.formats.features import Amending
-from safeimg.drivers.formats.naming import FILE_DRIVERS, Blockdev, from_argument
+from safeimg.drivers.formats.naming import Blockdev, from_argument, is_protocol
 from safeimg.drivers.formats.registry import lookup
 from safeimg.drivers.storage.api import FileSystem
 from safeimg.ops.change import Action, Changing, Settings
@@ -53,22 +53,22 @@ async def amend(
         size = int(values.get("size", 0)) or old  # 0 asks for nothing, as in QEMU
         resizes, others = size != old, size == old or len(values) > 1
         size_first = resizes and "data_file" in values  # it is the present data file that grows or is cut
-        if size_first or not others:
-            check(layers[0])
     finally:
         close_chain(layers)
 
-    async def change_size() -> None:
-        await resize(environment, filename, lambda _: size, fmt=fmt, cache=cache, shrink=True, warn=warn)
+    async def change_size(check: Callable[[Image], None] | None = None) -> None:
+        await resize(
+            environment, filename, lambda _: size, fmt=fmt, cache=cache, shrink=True, warn=warn, check=check
+        )
 
-    if size_first:
-        await change_size()
+    if size_first or not others:
+        await change_size(check)
     if others:
         settings = {"values": values, "erased": erased}
         await _amend.run(
             environment, filename, settings, fmt=fmt, cache=cache, warn=warn, check=check, backing=True
         )
-    if resizes and not size_first:
+    if resizes and others and not size_first:
         await change_size()
 
 
@@ -89,7 +89,7 @@ def amendable(driver: Driver, filename: str | Blockdev | None = None, fmt: str |
     if driver.amending is None:
         named = from_argument(filename, fmt) if isinstance(filename, str) else filename
         own = None if named is None else named.options.get("driver")
-        name = own if own in FILE_DRIVERS else driver.name  # a file by itself has no format
+        name = own if isinstance(own, str) and is_protocol(own) else driver.name  # a file by itself has no format
         raise UsageError(f"Format driver '{name}' does not support option amendment")
     return driver.amending
 

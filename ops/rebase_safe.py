@@ -184,10 +184,10 @@ class Rebase:
         )
         if old is not None and new is not None and same(old, new, 0, piece.length):
             return
-        cluster = self._filler.cluster
+        unit = self._filler.planner.granularity
         at = 0
         while at < piece.length:
-            stop = min(piece.length, (piece.start + at) // cluster * cluster + cluster - piece.start)
+            stop = min(piece.length, (piece.start + at) // unit * unit + unit - piece.start)
             if not _equal(old, new, at, stop):
                 start = piece.start + at
                 yield Difference(start, stop - at, start >= self._old_end)

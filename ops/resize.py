@@ -157,12 +157,15 @@ async def resize(
     shrink: bool = False,
     cache: str = "writeback",
     warn: Callable[[str], None] | None = None,
+    check: Callable[[Image], None] | None = None,
     step_bytes: int = STEP_BYTES,
 ) -> None:
-    """Makes the virtual disk `size(present size)` bytes large. Raises what opening raises, `UsageError` in qemu-img's
-    words, `SomethingPending`, `OperationPaused`."""
+    """Makes the virtual disk `size(present size)` bytes large. `check` may refuse the image before anything is begun.
+    Raises what opening raises, `UsageError` in qemu-img's words, `SomethingPending`, `OperationPaused`."""
     layers = await open_to_change(environment, filename, fmt=fmt, cache=cache, warn=warn, backing=True)
     try:
+        if check is not None:
+            check(layers[0])
         old = layers[0].size
         new = size(old)
         _check(layers[0], old, new, preallocation, shrink=shrink)

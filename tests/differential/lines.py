@@ -153,19 +153,22 @@ class Generator:
         name = part[-1]
         if len(part) > 1 or name not in (*GOOD, *BROKEN, *ENCRYPTED):
             return part
+        if self.maybe(0.05) and self.command in ("info", "map", "compare", "measure"):
+            nothing = 'json:{"driver":"null-co","size":1048576,"read-zeroes":true}'
+            return (self.rng.choice(("null-co://", nothing)),)
         fmt = format_of(name)
         file = f'"file":{{"driver":"file","filename":"{name}"}}'
         return (self.rng.choice((
             f"file:{name}", f"./{name}", f'json:{{"driver":"{fmt}",{file}}}', f"json:{{{file}}}",
             f'json:{{"driver":"{fmt}","file.filename":"{name}"}}', f'json:{{"driver":"file","filename":"{name}"}}',
             f'json:{{"driver":"{fmt}",{file},"foo":1}}', f'json:{{"driver":"{fmt}",{file}', f"foo:{name}",
-            f'json:{{"driver":"raw","offset":512,"size":65536,{file}}}', f"blkdebug::{name}",
+            f'json:{{"driver":"raw","offset":512,"size":65536,{file}}}',
             f'json:{{"driver":"{fmt}",{file},"backing":null}}', f'json:{{"driver":"{fmt}",{file},"read-only":true}}',
             f'json:{{"driver":"{fmt}","file":{{"driver":"file","filename":"{name}","locking":"off"}}}}',
             f'json:{{"driver":"{fmt}",{file},"cache":{{"direct":false}},"discard":"unmap"}}',
             f'json:{{"driver":"{fmt}",{file},"node-name":"1"}}', f'json:{{"driver":"{fmt}","file":"{name}"}}',
             f'json:{{"driver":"{fmt}",{file}}} x', f'json:{{"driver":"{fmt}",,{file}}}', f"host_device:{name}",
-            'json:{"driver":"null-co","size":1048576,"read-zeroes":true}', "null-co://", f"file:{name}/",
+            f"file:{name}/",
             f'json:{{"driver":"{fmt}",{file},"force-share":true}}', f"nbd:unix:{name}",
         )),)  # fmt: skip
 
@@ -199,7 +202,7 @@ class Generator:
                     f"driver=qcow2,{file},backing=", f"{driver},{file},file.locking=off", f"driver={format_of(name)}",
                     f"{driver},{file},read-only=on", f"driver=qcow2,{file},backing.file.filename=small.qcow2",
                     f"{driver},{file},cache.direct=off,discard=on", f"driver=foo,{file}", f"{driver},{file},,x",
-                    f"driver=qcow2,{file},overlap-check=all,l2-cache-size=1M", "driver=null-co,size=1M",
+                    f"driver=qcow2,{file},overlap-check=all,l2-cache-size=1M",
                     f"driver=qcow2,{file},lazy-refcounts=x", f"{driver},{file},encrypt.key-secret=nope",
                 ))  # fmt: skip
             found.append((part[-1].replace(name, text),))
@@ -225,7 +228,7 @@ class Generator:
         if self.maybe(0.15):
             only_read = self.command in ("info", "check")
             name = self.rng.choice((*BROKEN, "missing.qcow2", *NEW))
-            return name if only_read or name not in UNCOUNTED else "corrupt.qcow2"
+            return name if only_read or name not in UNCOUNTED else "corrupt-bit.qcow2"
         if self.focus and self.maybe(0.6):
             return self.focus
         return self.rng.choice(ENCRYPTED) if self.maybe(0.06) else self.rng.choice(GOOD)
