@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import sys
-from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from safeimg.cli.errors import CommandError
 from safeimg.cli.parser import Arguments
 from safeimg.cli.values import warn
-from safeimg.drivers.errors import UsageError
 from safeimg.drivers.formats.jsontext import json_lines
-from safeimg.drivers.formats.naming import Blockdev, from_filename, from_options, warn_old_ways
+from safeimg.drivers.formats.naming import Blockdev, from_options, notices
 
 if TYPE_CHECKING:
     from safeimg.drivers.storage.api import FileSystem
@@ -27,15 +25,23 @@ def filesystem() -> FileSystem:
 def image_name(
     arguments: Arguments, text: str, fmt: str | None, *, code: int = 1
 ) -> tuple[str | Blockdev, str | None]:
-    """What an image argument names, which `--image-opts` makes a list of options, and its format."""
+    """What an image argument names, which `--image-opts` makes a list of options, and its format. Warns of old ways to
+    name it."""
+    name, fmt = unwarned_name(arguments, text, fmt, code=code)
+    for each in notices(name):
+        warn(each)
+    return name, fmt
+
+
+def unwarned_name(
+    arguments: Arguments, text: str, fmt: str | None, *, code: int = 1
+) -> tuple[str | Blockdev, str | None]:
+    """The same, for whoever warns when the image is opened."""
     if not arguments.flag("image-opts"):
-        if text.startswith("json:"):
-            with suppress(UsageError):  # which opening the image will raise, too
-                warn_old_ways(from_filename(text), warn)
         return text, fmt
     if fmt is not None:
         raise CommandError("--image-opts and --format are mutually exclusive", code=code)
-    return from_options(text, warn), None
+    return from_options(text), None
 
 
 def warn_image(message: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from safeimg.cli import values
-from safeimg.cli.common import image_name
+from safeimg.cli.common import unwarned_name
 from safeimg.cli.create import print_option_help
 from safeimg.cli.errors import CommandError
 from safeimg.cli.options import Argument, Command, Option
@@ -125,10 +125,10 @@ def run(command: Command, arguments: Arguments) -> int:
         raise CommandError("Must specify image file name")
     fmt, target_format = arguments.last("format"), arguments.last("target-format")
     source_cache = cache_mode(arguments.last("source-cache", "writeback"), "Invalid source cache option")
-    sources = tuple(image_name(arguments, word, fmt)[0] for word in words[:-1])
+    sources = tuple(unwarned_name(arguments, word, fmt)[0] for word in words[:-1])
     target: str | Blockdev = words[-1]
     if arguments.flag("target-image-opts"):
-        target = from_options(words[-1], warn)
+        target = from_options(words[-1])
     cache: str = arguments.last("cache", _default_cache())
 
     from safeimg.cli.main import program_name

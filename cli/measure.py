@@ -28,7 +28,7 @@ COMMANDS = (
             FORCE_SHARE,
             OBJECT,
             IMAGE_OPTS,
-            OUTPUT,
+            OUTPUT._replace(check=output_format),
             Option("size", None, "size", "size", "Virtual size of an empty image.", _size),
         ),
         (
@@ -40,7 +40,7 @@ COMMANDS = (
 
 
 def run(command: Command, arguments: Arguments) -> int:
-    output = output_format(arguments.last("output"))
+    output = arguments.last("output", "human")
     words, flag, options = arguments.positional, arguments.flag, arguments.all("options")
     if len(words) > 1:
         raise CommandError("At most one filename argument is allowed.")

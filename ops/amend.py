@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 
 from safeimg.drivers.errors import UsageError
 from safeimg.drivers.formats.api import Driver, Image
-from safeimg.drivers.formats.chain import close_chain, open_chain
+from safeimg.drivers.formats.chain import close_chain, look_at, open_chain
 from safeimg.drivers.formats.features import Amending
-from safeimg.drivers.formats.naming import Blockdev, from_argument, is_protocol
+from safeimg.drivers.formats.naming import Blockdev, protocol_driver
 from safeimg.drivers.formats.registry import lookup
 from safeimg.drivers.storage.api import FileSystem
 from safeimg.ops.change import Action, Changing, Settings
@@ -44,7 +44,7 @@ async def amend(
         amending.check(image, values, force=force)
         erased[:] = ([offset, length] for offset, length in amending.erased(image, values))
 
-    layers = open_chain(fs, filename, format=fmt, force_share=True, secrets=secrets)
+    layers = look_at(fs, filename, format=fmt, cache=cache, warn=warn, secrets=secrets)
     try:
         driver, old = lookup(layers[0].format), layers[0].size
         if driver.amending is not None:  # else it is refused once the image was opened for writing
@@ -87,9 +87,8 @@ def amendable(driver: Driver, filename: str | Blockdev | None = None, fmt: str |
     """`UsageError` if images of this format have no options that can be changed. `filename`: whose image it is, opened
     as `fmt`."""
     if driver.amending is None:
-        named = from_argument(filename, fmt) if isinstance(filename, str) else filename
-        own = None if named is None else named.options.get("driver")
-        name = own if isinstance(own, str) and is_protocol(own) else driver.name  # a file by itself has no format
+        # A file by itself has no format.
+        name = driver.name if filename is None else protocol_driver(filename, fmt) or driver.name
         raise UsageError(f"Format driver '{name}' does not support option amendment")
     return driver.amending
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from safeimg.drivers.errors import DriverError, StorageError, UnsupportedError, UsageError
 from safeimg.drivers.formats.api import Image
-from safeimg.drivers.formats.chain import backing_filename, close_chain, local_path, open_chain
+from safeimg.drivers.formats.chain import backing_filename, close_chain, local_path, look_at, open_chain
 from safeimg.drivers.formats.naming import Blockdev, are_options, lasting, protocol, recalled, text_of
 from safeimg.drivers.formats.registry import lookup
 from safeimg.drivers.secrets import NO_SECRETS, Secrets
@@ -79,7 +79,8 @@ def open_job(
 ) -> Job:
     """The chain is opened twice: read-only to find the base, and what may be pending there; then the base and the top
     for writing, which a pending operation's fence would refuse in less helpful words."""
-    depth = _depth(fs, filename, base, fmt, secrets)
+    layers = look_at(fs, filename, format=fmt, cache=cache, warn=warn, secrets=secrets)
+    depth = _depth(fs, layers, base)
     if depth is None:  # told once the image is open for writing
         close_chain(open_chain(fs, filename, format=fmt, write=True, cache=cache, warn=warn, secrets=secrets))
         begun()
@@ -176,12 +177,9 @@ def _job(
     )
 
 
-def _depth(
-    fs: FileSystem, filename: str | Blockdev, base: str | None, fmt: str | None, secrets: Secrets
-) -> int | None:
-    """How far down the chain the image called `base` is (None: nowhere); 1 without a name. Raises `SomethingPending`
-    for it or the top."""
-    layers = open_chain(fs, filename, format=fmt, force_share=True, secrets=secrets)
+def _depth(fs: FileSystem, layers: list[Image], base: str | None) -> int | None:
+    """How far down the chain the image called `base` is (None: nowhere); 1 without a name. Closes the chain. Raises
+    `SomethingPending` for it or the top."""
     try:
         depth = 1 if base is None else _find(fs, layers, base)
         for layer in (layers[0], *(() if depth is None else layers[depth : depth + 1])):

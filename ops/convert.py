@@ -19,7 +19,9 @@ from safeimg.drivers.formats.naming import (
     Blockdev,
     from_filename,
     lasting,
+    notices,
     protocol,
+    protocol_driver,
     text_of,
 )
 from safeimg.drivers.formats.registry import lookup, names
@@ -145,6 +147,8 @@ def open_job(
     chains: list[list[Image]] = []
     try:
         for name in options.sources:
+            for notice in notices(name):
+                warn(notice)
             chains.append(
                 open_chain(fs, name, format=options.source_format, cache=options.source_cache,
                            force_share=options.force_share, secrets=secrets)
@@ -152,7 +156,9 @@ def open_job(
         if options.snapshot is not None:
             if len(chains) > 1 and not options.snapshot.startswith("snapshot."):
                 raise UsageError("No support for concatenating multiple snapshot")
-            chains[0] = load(chains[0], options.snapshot)
+            chains[0] = load(
+                chains[0], options.snapshot, protocol_driver(options.sources[0], options.source_format)
+            )
         part = 0, sum(chain[0].size for chain in chains)
         if options.blocks is not None:
             found = options.blocks.part(part[1])
@@ -163,6 +169,8 @@ def open_job(
         if options.bitmaps:
             check_source(chains, options.skip_broken_bitmaps, warn)
         if creation is None:
+            for notice in notices(options.target):
+                warn(notice)
             return _into_existing(fs, options, transfer, chains, part, secrets)
         job = _into_new(fs, options, transfer, chains, part, supersede, secrets, *creation)
         if options.blocks is not None and found is None:

@@ -8,7 +8,7 @@ from safeimg.drivers.errors import UsageError
 from safeimg.drivers.formats.api import Image
 from safeimg.drivers.formats.chain import close_chain, open_chain
 from safeimg.drivers.formats.features import Measured, Measuring
-from safeimg.drivers.formats.naming import Blockdev
+from safeimg.drivers.formats.naming import Blockdev, protocol_driver
 from safeimg.drivers.formats.snapshots import load
 from safeimg.drivers.secrets import NO_SECRETS, Secrets
 from safeimg.drivers.storage.api import FileSystem
@@ -39,7 +39,7 @@ def measure_image(
     """For a copy of an image, or of one of its snapshots. Raises what opening raises, and `UsageError`."""
     layers = open_chain(fs, filename, format=fmt, force_share=force_share, secrets=secrets)
     try:
-        shown = layers if snapshot is None else load(layers, snapshot)
+        shown = layers if snapshot is None else load(layers, snapshot, protocol_driver(filename, fmt))
         measuring, values = _target(target_format, options)
         top = shown[0]
         return measuring.measure(top.size, values, _data(shown), layers[0], secrets)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from safeimg.drivers.errors import DriverError, NotClosed, UnsupportedError
 from safeimg.drivers.formats.api import CheckResult, Image, Patch
-from safeimg.drivers.formats.chain import OpenError, close_chain, open_chain, refuse_locked
+from safeimg.drivers.formats.chain import OpenError, close_chain, look_at, open_chain, refuse_locked
 from safeimg.drivers.formats.features import Repair, Repairing
 from safeimg.drivers.formats.naming import Blockdev, are_options, lasting, text_of, without_backing
 from safeimg.drivers.formats.registry import lookup
@@ -164,23 +164,20 @@ async def open_to_change(
     It is opened twice: what is pending on it is refused before its fence would, in less helpful words. Raises what
     opening raises, `SomethingPending`."""
     fs, secrets = environment.fs, environment.secrets
-
-    def open_it(name: str | Blockdev, backing: bool) -> list[Image]:
-        return open_chain(
-            fs, name, format=fmt, write=True, cache=cache, backing=backing, warn=warn, secrets=secrets
-        )
-
-    try:
-        found = open_chain(fs, filename, format=fmt, backing=backing or present, force_share=True, secrets=secrets)
-    except OpenError:
-        close_chain(await open_sound(environment, lambda: open_it(filename, backing or present)))  # in better words
-        raise
+    found = look_at(
+        fs, filename, format=fmt, cache=cache, backing=backing or present, warn=warn, secrets=secrets
+    )
     try:
         refuse_pending_on(fs, found[0].file.path)
     finally:
         close_chain(found)
     name = filename if backing or not present else without_backing(filename)
-    return await open_sound(environment, lambda: open_it(name, backing))
+    return await open_sound(
+        environment,
+        lambda: open_chain(
+            fs, name, format=fmt, write=True, cache=cache, backing=backing, warn=warn, secrets=secrets
+        ),
+    )
 
 
 def open_layers(fs: FileSystem, home: str, state: OperationState, secrets: Secrets) -> list[Image]:

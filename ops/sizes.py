@@ -16,10 +16,12 @@ def parse_size(text: str, warn: Callable[[str], None] | None = None) -> int | No
 
     Fractions need a suffix that makes them worth something; hexadecimal numbers are whole (and `warn` is told
     when they have a suffix). Not limited: the caller knows what is too much."""
-    if (match := _HEXADECIMAL.fullmatch(text)) is not None:
+    if (match := _HEXADECIMAL.match(text)) is not None:
         digits, suffix = match.groups()
         if suffix and warn is not None:
             warn(f"Using a multiplier suffix on hex numbers is deprecated: {text}")
+        if match.end() < len(text):
+            return None
         return int(digits, 16) << 10 * _SUFFIXES.index((suffix or "b").lower())
     if (match := _DECIMAL.fullmatch(text)) is None:
         return None

@@ -102,6 +102,29 @@ def open_chain(
         raise
 
 
+def look_at(
+    fs: FileSystem,
+    filename: str | Blockdev,
+    *,
+    format: str | None = None,
+    cache: str = "writeback",
+    backing: bool = True,
+    warn: Callable[[str], None] | None = None,
+    secrets: Secrets = NO_SECRETS,
+) -> list[Image]:
+    """Opens an image that is to be written, to read and next to whoever has it open. What cannot be opened is refused
+    in the words of opening it for writing."""
+    try:
+        return open_chain(fs, filename, format=format, backing=backing, force_share=True, secrets=secrets)
+    except OpenError:
+        close_chain(
+            open_chain(
+                fs, filename, format=format, write=True, cache=cache, backing=backing, warn=warn, secrets=secrets
+            )
+        )
+        raise
+
+
 def try_open(
     fs: FileSystem,
     filename: str | Blockdev,

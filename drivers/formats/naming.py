@@ -55,6 +55,7 @@ class Blockdev(NamedTuple):
 
     text: str  # as given: what messages call it
     options: Mapping[str, Value]
+    short_forms: tuple[str, ...] = ()  # QEMU's warnings about those that were used
 
     @property
     def path(self) -> str | None:
@@ -175,18 +176,22 @@ def from_argument(name: str, format: str | None) -> Blockdev:
     return Blockdev(name, {"driver": format, "filename": name})
 
 
-def from_options(text: str, warn: Callable[[str], None] | None = None) -> Blockdev:
-    """What an argument means with `--image-opts`. `warn` gets QEMU's warnings about what is deprecated."""
-    named = Blockdev(text, dict(split_options(text, implied="file", warn=warn)))
-    if warn is not None:
-        warn_old_ways(named, warn)
-    return named
+def from_options(text: str) -> Blockdev:
+    """What an argument means with `--image-opts`."""
+    short_forms: list[str] = []
+    options = dict(split_options(text, implied="file", warn=short_forms.append))
+    return Blockdev(text, options, tuple(short_forms))
 
 
-def warn_old_ways(named: Blockdev, warn: Callable[[str], None]) -> None:
-    """`warn` gets QEMU's warning about a way to say that there is no backing image."""
+def notices(name: str | Blockdev) -> Sequence[str]:
+    """QEMU's warnings about how an image is named, for when it is opened."""
+    try:
+        named = from_filename(name) if isinstance(name, str) else name
+    except UsageError:  # which opening it will raise, too
+        return ()
     if named.options.get("backing") == "":
-        warn('Use of "backing": "" is deprecated; use "backing": null instead')
+        return (*named.short_forms, 'Use of "backing": "" is deprecated; use "backing": null instead')
+    return named.short_forms
 
 
 def _from_json(text: str) -> dict[str, Value]:
@@ -206,6 +211,13 @@ def _flattened(value: dict[str, Any] | list[Any], prefix: str) -> Iterator[tuple
             yield from _flattened(item, f"{prefix}{name}.")
         else:
             yield prefix + name, item
+
+
+def protocol_driver(name: str | Blockdev, format: str | None) -> str | None:
+    """What an image lies in that was opened by that alone, without a format."""
+    named = from_argument(name, format) if isinstance(name, str) else name
+    driver = named.options.get("driver")
+    return driver if isinstance(driver, str) and is_protocol(driver) else None
 
 
 def shown(options: Mapping[str, Value], driver: str, strong: Sequence[str]) -> str:

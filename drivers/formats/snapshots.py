@@ -27,16 +27,17 @@ def by_name(found: Iterable[SnapshotEntry], text: str) -> SnapshotEntry | None:
     return next((entry for entry in found if entry.name == text), None)
 
 
-def load(layers: Sequence[Image], wanted: str) -> list[Image]:
+def load(layers: Sequence[Image], wanted: str, driver: str | None = None) -> list[Image]:
     """The chain of open images with the top one as a snapshot has it (`-l` of convert and measure).
 
-    `wanted`: an id or a name, or `snapshot.id=…,snapshot.name=…`. Raises `UsageError` with qemu-img's message."""
+    `driver`: what messages call the top one's format, if not that. `wanted`: an id or a name, or
+    `snapshot.id=…,snapshot.name=…`. Raises `UsageError` with qemu-img's message."""
     top = layers[0]
     snapshots = lookup(top.format).snapshots
     if snapshots is None:
         raise UsageError(
-            f"Failed to load snapshot: Block format '{top.format}' used by device '' does not support temporarily "
-            "loading internal snapshots"
+            f"Failed to load snapshot: Block format '{driver or top.format}' used by device '' does not support "
+            "temporarily loading internal snapshots"
         )
     listed = snapshots.entries(top)
     if wanted.startswith("snapshot."):

@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable
 
 from powercut import guest
 from powercut.judge import STEP_BYTES, Scenario
-from powercut.scenarios import KIB, TOP, data, growing_on_larger, three_layers
+from powercut.scenarios import KIB, TOP, data, growing_on_larger, subclusters, three_layers
 from safeimg.drivers.storage.simulated import SimulatedFileSystem
 from safeimg.ops.launch import Environment
 from safeimg.ops.rebase import rebase
@@ -74,8 +74,20 @@ def rebase_onto(backing: str | None) -> Callable[[Environment], Awaitable[None]]
     return run
 
 
+def _parts_of_clusters(fs: SimulatedFileSystem) -> None:
+    """An overlay with parts of clusters, and a base that differs from its own in single ones."""
+    subclusters("16384")(fs)
+    guest.create(fs, "/other.qcow2", "qcow2", 230 * KIB, cluster_size="4096")
+    old = guest.content(fs, "/base.qcow2")
+    pieces = [(0, old[: 7 * KIB]), (7 * KIB, data(72, 300)), (16 * KIB, old[16 * KIB : 120 * KIB]), (46 * KIB, None)]
+    guest.write(fs, "/other.qcow2", [*pieces, (200 * KIB, data(73, 3 * KIB))])
+
+
 REBASES = [
     Scenario("rebase", _other_base, rebase_onto("other.qcow2"), "/top.qcow2", "/top.qcow2", TOP),
+    Scenario(
+        "rebase, parts of clusters", _parts_of_clusters, rebase_onto("other.qcow2"), "/top.qcow2", "/top.qcow2", TOP
+    ),
     Scenario("rebase within the chain", three_layers, rebase_onto("base.qcow2"), "/top.qcow2", "/top.qcow2", TOP),
     Scenario("rebase onto nothing", three_layers, rebase_onto(None), "/top.qcow2", "/top.qcow2", TOP),
 ]
