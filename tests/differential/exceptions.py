@@ -69,7 +69,8 @@ def _holes(seen: Exchange) -> bool:
     if seen.words[0] != "map" or not seen.rewritten or (one.code, one.stderr) != (two.code, two.stderr):
         return False
     try:
-        return _merged(json.loads(one.stdout)) == _merged(json.loads(two.stdout))
+        raw = any("outraw" in word for word in seen.words)  # whose data file is zero where its tables need not say so
+        return _merged(json.loads(one.stdout), raw) == _merged(json.loads(two.stdout), raw)
     except ValueError:
         pass
     shown = [_mapped(text) for text in (one.stdout, two.stdout)]
@@ -78,12 +79,15 @@ def _holes(seen: Exchange) -> bool:
     )
 
 
-def _merged(entries: Sequence[dict[str, Any]]) -> list[list[Any]]:
-    """What is allocated where, whatever it reads as and wherever it lies: [end, depth, present, data or zeroes]."""
+def _merged(entries: Sequence[dict[str, Any]], raw: bool) -> list[list[Any]]:
+    """What is allocated where, whatever it reads as and wherever it lies: [end, depth, present, data or zeroes]; with
+    `raw` what it reads as, allocated or not."""
     found: list[list[Any]] = []
     for entry in entries:
         kind = "data" if entry["data"] else entry["zero"]
         piece = [entry["start"] + entry["length"], entry["depth"], entry["present"], kind]
+        if raw:
+            piece[2:] = [entry["zero"]]
         if found and found[-1][1:] == piece[1:]:
             found[-1] = piece
         else:

@@ -32,6 +32,7 @@ _ALWAYS = (
     (r"(?m)^( *disk size: ).*", r"\1SIZE"),
     (r'"actual-size": \d+', '"actual-size": 0'),
     (r"( +\(\d+\.\d\d/100%\)\r)+", "PROGRESS\r"),
+    (r"(Warning: Image size mismatch!\n)PROGRESS\r", r"\1"),
 )
 # Where things lie: it differs once an image has been changed, as another order of allocation explains.
 _PLACES = (
