@@ -110,11 +110,11 @@ def _open_new(
 
 
 def _check(image: Image, backing: str | None, backing_format: str | None) -> None:
+    if backing and backing_format is None:
+        raise refused(backing, "backing format must be specified")
     feature = lookup(image.format).rebasing
     if feature is None:
         raise refused(backing, "Operation not supported")
-    if backing and backing_format is None:
-        raise refused(backing, "backing format must be specified")
     if backing and not feature.accepts(image, backing):
         raise refused(backing, "Invalid argument")
 

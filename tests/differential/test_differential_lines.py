@@ -89,6 +89,7 @@ FOUND = (
     "create -f raw new.raw 0x1p3",
     "convert --image-opts driver=raw,file.filename=disk.raw driver=raw,file.filename=missing,nobar new.raw",
     "measure --foo plain.qcow2",
+    "rebase -f raw -b static.vdi mid.qcow2",
     "convert -c -n -O qcow2 plain.qcow2 meta.qcow2",
 )
 
