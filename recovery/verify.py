@@ -45,7 +45,7 @@ def verify(
         if step.in_flux and (state.no_return is None or step.prepared.number < state.no_return):
             _verify_flux(step, targets, undo, view)
         elif not step.in_flux:
-            _verify_solid(step, files, later)
+            _verify_solid(step, files, later, state.cut)
         later += step.prepared.moves
 
 
@@ -79,20 +79,27 @@ def _verify_metadata(file: File, sectors: dict[int, Sector], limit: int | None) 
                 raise _changed(file, number * SECTOR, SECTOR, "metadata")
 
 
-def _verify_solid(step: LiveStep, files: Mapping[int, File], later: Sequence[MoveRecord]) -> None:
+def _verify_solid(
+    step: LiveStep, files: Mapping[int, File], later: Sequence[MoveRecord], cut: Mapping[int, int]
+) -> None:
     for fresh in step.prepared.fresh:
         over = [move for move in later if move.image == fresh.image]
-        _verify_digests(files[fresh.image], fresh.offset, fresh.length, fresh.digests, over)
+        _verify_digests(
+            files[fresh.image], fresh.offset, fresh.length, fresh.digests, over, cut.get(fresh.image)
+        )
     recorded = iter(step.digests)
     for move in step.prepared.moves:
         file = files[move.image]
         over = [other for other in later if other.image == move.image]
         expected = next(recorded, b"") if move.digested else zero_digests(move.length)
-        _verify_digests(file, move.offset, move.length, expected, over)
+        _verify_digests(file, move.offset, move.length, expected, over, cut.get(move.image))
 
 
-def _verify_digests(file: File, offset: int, length: int, expected: bytes, later: Sequence[MoveRecord]) -> None:
-    """Blocks that a newer step wrote to are that step's to answer for."""
+def _verify_digests(
+    file: File, offset: int, length: int, expected: bytes, later: Sequence[MoveRecord], limit: int | None
+) -> None:
+    """Blocks that a newer step wrote to are that step's to answer for; what reaches beyond `limit`, where one cut the
+    file, is gone."""
     for at, content in _chunks(file, offset, length):
         found = digests(content)
         first = (at - offset) // BLOCK * SIZE
@@ -102,6 +109,7 @@ def _verify_digests(file: File, offset: int, length: int, expected: bytes, later
             end = min(start + BLOCK, len(content))
             digest = first + start // BLOCK * SIZE
             theirs = any(move.offset < at + end and at + start < move.offset + move.length for move in later)
+            theirs = theirs or (limit is not None and at + end > limit)
             if not theirs and expected[digest : digest + SIZE] != digests(content[start:end]):
                 raise _changed(file, at + start, end - start, "data")
 
