@@ -8,7 +8,7 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from safeimg.cli.common import print_json, print_text
+from safeimg.cli.common import filesystem, print_json, print_text
 from safeimg.cli.errors import CommandError
 from safeimg.cli.history import date, event_members, identity_of
 from safeimg.cli.options import Argument, Command, Option
@@ -31,17 +31,20 @@ FORM = Option("format", None, "format", "jsonl|csv", "With export: one event a l
 COMMANDS = (
     Command(
         "audit",
-        "Verify, export or anchor an image's history.",
-        (Argument("action", "verify, export or anchor."), IMAGE),
+        "Verify, export or anchor an image's history, or move it beside the image.",
+        (Argument("action", "verify, export, anchor, enable or disable."), IMAGE),
         (HELP, OUTPUT, ANCHOR, FORM),
         (
             ("Is the history as it was recorded?", "audit verify disk.qcow2"),
             ("What covers all of it: to be kept elsewhere", "audit anchor disk.qcow2"),
             ("Did it only grow since then?", "audit verify --anchor 8c1f… disk.qcow2"),
             ("For another program", "audit export --format csv disk.qcow2"),
+            ("Keep it in a file beside the image (and back: disable)", "audit enable disk.qcow2"),
         ),
         "Exit code of verify 0: it verifies; 4: an event was edited, removed or swapped. Whoever can write to the "
-        "history can make it anew, or cut its end off: only an anchor that is kept elsewhere tells.",
+        "history can make it anew, or cut its end off: only an anchor that is kept elsewhere tells. That something "
+        "else changed the image since, as guests do, is told and is no error. IMAGE.safeimg-history is to be copied "
+        "with the image.",
         True,
     ),
 )
@@ -50,9 +53,13 @@ COMMANDS = (
 def run(command: Command, arguments: Arguments) -> int:
     output = output_format(arguments.last("output"))
     words = arguments.positional
-    if len(words) != 2 or words[0] not in ("verify", "export", "anchor"):
-        raise CommandError("Expecting verify, export or anchor, and one image file name", code=2, hint=True)
+    if len(words) != 2 or words[0] not in ("verify", "export", "anchor", "enable", "disable"):
+        raise CommandError(
+            "Expecting verify, export, anchor, enable or disable, and one image file name", code=2, hint=True
+        )
     action, image = words
+    if action in ("enable", "disable"):
+        return _move(action, image, output)
     if action == "verify":
         return _verify(image, output, arguments.last("anchor"))
     if action == "anchor":
@@ -63,7 +70,24 @@ def run(command: Command, arguments: Arguments) -> int:
 def _chain(image: str) -> list[EventRow]:
     from safeimg.journal.sqlite import SqliteHistory
 
-    return SqliteHistory().chain(identity_of(image))
+    return SqliteHistory().at(image).chain(identity_of(image))
+
+
+def _move(action: str, image: str, output: str) -> int:
+    """Keeps the history beside the image, or in the state directory."""
+    from safeimg.journal import beside
+    from safeimg.journal.sqlite import BESIDE, SqliteHistory
+    from safeimg.ops.session import refuse_pending_on
+
+    identity = identity_of(image)
+    refuse_pending_on(filesystem(), image)
+    moved = (beside.enable if action == "enable" else beside.disable)(SqliteHistory(), image, identity)
+    where = f"beside it, in {image}{BESIDE}" if action == "enable" else "in the state directory"
+    if output == "json":
+        print_json({"image": image, "action": action, "outcome": "done" if moved else "nothing"})
+    else:
+        print_text(f"{image}: its history is {'now' if moved else 'already'} {where}")
+    return 0
 
 
 def _head(rows: Sequence[EventRow]) -> str | None:
@@ -115,7 +139,7 @@ def _verify(image: str, output: str, anchor: str | None) -> int:
             expected = bytes.fromhex(anchor)
         except ValueError:
             raise CommandError("--anchor takes the hash that `audit anchor` printed", code=2) from None
-    history, identity = SqliteHistory(), identity_of(image)
+    history, identity = SqliteHistory().at(image), identity_of(image)
     findings = audit.verify(history, identity, anchor=expected)
     rows = history.chain(identity)
     operations = len({row.operation for row in rows})

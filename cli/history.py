@@ -70,7 +70,7 @@ def _log(image: str, output: str) -> int:
     from safeimg.journal import story
     from safeimg.journal.sqlite import SqliteHistory
 
-    history, identity = SqliteHistory(), identity_of(image)
+    history, identity = SqliteHistory().at(image), identity_of(image)
     rows, events = history.log(identity), history.chain(identity)
     back, before = story.undone(events), story.changed_before(events)
     if output == "json":
@@ -116,7 +116,7 @@ def _operation(row: OperationRow) -> dict[str, Any]:
 def _show(image: str, operation: str, output: str) -> int:
     from safeimg.journal.sqlite import SqliteHistory
 
-    rows = SqliteHistory().show(identity_of(image), operation)
+    rows = SqliteHistory().at(image).show(identity_of(image), operation)
     if output == "json":
         print_json([event_members(row) for row in rows])
     else:

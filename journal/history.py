@@ -7,7 +7,7 @@ simulation. Losing the pending index loses nothing: the logs are the truth while
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -35,6 +35,11 @@ class PendingRow:
 
 class History(Protocol):
     """Images are asked about by their identity now (`identity.identify`)."""
+
+    def at(self, path: str) -> History:
+        """The history that keeps what there is about the image at `path`: another one than this where it lies beside
+        the image. Recording needs no such choice."""
+        ...
 
     def add_pending(self, entry: PendingRow) -> None: ...
     def remove_pending(self, operation: str) -> None: ...
@@ -98,6 +103,9 @@ class Store(Protocol):
     def put_part(self, operation: str, image: int, role: str, path: str, identity: Identity) -> None: ...
     def put_events(self, image: int, rows: Sequence[EventRow]) -> None: ...
     def drop_pending(self, operation: str) -> None: ...
+    def last_hash(self, operation: str) -> bytes:
+        """Of an operation's last event in its home's chain; empty if that is not here."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,16 +150,21 @@ def prepare(events: Iterable[Event], home: str, identities: Mapping[int, Identit
     return Prepared(summary, first, bodies, {**dict(identities or {}), **looks}, looks, lost, changed, undoes)
 
 
-def settle(store: Store, settled: Prepared) -> None:
-    """Writes a settled operation's rows: every event into its home's chain, one into each participant's."""
+def settle(store: Store, settled: Prepared, chosen: Container[int] | None = None, head: bytes = b"") -> bytes:
+    """Writes a settled operation's rows: every event into its home's chain, one into each participant's. The hash of
+    the last one at its home.
+
+    `chosen`: the images that this store is for, by index (all of them if not given). `head`: that hash, where the home
+    is not one of them."""
     summary = settled.summary
     store.drop_pending(summary.operation)
     if store.knows(summary.operation):
-        return
+        return head or store.last_hash(summary.operation)
     store.put_operation(summary)
-    head = b""
     seen: set[int] = set()
     for index, image in enumerate(settled.declared.images):
+        if chosen is not None and index not in chosen:
+            continue
         identity = settled.identities.get(index, image.identity)
         path = summary.home if index == 0 else _beside(summary.home, printable(image.path))
         number = image_number(store, identity, path)
@@ -174,6 +187,7 @@ def settle(store: Store, settled: Prepared) -> None:
                 more[UNDOES] = settled.undoes
             rows = [chain.chain_participant(summary, image.role, head, position, previous, more)]
         store.put_events(number, rows)
+    return head
 
 
 def image_number(store: Store, identity: Identity, path: str) -> int:
@@ -223,6 +237,9 @@ def _beside(home: str, path: str) -> str:
 
 class MemoryHistory:
     """A history that is gone with the process."""
+
+    def at(self, path: str) -> MemoryHistory:
+        return self
 
     def __init__(self) -> None:
         self.image_rows: list[ImageRow] = []
@@ -296,3 +313,7 @@ class MemoryHistory:
 
     def drop_pending(self, operation: str) -> None:
         self.pending_rows.pop(operation, None)
+
+    def last_hash(self, operation: str) -> bytes:
+        everything = (row for rows in self.events.values() for row in reversed(rows))
+        return next((row.hash for row in everything if row.operation == operation), b"")

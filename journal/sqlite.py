@@ -9,12 +9,12 @@ from __future__ import annotations
 import json
 import os
 import sqlite3
-import sys
+import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import quote
 
 from safeimg.journal import chain
@@ -23,71 +23,12 @@ from safeimg.journal.errors import HistoryError
 from safeimg.journal.events import Event, Identity
 from safeimg.journal.history import ImageRow, PendingRow, match, prepare, printable, select, settle
 from safeimg.journal.place import make_state_directory, state_directory
-
-if TYPE_CHECKING:
-    from sqlite_utils import Database
+from safeimg.journal.schema import SCHEMA, create_tables
 
 NAME = "history.db"
-SCHEMA = 1  # PRAGMA user_version
+BESIDE = ".safeimg-history"  # of the image's path: the history of this image alone (`beside.py`)
 _EVENTS = "select position, operation, sequence, kind, body, previous, hash from events"
 TIMEOUT = 20.0  # seconds to wait for another process's transaction
-
-_TABLES: Mapping[str, tuple[dict[str, type], str | tuple[str, ...]]] = {
-    "images": ({"number": int, "tag": str, "device": str, "inode": str, "path": str}, "number"),
-    "operations": (
-        {
-            "operation": str,
-            "command": str,
-            "arguments": str,
-            "version": str,
-            "outcome": str,
-            "started": float,
-            "settled": float,
-            "uid": int,
-            "host": str,
-            "home": str,
-        },
-        "operation",
-    ),
-    "parts": (
-        {
-            "operation": str,
-            "image": int,
-            "role": str,
-            "path": str,
-            "device": str,
-            "inode": str,
-            "size": int,
-            "mtime_ns": int,
-            "tag": str,
-        },
-        ("operation", "image"),
-    ),
-    "events": (
-        {
-            "image": int,
-            "position": int,
-            "operation": str,
-            "sequence": int,
-            "kind": str,
-            "body": str,
-            "previous": bytes,
-            "hash": bytes,
-        },
-        ("image", "position"),
-    ),
-    "pending": (
-        {
-            "operation": str,
-            "command": str,
-            "log": str,
-            "home": str,
-            "machine": str,
-            "started": float,
-        },
-        "operation",
-    ),
-}
 
 
 class SqliteHistory:
@@ -97,11 +38,16 @@ class SqliteHistory:
         """`path`: of the database; by default in the state directory, made when something is first
         recorded."""
         self._path = path
+        self._sole = path is not None and path.endswith(BESIDE)  # about one image, whatever that has become
+
+    def at(self, path: str) -> SqliteHistory:
+        found = None if self._sole else beside_image(path)
+        return self if found is None else SqliteHistory(found)
 
     def add_pending(self, entry: PendingRow) -> None:
         """Durable when it returns."""
         values = asdict(entry) | {"log": printable(entry.log), "home": printable(entry.home)}
-        with self._writing() as connection:
+        with self.writing() as connection:
             connection.execute(
                 "insert or replace into pending (operation, command, log, home, machine, started) "
                 "values (:operation, :command, :log, :home, :machine, :started)",
@@ -109,7 +55,7 @@ class SqliteHistory:
             )
 
     def remove_pending(self, operation: str) -> None:
-        with self._writing() as connection:
+        with self.writing() as connection:
             connection.execute("delete from pending where operation = ?", (operation,))
 
     def pending(self) -> list[PendingRow]:
@@ -128,8 +74,17 @@ class SqliteHistory:
     ) -> None:
         """See `History.record_settled`."""
         settled = prepare(events, home, identities)
-        with self._writing() as connection:
-            settle(_Tables(connection), settled)
+        places: dict[str | None, set[int]] = {}  # that of the home image comes first
+        for index, image in enumerate(settled.declared.images):
+            path = home if index == 0 else os.path.join(os.path.dirname(home), image.path)
+            places.setdefault(self.at(path)._path, set()).add(index)
+        head = b""
+        for place, images in places.items():
+            store = SqliteHistory(place)
+            with store.writing() as connection:
+                head = settle(Tables(connection, store._sole), settled, images, head)
+        if self._path not in places:
+            self.remove_pending(settled.summary.operation)
 
     def log(self, image: Identity) -> list[OperationRow]:
         rows = self._query(
@@ -179,7 +134,7 @@ class SqliteHistory:
                     return []
                 parameters: tuple[int | str, ...] = more
                 if image is not None:
-                    row = match(_images(connection, image), image)
+                    row = match(Tables(connection, self._sole).images(image), image)
                     if row is None:
                         return []
                     parameters = (row.number, *more)
@@ -188,7 +143,7 @@ class SqliteHistory:
                 connection.close()
 
     @contextmanager
-    def _writing(self) -> Iterator[sqlite3.Connection]:
+    def writing(self) -> Iterator[sqlite3.Connection]:
         """One transaction, durable when the block ends without an error."""
         path = self._path or str(Path(make_state_directory()) / NAME)
         with _reported(path):
@@ -198,26 +153,34 @@ class SqliteHistory:
                 connection.execute("PRAGMA synchronous=EXTRA")
                 connection.execute("BEGIN IMMEDIATE")
                 if _version(connection, path) == 0:
-                    _create_tables(connection)
+                    create_tables(connection)
                 yield connection
                 connection.execute("COMMIT")
             finally:
                 connection.close()  # rolls back what was not committed
 
 
-class _Tables:
+class Tables:
     """The tables as `history.settle` writes them: every operation ends here, and does not wait for sqlite_utils (which
     takes a seventh of a second to import) to put a few rows into tables that are there."""
 
-    def __init__(self, connection: sqlite3.Connection) -> None:
+    def __init__(self, connection: sqlite3.Connection, sole: bool = False) -> None:
+        """`sole`: they are about one image alone."""
         self._connection = connection
+        self._sole = sole
 
     def knows(self, operation: str) -> bool:
         found = self._connection.execute("select 1 from operations where operation = ?", (operation,))
         return found.fetchone() is not None
 
     def images(self, identity: Identity) -> list[ImageRow]:
-        return _images(self._connection, identity)
+        if not self._sole:
+            which = "where inode = ? or tag = ? order by number"
+            return _images(self._connection, which, (str(identity.inode), identity.tag))
+        return [
+            replace(row, tag=identity.tag, device=str(identity.device), inode=str(identity.inode))
+            for row in _images(self._connection, "limit 1")
+        ]
 
     def put_image(self, image: ImageRow) -> int:
         values = asdict(image)
@@ -265,6 +228,13 @@ class _Tables:
         for row in rows:
             self._insert("events", {"image": image} | asdict(row))
 
+    def last_hash(self, operation: str) -> bytes:
+        row = self._connection.execute(
+            "select hash from events where operation = ? and kind != ? order by position desc limit 1",
+            (operation, chain.PARTICIPATED),
+        ).fetchone()
+        return b"" if row is None else _bytes(row[0])
+
     def _insert(self, table: str, values: Mapping[str, object]) -> int | None:
         """Adds a row; its number."""
         names = ", ".join(values)
@@ -273,6 +243,23 @@ class _Tables:
 
     def drop_pending(self, operation: str) -> None:
         self._connection.execute("delete from pending where operation = ?", (operation,))
+
+
+def beside_image(path: str) -> str | None:
+    """The path of the history beside the image at `path`; None if there is none. Raises `HistoryError` for one that is
+    not to be trusted: an image may arrive with a hostile file next to it."""
+    history = os.path.realpath(path) + BESIDE
+    try:
+        found = os.lstat(history)
+    except OSError:
+        return None
+    try:
+        owner = os.stat(path).st_uid
+    except OSError:
+        owner = 0
+    if not stat.S_ISREG(found.st_mode) or found.st_uid not in (os.geteuid(), 0, owner):
+        raise HistoryError(f"{history}: neither yours, root's nor the image owner's file, so it is not trusted")
+    return history
 
 
 def _default_path() -> str | None:
@@ -290,20 +277,6 @@ def _connect(path: str, mode: str) -> sqlite3.Connection:
     return connection
 
 
-def _database() -> type[Database]:
-    """sqlite_utils, without numpy and pandas: where they are installed it would import them, only to know how their
-    types are stored. That takes longer than all the rest of it. No worker runs meanwhile that might import them."""
-    hidden = [name for name in ("numpy", "pandas") if name not in sys.modules]
-    for name in hidden:
-        sys.modules[name] = None  # type: ignore[assignment]  # an import of it fails
-    try:
-        from sqlite_utils import Database
-    finally:
-        for name in hidden:
-            del sys.modules[name]
-    return Database
-
-
 def _version(connection: sqlite3.Connection, path: str) -> int:
     version = _int(connection.execute("PRAGMA user_version").fetchone()[0])
     if version > SCHEMA:
@@ -311,21 +284,10 @@ def _version(connection: sqlite3.Connection, path: str) -> int:
     return version
 
 
-def _create_tables(connection: sqlite3.Connection) -> None:
-    database = _database()(connection, execute_plugins=False)
-    for name, (columns, key) in _TABLES.items():
-        database.table(name).create(columns, pk=key, if_not_exists=True)
-    database.table("parts").create_index(["image"], if_not_exists=True)
-    database.table("images").create_index(["inode"], if_not_exists=True)
-    database.table("images").create_index(["tag"], if_not_exists=True)
-    connection.execute(f"PRAGMA user_version={SCHEMA}")
-
-
-def _images(connection: sqlite3.Connection, identity: Identity) -> list[ImageRow]:
-    rows = connection.execute(
-        "select number, tag, device, inode, path from images where inode = ? or tag = ? order by number",
-        (str(identity.inode), identity.tag),
-    )
+def _images(
+    connection: sqlite3.Connection, which: str, parameters: tuple[str | None, ...] = ()
+) -> list[ImageRow]:
+    rows = connection.execute(f"select number, tag, device, inode, path from images {which}", parameters)
     return [
         ImageRow(_int(row[0]), None if row[1] is None else _text(row[1]), *map(_text, row[2:]))
         for row in rows

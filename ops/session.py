@@ -200,7 +200,7 @@ class Session:
     def _changed_outside(self) -> tuple[tuple[int, float], ...]:
         """The images that something changed that is not on record, and when the operation before was settled."""
         since = (
-            (index, changed_since(self.history, image.identity))
+            (index, changed_since(self.history.at(self.path_of(image)), image.identity))
             for index, image in enumerate(self.state.declared.images)
             if image.writes
         )

@@ -21,7 +21,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from safeimg.journal.events import PatchRecord
 from safeimg.journal.state import LiveStep
 
 SECTOR = 512
@@ -92,17 +91,31 @@ def composite(steps: Sequence[LiveStep], image: int) -> dict[int, Sector]:
     sectors: dict[int, Sector] = {}
     for step in steps:
         uncertain = step.in_flux or step.prepared.name == "fence"
-        for patch in _patches(step, image):
-            for number, start, low, high in _pieces(patch.offset, len(patch.after)):
-                sector = sectors.setdefault(number, Sector())
-                before = None if patch.before is None else patch.before[low:high]
-                sector.write(start, before, patch.after[low:high], step=step.prepared.number, in_flux=uncertain)
+        for group in (step.prepared.allocate, step.prepared.link):
+            for patch in group:
+                if patch.image != image:
+                    continue
+                for number, start, low, high in _pieces(patch.offset, len(patch.after)):
+                    sector = sectors.setdefault(number, Sector())
+                    before = None if patch.before is None else patch.before[low:high]
+                    sector.write(start, before, patch.after[low:high], step=step.prepared.number, in_flux=uncertain)
+            if group is step.prepared.allocate:
+                _forget(sectors, step, image)
     return sectors
 
 
-def _patches(step: LiveStep, image: int) -> Iterator[PatchRecord]:
-    prepared = step.prepared
-    return (patch for group in (prepared.allocate, prepared.link) for patch in group if patch.image == image)
+def _forget(sectors: dict[int, Sector], step: LiveStep, image: int) -> None:
+    """What the step puts in place as data is judged as data, whatever older steps patched there: an undo brings back
+    space that held metadata as a whole."""
+    for move in step.prepared.moves:
+        if move.image == image and sectors:
+            first, last = move.offset // SECTOR, (move.offset + move.length - 1) // SECTOR
+            if last - first < len(sectors):
+                for number in range(first, last + 1):
+                    sectors.pop(number, None)
+            else:
+                for number in [each for each in sectors if first <= each <= last]:
+                    del sectors[number]
 
 
 def _pieces(offset: int, length: int) -> Iterator[tuple[int, int, int, int]]:

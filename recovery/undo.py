@@ -66,7 +66,7 @@ async def undo(path: str, environment: Environment, operation: str = "") -> str:
 
 
 def _find(path: str, environment: Environment, operation: str) -> Undoable:
-    fs, history = environment.fs, environment.history
+    fs, history = environment.fs, environment.history.at(path)
     refuse_pending_on(fs, path)
     identity = _identity(fs, path)
     if identity is None:
@@ -79,7 +79,7 @@ def _find(path: str, environment: Environment, operation: str) -> Undoable:
         raise Impossible(f"{path}: the {row.command} was {row.outcome}: there is nothing to undo")
     where = None if environment.keeping is None else kept.find(fs, environment.keeping, row.operation)
     if where is None:
-        raise Impossible(f"{path}: {_why_not_kept(environment, identity, row)}")
+        raise Impossible(f"{path}: {_why_not_kept(history.show(identity, row.operation), row)}")
     record = kept.load(fs, where)
     try:
         problem = undo_problem(record.state)
@@ -110,9 +110,9 @@ def _choose(
     raise Impossible(f"{path}: there is no completed operation on record that could be undone")
 
 
-def _why_not_kept(environment: Environment, identity: Identity, row: OperationRow) -> str:
+def _why_not_kept(events: Sequence[EventRow], row: OperationRow) -> str:
     """Why there is no record of an operation: what was noted when it ended, or what became of the record since."""
-    return lost(environment.history.show(identity, row.operation)) or (
+    return lost(events) or (
         f"what it takes to undo the {row.command} was dropped since it was kept, or is on another host"
     )
 
@@ -139,7 +139,7 @@ def _home(fs: FileSystem, path: str, row: OperationRow, record: Record) -> str:
 
 def _check_looks(environment: Environment, found: Undoable) -> None:
     """Raises `Conflict` unless the images are the files that the operation left, untouched since."""
-    fs, history, operation = environment.fs, environment.history, found.row.operation
+    fs, operation = environment.fs, found.row.operation
     state = found.record.state
     looks = dict(state.settled.identities) if state.settled is not None else {}
     folder = os.path.dirname(fs.resolve(found.home))
@@ -152,6 +152,7 @@ def _check_looks(environment: Environment, found: Undoable) -> None:
         now = _identity(fs, path)
         if now is None:
             raise Impossible(f"{path}: the {found.row.command} also concerned this image, which is not there any more")
+        history = environment.history.at(path)
         look = look_after(history.chain(now), operation) or looks.get(index)
         if look is None or not untouched(look, now):
             raise Conflict(

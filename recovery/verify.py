@@ -26,6 +26,8 @@ from safeimg.journal.undo import UndoFile
 from safeimg.ops.errors import Changed, Conflict
 from safeimg.recovery.composite import SECTOR, Sector, composite, runs
 
+Range = tuple[int, int, int]  # image, offset, length
+
 CHUNK = 1 << 20  # bytes of data looked at in one go; a multiple of BLOCK
 
 
@@ -40,13 +42,15 @@ def verify(
     files = {image: target.file for image, target in targets.items()}
     for image, file in files.items():
         _verify_metadata(file, composite(state.steps, image), state.cut.get(image))
-    later: list[MoveRecord] = []  # what newer steps wrote in place
+    later: list[Range] = [(image, end, 1 << 63) for image, end in state.cut.items()]  # cut off, or written in place
     for step in reversed(state.steps):
         if step.in_flux and (state.no_return is None or step.prepared.number < state.no_return):
             _verify_flux(step, targets, undo, view)
         elif not step.in_flux:
-            _verify_solid(step, files, later, state.cut)
-        later += step.prepared.moves
+            _verify_solid(step, files, later)
+        prepared = step.prepared
+        later += [(move.image, move.offset, move.length) for move in prepared.moves]
+        later += [(patch.image, patch.offset, len(patch.after)) for patch in (*prepared.allocate, *prepared.link)]
 
 
 def verify_sources(state: OperationState, files: Mapping[int, File]) -> None:
@@ -79,27 +83,19 @@ def _verify_metadata(file: File, sectors: dict[int, Sector], limit: int | None) 
                 raise _changed(file, number * SECTOR, SECTOR, "metadata")
 
 
-def _verify_solid(
-    step: LiveStep, files: Mapping[int, File], later: Sequence[MoveRecord], cut: Mapping[int, int]
-) -> None:
+def _verify_solid(step: LiveStep, files: Mapping[int, File], later: Sequence[Range]) -> None:
     for fresh in step.prepared.fresh:
-        over = [move for move in later if move.image == fresh.image]
-        _verify_digests(
-            files[fresh.image], fresh.offset, fresh.length, fresh.digests, over, cut.get(fresh.image)
-        )
+        _verify_digests(files, (fresh.image, fresh.offset, fresh.length), fresh.digests, later)
     recorded = iter(step.digests)
     for move in step.prepared.moves:
-        file = files[move.image]
-        over = [other for other in later if other.image == move.image]
         expected = next(recorded, b"") if move.digested else zero_digests(move.length)
-        _verify_digests(file, move.offset, move.length, expected, over, cut.get(move.image))
+        _verify_digests(files, (move.image, move.offset, move.length), expected, later)
 
 
-def _verify_digests(
-    file: File, offset: int, length: int, expected: bytes, later: Sequence[MoveRecord], limit: int | None
-) -> None:
-    """Blocks that a newer step wrote to are that step's to answer for; what reaches beyond `limit`, where one cut the
-    file, is gone."""
+def _verify_digests(files: Mapping[int, File], where: Range, expected: bytes, later: Sequence[Range]) -> None:
+    """Blocks that a newer step wrote to are that step's to answer for."""
+    image, offset, length = where
+    file = files[image]
     for at, content in _chunks(file, offset, length):
         found = digests(content)
         first = (at - offset) // BLOCK * SIZE
@@ -108,8 +104,9 @@ def _verify_digests(
         for start in range(0, len(content), BLOCK):
             end = min(start + BLOCK, len(content))
             digest = first + start // BLOCK * SIZE
-            theirs = any(move.offset < at + end and at + start < move.offset + move.length for move in later)
-            theirs = theirs or (limit is not None and at + end > limit)
+            theirs = any(
+                other == image and low < at + end and at + start < low + size for other, low, size in later
+            )
             if not theirs and expected[digest : digest + SIZE] != digests(content[start:end]):
                 raise _changed(file, at + start, end - start, "data")
 

@@ -168,7 +168,7 @@ def test_an_error_while_recording_records_nothing(tmp_path: Path, monkeypatch: p
     def fail(*arguments: object) -> None:
         raise sqlite3.OperationalError("disk I/O error")
 
-    monkeypatch.setattr("safeimg.journal.sqlite._Tables.put_events", fail)
+    monkeypatch.setattr("safeimg.journal.sqlite.Tables.put_events", fail)
     with pytest.raises(JournalError, match="disk I/O error"):
         history.record_settled(operation(2), home="/b")
     assert len(history.log(HOME)) == 1 and audit.verify(history, HOME) == []
