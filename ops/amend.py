@@ -15,7 +15,9 @@ from safeimg.ops.change import Action, Changing, Settings
 from safeimg.ops.create_options import parse_amend_options
 from safeimg.ops.errors import Conflict
 from safeimg.ops.launch import Environment
+from safeimg.ops.repair import open_to_change
 from safeimg.ops.resize import resize
+from safeimg.ops.session import refuse_pending_on
 
 
 async def amend(
@@ -48,7 +50,14 @@ async def amend(
     try:
         driver, old = lookup(layers[0].format), layers[0].size
         if driver.amending is not None:  # else it is refused once the image was opened for writing
-            values = parse_amend_options(driver.amending.options, driver.create_options, given)
+            try:
+                values = parse_amend_options(driver.amending.options, driver.create_options, given)
+            except UsageError:  # that the image cannot be written comes first
+                refuse_pending_on(fs, layers[0].file.path)
+                close_chain(await open_to_change(
+                    environment, filename, fmt=fmt, cache=cache, warn=None, backing=True
+                ))  # fmt: skip
+                raise
             begun()
         size = int(values.get("size", 0)) or old  # 0 asks for nothing, as in QEMU
         resizes, others = size != old, size == old or len(values) > 1

@@ -29,7 +29,7 @@ from safeimg.drivers.formats.naming import (
     protocol,
     text_of,
 )
-from safeimg.drivers.formats.protocols import Access, open_file, refuse_unknown, take_access
+from safeimg.drivers.formats.protocols import Access, OwnOption, open_file, refuse_unknown, take_access
 from safeimg.drivers.formats.registry import lookup, names, probe
 from safeimg.drivers.secrets import NO_SECRETS, Secrets
 from safeimg.drivers.storage import locks
@@ -274,15 +274,23 @@ class _Opener(NamedTuple):
 
     def open(self, layer: _Layer, write: bool, repair: bool) -> Image:
         options = layer.options
-        access = take_access(options, Access(write, self.cache, self.force_share, self.aio))
+        access, wrong = Access(write, self.cache, self.force_share, self.aio), None
+        try:
+            access = take_access(options, access)
+        except OwnOption as error:
+            access, wrong = error.access, error
         own = options.text("driver")
         name = own if layer.format is None else layer.format
         file_options = _file_options(options, name)
         driver = None if name is None else lookup("raw" if name in (*FILE_DRIVERS, *PROTOCOLS) else name)
+        if wrong is not None and (name in FILE_DRIVERS or name in PROTOCOLS):
+            raise wrong
         if not file_options:
             raise UsageError('A block device must be specified for "file"')
         file = open_file(self.fs, file_options, access, seen=lambda found: self._note(layer.name, found))
         try:
+            if wrong is not None:
+                raise wrong
             if driver is None:
                 driver = _probed(file)
                 if write and self.warn is not None and driver.name == "raw":

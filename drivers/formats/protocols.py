@@ -47,26 +47,41 @@ class Access(NamedTuple):
     aio: str | None = None  # how the file is read and written
 
 
+class OwnOption(UsageError):
+    """What an image's options do not allow; what is wrong with the file below it QEMU finds first. `access`: how that
+    is opened."""
+
+    def __init__(self, message: str, access: Access) -> None:
+        super().__init__(message)
+        self.access = access
+
+
 def take_access(options: Options, given: Access) -> Access:
-    """Takes the options that every block device has. `UsageError` for values that are none."""
+    """Takes the options that every block device has. `UsageError` for values that are none, `OwnOption` if those that
+    what lies below it inherits are sound."""
     name = options.text("node-name")
-    if name is not None and not re.fullmatch(r"[A-Za-z][A-Za-z0-9\-._]{0,30}", name):
-        raise UsageError(f"Invalid node-name: '{name}'")
     read_only = options.boolean("read-only")
     options.boolean("auto-read-only")
     share = options.boolean("force-share") or given.force_share
     direct, no_flush = options.boolean("cache.direct"), options.boolean("cache.no-flush")
-    discard = options.choice("discard", _DISCARD, "Invalid discard option")
-    zeroes = options.choice("detect-zeroes", _DETECT_ZEROES)
-    if zeroes == "unmap" and discard not in ("unmap", "on"):
-        raise UsageError(
-            "setting detect-zeroes to unmap is not allowed without setting discard operation to unmap"
-        )
+    discard, zeroes = options.text("discard"), options.text("detect-zeroes")
+    access = Access(given.write, _cache(given.cache, direct, no_flush), share, given.aio)
+    wrong = None
     if given.write and share:
-        raise UsageError("force-share=on can only be used with read-only images")
-    if given.write and read_only:
-        raise UsageError("Block node is read-only")
-    return Access(given.write, _cache(given.cache, direct, no_flush), share, given.aio)
+        wrong = "force-share=on can only be used with read-only images"
+    elif discard not in (None, *_DISCARD):
+        wrong = "Invalid discard option"
+    elif zeroes not in (None, *_DETECT_ZEROES):
+        wrong = f"invalid parameter value: {zeroes}"
+    elif zeroes == "unmap" and discard not in ("unmap", "on"):
+        wrong = "setting detect-zeroes to unmap is not allowed without setting discard operation to unmap"
+    elif name is not None and not re.fullmatch(r"[A-Za-z][A-Za-z0-9\-._]{0,30}", name):
+        wrong = f"Invalid node-name: '{name}'"
+    elif given.write and read_only:
+        wrong = "Block node is read-only"
+    if wrong is not None:
+        raise OwnOption(wrong, access)
+    return access
 
 
 def _cache(mode: str, direct: bool | None, no_flush: bool | None) -> str:

@@ -90,6 +90,13 @@ FOUND = (
     "convert --image-opts driver=raw,file.filename=disk.raw driver=raw,file.filename=missing,nobar new.raw",
     "measure --foo plain.qcow2",
     "rebase -f raw -b static.vdi mid.qcow2",
+    "amend -o compression_type=zlib corrupt-bit.qcow2",
+    "amend -o foo dirty.qcow2",
+    "amend -o foo=bar --image-opts driver=qcow2,file.filename=odd-size.qcow2,read-only=on",
+    "snapshot -U -a x --image-opts driver=qcow2,file=x",
+    """bench -w -n 'json:{"driver":"qcow2","file":{"driver":"file","filename":"zstd.qcow2"},"read-only":true}'""",
+    """info 'json:{"driver":"qcow2","file.filename":"missing","discard":"x"}'""",
+    """info 'json:{"driver":"qcow2","file.filename":"plain.qcow2","node-name":"1","discard":"x"}'""",
     "convert -c -n -O qcow2 plain.qcow2 meta.qcow2",
 )
 
