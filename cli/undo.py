@@ -12,12 +12,14 @@ from safeimg.cli.settle import OUTCOMES
 from safeimg.cli.shared import HELP, IMAGE, JOURNALING, LONG_PROGRESS, OUTPUT, PROGRESS, QUIET
 from safeimg.cli.values import output_format
 
+WANTED = ("journal", "on-crash", "wait")  # an undo is always journaled, and not undone
+
 COMMANDS = (
     Command(
         "undo",
         "Take a completed operation back.",
         (IMAGE, Argument("operation", "Its id, or the beginning of it (the newest one if not given).", False)),
-        (HELP, OUTPUT, PROGRESS, LONG_PROGRESS, QUIET, *JOURNALING),
+        (HELP, OUTPUT, PROGRESS, LONG_PROGRESS, QUIET, *(each for each in JOURNALING if each.name in WANTED)),
         (
             ("Take back what was done last", "undo disk.qcow2"),
             ("What could be taken back", "log disk.qcow2"),

@@ -68,6 +68,8 @@ def spare(session: Session, number: int, ranges: Sequence[Range] | None, files: 
 def spare_end(session: Session, files: Mapping[int, File], discards: Sequence[Range]) -> None:
     """Keeps the content of what is discarded once the operation is completed, and decides whether it can be undone."""
     session.lost = session.lost or undo_problem(session.state) or ""
+    if not session.lost and any(file.writable and file.stat().is_device for file in files.values()):
+        session.lost = "a block device does not tell whether it was changed since"
     if discards:
         spare(session, session.state.last_number + 1, discards, files)
     if session.lost or session.keeping is None or session.undo is None:

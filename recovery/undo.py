@@ -49,7 +49,10 @@ async def undo(path: str, environment: Environment, operation: str = "") -> str:
     """Takes back a completed operation on the image at `path`: the newest that was not taken back yet, or the one
     whose id begins with `operation`. What was done, in one line.
 
-    Raises `Impossible`, `Conflict`, `SomethingPending`, `OperationPaused`, and what opening images raises."""
+    It is journaled even where the environment says that nothing is. Raises `Impossible`, `Conflict`,
+    `SomethingPending`, `OperationPaused`, and what opening images raises."""
+    if environment.journal == "off":
+        environment = replace(environment, journal="auto")
     found = await blocking(_find, path, environment, operation)
     try:
         home, state = found.home, found.record.state

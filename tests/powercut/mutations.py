@@ -44,6 +44,7 @@ from safeimg.ops.engine import Engine
 from safeimg.ops.errors import OperationError
 from safeimg.ops.session import Session
 from safeimg.ops.steps import Step
+from safeimg.ops.undo import Undo
 from safeimg.recovery import settle, takeback
 
 
@@ -138,7 +139,7 @@ def _completed_before_the_last_sync(self: Engine) -> None:
     self._unconfirmed = None
 
 
-def _truncated_before_the_switch_is_durable(self: Engine) -> None:
+def _truncated_before_the_switch_is_durable(self: Engine, step: Step) -> None:
     if self._unconfirmed is not None and self._session is not None:
         self._session.record(self._unconfirmed)
     self._unconfirmed = None
@@ -154,12 +155,12 @@ def _fence_down_first(stack: ExitStack) -> None:
         tidy.finish_images(files, records)
         if active is not None:
             active.record(Completed((), time.time()))
-            active.settle()
+            active.settle(files)
 
     stack.enter_context(patch.object(launch, "complete", complete))
 
 
-def _log_removed_first(self: Session) -> None:
+def _log_removed_first(self: Session, files: Mapping[int, File]) -> None:
     self.log.remove()
     self._remove_pointers()
     if self.undo is not None:
@@ -235,9 +236,9 @@ def _pointers_last(stack: ExitStack) -> None:
     point = Session._point
     late: dict[int, tuple[Session, Any]] = {}
 
-    def settled(self: Session) -> None:
+    def settled(self: Session, files: Mapping[int, File]) -> None:
         late.pop(id(self), None)
-        _settle(self)
+        _settle(self, files)
 
     def pointed(self: Engine) -> None:
         if self._session is not None and id(self._session) in late and self._number > 2:
@@ -258,6 +259,15 @@ def _undo_file_removed_first(active: Session | None, *rest: Any) -> None:
     if active is not None and active.undo is not None:
         session.remove_undo(active.fs, active.log.path + "-undo")
     tidy.complete(active, *rest)
+
+
+_parts = Undo._parts
+
+
+def _links_back_last(self: Undo) -> list[Any]:
+    """An undo puts content and allocations back first, and the links away from them afterwards."""
+    first, *parts = _parts(self)
+    return [first, *(part for pair in zip(parts[1::2], parts[::2], strict=True) for part in pair)]
 
 
 MUTATIONS = [
@@ -300,6 +310,9 @@ MUTATIONS = [
     Mutation("rollback cuts a file before its links are back", "commit, growing base", _replace(
         settle, "take_back", _cut_before_the_links_are_back)),
     Mutation("pointers are written after the first steps", "commit", _pointers_last),
+    Mutation("undo writes over what is still linked to", "undo of commit", _replace(Undo, "_parts", _links_back_last)),
+    Mutation("what is given up behind the point of no return is not kept", "undo of commit", _replace(
+        engine, "lost_by", lambda step, files: [])),
     Mutation("the undo file goes before the outcome is durable", "commit into raw", _replace(
         launch, "complete", _undo_file_removed_first)),
 ]
