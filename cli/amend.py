@@ -22,7 +22,8 @@ from safeimg.cli.shared import (
     SHORT_FORMAT,
 )
 from safeimg.cli.values import cache_mode
-from safeimg.drivers.formats.naming import Blockdev
+from safeimg.drivers.formats.naming import Blockdev, is_protocol
+from safeimg.drivers.secrets import Secrets
 
 COMMANDS = (
     Command(
@@ -67,13 +68,13 @@ def _amend(arguments: Arguments, options: list[str], shown: Display) -> int:
 
     helps = any(asks_for_help(text) for text in options)
     if helps and fmt is not None and not arguments.flag("image-opts"):
-        return _help(None, fmt, "writeback")
+        return _help(None, fmt, "writeback", arguments.secrets)
     if len(words) != 1:
         raise CommandError("Expecting one image file name")
     cache = cache_mode(arguments.last("cache", "writeback"), "Invalid cache option")
     name, fmt = image_name(arguments, words[0], fmt)
     if helps:
-        return _help(name, fmt, cache)
+        return _help(name, fmt, cache, arguments.secrets)
     from safeimg.ops.amend import amend
     from safeimg.ops.launch import Environment
     from safeimg.recovery.gate import begin_or_resume
@@ -101,7 +102,7 @@ def _amend(arguments: Arguments, options: list[str], shown: Display) -> int:
     return 0
 
 
-def _help(name: str | Blockdev | None, fmt: str | None, cache: str) -> int:
+def _help(name: str | Blockdev | None, fmt: str | None, cache: str, secrets: Secrets) -> int:
     """`-o help`, for a format or for that of an image."""
     from safeimg.drivers.errors import UsageError
     from safeimg.drivers.formats.registry import lookup
@@ -109,11 +110,13 @@ def _help(name: str | Blockdev | None, fmt: str | None, cache: str) -> int:
     from safeimg.ops.create_options import amend_help_lines
 
     if name is not None:
-        driver = image_driver(filesystem(), name, fmt, cache, warn_image)
+        driver = image_driver(filesystem(), name, fmt, cache, warn_image, secrets)
     else:
         try:
             driver = lookup(fmt or "")
         except UsageError as error:
+            if is_protocol(fmt or ""):
+                raise CommandError(f"Format driver '{fmt}' does not support option amendment") from error
             raise CommandError(f"Unknown file format '{fmt}'") from error
     print("\n".join(amend_help_lines(driver.name, amendable(driver, name, fmt).options)))
     return 0

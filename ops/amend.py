@@ -10,6 +10,7 @@ from safeimg.drivers.formats.chain import close_chain, look_at, open_chain
 from safeimg.drivers.formats.features import Amending
 from safeimg.drivers.formats.naming import Blockdev, protocol_driver
 from safeimg.drivers.formats.registry import lookup
+from safeimg.drivers.secrets import Secrets
 from safeimg.drivers.storage.api import FileSystem
 from safeimg.ops.change import Action, Changing, Settings
 from safeimg.ops.create_options import parse_amend_options
@@ -82,10 +83,15 @@ async def amend(
 
 
 def image_driver(
-    fs: FileSystem, filename: str | Blockdev, fmt: str | None, cache: str, warn: Callable[[str], None] | None
+    fs: FileSystem,
+    filename: str | Blockdev,
+    fmt: str | None,
+    cache: str,
+    warn: Callable[[str], None] | None,
+    secrets: Secrets,
 ) -> Driver:
     """The driver of the format of an image that could be amended now."""
-    layers = open_chain(fs, filename, format=fmt, write=True, cache=cache, warn=warn)
+    layers = open_chain(fs, filename, format=fmt, write=True, cache=cache, warn=warn, secrets=secrets)
     try:
         return lookup(layers[0].format)
     finally:

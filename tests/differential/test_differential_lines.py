@@ -90,6 +90,9 @@ FOUND = (
     "convert --image-opts driver=raw,file.filename=disk.raw driver=raw,file.filename=missing,nobar new.raw",
     "measure --foo plain.qcow2",
     "rebase -f raw -b static.vdi mid.qcow2",
+    "amend --object secret,id=sec0,data=abc --image-opts -o help "
+    "driver=qcow2,file.filename=aes.qcow2,encrypt.key-secret=sec0",
+    "amend -f file -o help",
     "amend -o compression_type=zlib corrupt-bit.qcow2",
     "amend -o foo dirty.qcow2",
     "amend -o foo=bar --image-opts driver=qcow2,file.filename=odd-size.qcow2,read-only=on",
