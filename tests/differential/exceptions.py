@@ -63,6 +63,10 @@ def _measure_help(seen: Exchange) -> bool:
     )  # fmt: skip
 
 
+def _crashed(seen: Exchange) -> bool:
+    return seen.expected.code < 0 and seen.answer.code == 1 and seen.unchanged
+
+
 def _holes(seen: Exchange) -> bool:
     """Data clusters whose zeroes are holes of the file, or are written."""
     one, two = seen.expected, seen.answer
@@ -111,6 +115,7 @@ RULES = (
     Rule("what is refused changes nothing", _refused),
     Rule("compressed data over allocated clusters", _compressed_over_data),
     Rule("measure with an unknown option is an error", _measure_help),
+    Rule("qemu-img dies of a signal", _crashed),
     Rule("zeroes in data clusters are holes or written", _holes, goes_on=True),
 )
 

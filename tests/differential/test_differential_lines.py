@@ -89,6 +89,7 @@ FOUND = (
     "create -f raw new.raw 0x1p3",
     "convert --image-opts driver=raw,file.filename=disk.raw driver=raw,file.filename=missing,nobar new.raw",
     "measure --foo plain.qcow2",
+    "bench zero.qcow2",
     "rebase -f raw -b static.vdi mid.qcow2",
     "amend --object secret,id=sec0,data=abc --image-opts -o help "
     "driver=qcow2,file.filename=aes.qcow2,encrypt.key-secret=sec0",
