@@ -17,11 +17,11 @@ Folders = Callable[..., Folder]
 NOTHING = (0, "nothing is pending\n", "")
 
 
-def half_resized(folder: Folder) -> None:
+def half_resized(folder: Folder, *options: str) -> None:
     """An operation on one image alone is pending."""
     fault = Injected(folder.path.parent, SYNCS, "signal=KILL", on=[folder.top], when="3")
-    assert folder.ends("resize", "top.qcow2", "8M", under=fault.under)[0] == -signal.SIGKILL
-    assert folder.left() == ["top.qcow2.safeimg", "top.qcow2.safeimg-undo"]
+    assert folder.ends("resize", *options, "top.qcow2", "8M", under=fault.under)[0] == -signal.SIGKILL
+    assert folder.left()[0] == "top.qcow2.safeimg"
 
 
 def size(image: Path) -> int:
@@ -113,6 +113,21 @@ def test_a_log_is_gone(folder: Folder) -> None:
     folder.log.write_bytes(kept)
     folder.log.chmod(0o600)
     folder.settles_both_ways()
+
+
+def test_a_log_on_a_disk_that_is_not_mounted(inner: Folder, tmp_path: Path) -> None:
+    """`--journal`: the image itself says where its log is."""
+    logs, away = tmp_path / "logs", tmp_path / "away"
+    logs.mkdir()
+    half_resized(inner, "--journal", str(logs / "log"))
+    assert "resize was interrupted" in inner.ends("status", "--scan", ".")[1]
+    logs.rename(away)
+    for words in (("rollback", "top.qcow2"), ("commit", "top.qcow2")):
+        assert f"{logs / 'log'} is not there (is its disk mounted?)" in inner.fails(*words)
+    away.rename(logs)
+    assert "an interrupted resize is pending" in inner.fails("commit", "top.qcow2", code=3)
+    inner.done("rollback", "top.qcow2")
+    assert size(inner.top) == 4 << 20 and inner.left() == os.listdir(logs) == []
 
 
 @pytest.mark.parametrize("what", ["log", "undo", "gone"])

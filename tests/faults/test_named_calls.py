@@ -128,7 +128,7 @@ def test_nohup(folder: Folder) -> None:
     assert folder.base.read_bytes() == folder.new
 
 
-def test_two_safeimg_processes_race_for_one_image(folder: Folder) -> None:
+def test_two_processes_race_for_one_image(folder: Folder) -> None:
     """Six different commands at once, again and again: each is done or is refused in one line, nothing is lost."""
     words = [("commit", "top.qcow2"), ("rebase", "-u", "-b", "base.raw", "-F", "raw", "top.qcow2")] * 3
     for _ in range(2):
