@@ -64,16 +64,16 @@ def status(
     found: dict[str, Status] = {}
     for path in paths:
         for each in _at(fs, history, path):
-            found.setdefault(each.operation or each.log, each)
+            found.setdefault(each.operation or each.problem or each.log, each)
     for directory in scan:
         for log, what in find.scan(fs, directory):
             image = log.removesuffix(place.SUFFIX)
             pointed = isinstance(what, find.PointerFound)  # to a log that may lie elsewhere
             for each in _of_image(fs, history, image) if pointed else [_judge(fs, image, log, what)]:
-                found.setdefault(each.operation or each.log, each)
+                found.setdefault(each.operation or each.problem or each.log, each)
     if everything:
         for each in _indexed(fs, history):
-            found.setdefault(each.operation or each.log, each)
+            found.setdefault(each.operation or each.problem or each.log, each)
     return list(found.values())
 
 

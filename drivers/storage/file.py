@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import resource
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -59,6 +60,14 @@ def _file_stat(status: os.stat_result) -> FileStat:
         allocated=status.st_blocks * 512,
         is_device=is_device,
     )
+
+
+def _check_limit(end: int) -> None:
+    """Refuses a write up to `end` of a file that may not get so large (ulimit -f): the system would write a part of it,
+    and leave a sector that is neither old nor new."""
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+    if limit != resource.RLIM_INFINITY and end > limit:
+        raise _error(errno.EFBIG)
 
 
 class LocalFile:
@@ -165,6 +174,8 @@ class LocalFile:
             view = view.cast("B")
         self._refuse_after_failed_sync()
         try:
+            if not self._is_device:
+                _check_limit(offset + len(view))
             self._io.write(offset, view)
         except _ERRORS as error:
             raise self._failed_change("write", error) from None
