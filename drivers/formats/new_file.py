@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from safeimg.drivers.errors import DriverError
 from safeimg.drivers.storage.api import File, FileSystem, look
 
+SECTOR = 512
+
 
 @contextmanager
 def new_file(
@@ -42,6 +44,9 @@ def fill_anew(file: File, size: int, preallocation: str) -> None:
 
 
 def empty(file: File) -> None:
-    """Drops what a file holds."""
-    if file.length():
+    """Drops what a file holds; an old image's header first, and durably, which must not tell of what is written now."""
+    length = file.length()
+    if length:
+        file.pwrite(0, bytes(min(length, SECTOR)))
+        file.sync()
         file.truncate(0)

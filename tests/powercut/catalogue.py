@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from powercut.bare import BARE
 from powercut.bitmaps import BITMAPS
 from powercut.features import FEATURES
 from powercut.luks_disks import LUKS_DISKS
@@ -13,7 +14,7 @@ from powercut.undos import chosen, undo_of
 
 OPERATIONS = [
     *COMMITS, *CONVERSIONS, *CHANGES, *AMENDMENTS, *SNAPSHOTS, *RESIZES, *REBASES, *BITMAPS, *REPAIRS, *OUTSIDE,
-    *LUKS_DISKS, *FEATURES,
+    *LUKS_DISKS, *FEATURES, *BARE,
 ]  # fmt: skip
 SCENARIOS = [*OPERATIONS, *map(undo_of, chosen(OPERATIONS))]
 _FINAL = [*OUTSIDE, *LUKS_DISKS]  # with changes of key slots among them, of which no material is kept
@@ -22,6 +23,6 @@ EVERYTHING = [
     *(
         undo_of(each)
         for each in OPERATIONS
-        if each.kept and not each.created and not (each in _FINAL and each.name.startswith("amend"))
+        if each.kept and not each.created and not each.bare and not (each in _FINAL and each.name.startswith("amend"))
     ),
 ]

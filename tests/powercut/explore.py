@@ -26,16 +26,20 @@ SYNCS = ("sync", "sync_all")
 
 def slice_of(judge: Judge, seed: int, folder: Path) -> None:
     """Some fifty states, the same for the same seed. Raises `Violation`."""
-    rng = random.Random(seed)
+    rng = random.Random(f"{judge.scenario.name}:{seed}")
     total = len(judge.trace_of.trace)
     prefixes = sorted(rng.sample(range(total + 1), 2))
     first = list(judge.states(seed=seed, prefixes=prefixes, subsets_per_prefix=4, singles_per_prefix=3))
     looked = rng.choice(first) if rng.randrange(QEMU_EVERY) == 0 else None
     for state in first:
         judge.judge(state, qemu=folder if state is looked else None)
+    if judge.scenario.bare:
+        if judge.scenario.created:  # else what the failed sync should have covered is not written anew
+            _failed_run(judge, seed, rng)
+        return
     killed = [state for state in first if state.kind == "kill"]
-    _second(judge, rng.choice(killed if seed % 2 else first), seed, rng)
-    if seed % 2:
+    _second(judge, rng.choice(killed if rng.random() < 0.5 else first), seed, rng)
+    if rng.random() < 0.5:
         _deeper(judge, rng.choice(first), rng)
     else:
         _failed(judge, rng.choice(first), seed, rng)
@@ -74,11 +78,9 @@ def _deeper(judge: Judge, state: CrashState, rng: random.Random) -> None:
 
 def _failed(judge: Judge, state: CrashState, seed: int, rng: random.Random) -> None:
     """A sync fails in the operation; and one in a recovery from `state`."""
-    number = rng.randrange(count_syncs(judge.trace_of.trace)) + 1
-    fs, trace = run_failing(judge, number)
-    _after_failure(judge, judge.initial, trace, [], Leg("run", number, ""), seed)
-    if fs is not None and rng.random() < 0.5:  # …or from what that left
-        legs = [Leg("run", number, _whole(trace))]
+    fs, failed = _failed_run(judge, seed, rng)
+    if rng.random() < 0.5:  # …or from what that left
+        legs = [failed]
     else:
         fs, legs = state.fs, [Leg("run", 0, state.description)]
     action = rng.choice(("resume", "rollback"))
@@ -87,6 +89,14 @@ def _failed(judge: Judge, state: CrashState, seed: int, rng: random.Random) -> N
         number = rng.randrange(syncs) + 1
         trace = recovered(judge, fs, legs, action, failing=number)[1]
         _after_failure(judge, fs, trace, legs, Leg(action, number, ""), seed)
+
+
+def _failed_run(judge: Judge, seed: int, rng: random.Random) -> tuple[SimulatedFileSystem, Leg]:
+    """What the operation leaves, one of whose syncs fails."""
+    number = rng.randrange(count_syncs(judge.trace_of.trace)) + 1
+    fs, trace = run_failing(judge, number)
+    _after_failure(judge, judge.initial, trace, [], Leg("run", number, ""), seed)
+    return fs, Leg("run", number, _whole(trace))
 
 
 def _after_failure(

@@ -109,6 +109,7 @@ ZSTD = Kit("zstd", {"compression_type": "zstd"}, compressed=True)
 SNAPSHOTS = Kit("snapshots", snapshots=True)
 BITMAPS = Kit("bitmaps", bitmaps=True)
 
+FOR_NEW = (V2, SMALL, ONE_BIT, LARGE, WIDE, LAZY, SUBCLUSTERS, OUTSIDE, RAW_OUTSIDE, AES, LUKS)
 OF_ONE_DISK = (V2, SMALL, ONE_BIT, LARGE, WIDE, LAZY, SUBCLUSTERS, OUTSIDE, AES, LUKS, ZSTD, SNAPSHOTS, BITMAPS)
 
 

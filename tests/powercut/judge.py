@@ -55,6 +55,7 @@ class Scenario:
     top: str | None  # the image whose guest content is at any time that before or that after (G1), if there is one
     images: tuple[tuple[str, str], ...]  # path and format of all images written
     created: bool = False  # the home image is made by the operation
+    bare: bool = False  # it keeps no journal: begun again, it comes to the same
     broken: bool = False  # the images are damaged, and the operation repairs them
     breaks: bool = False  # …and are damaged again afterwards
     kept: bool = True  # what is overwritten is, so that rollback is possible
@@ -128,6 +129,7 @@ class Judge:
     trace_of: SimulatedFileSystem = field(init=False)
     counter: Counter = field(default_factory=Counter)
     seen: set[bytes] = field(default_factory=set)  # digests of the states judged
+    _replaced: dict[str, Look] = field(default_factory=dict)  # what is there and makes room for a new image
     _pending: dict[bytes, bool | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -136,6 +138,9 @@ class Judge:
             path: self._look(fs, path, fmt) if fs.stat(path) is not None and not self.scenario.created else None
             for path, fmt in self.scenario.images
         }
+        if self.scenario.bare:
+            there = [each for each in self.scenario.images if fs.stat(each[0]) is not None]
+            self._replaced = {path: self._look(fs, path, fmt) for path, fmt in there}
         self.initial = fs.begin_trace()
         self.scenario.execute(fs)
         self.trace_of = fs
@@ -172,10 +177,13 @@ class Judge:
             return False
         self.seen.add(half if back else full)
         try:
-            self._as_it_is(fs.clone())
-            self.settles(fs, "rollback")
-            if not back:
-                self.settles(fs, "resume")
+            if self.scenario.bare:
+                self._begins_again(fs)
+            else:
+                self._as_it_is(fs.clone())
+                self.settles(fs, "rollback")
+                if not back:
+                    self.settles(fs, "resume")
             if qemu is not None:
                 self._qemu(fs, qemu)
         except (Violation, *CLEAN) as error:
@@ -199,6 +207,31 @@ class Judge:
                 if expected is not None and look.content not in (expected.content, self.after[path].content):
                     raise Violation(f"G1: {path} shows other content")
         self._is_guarded(fs)
+
+    def _begins_again(self, fs: SimulatedFileSystem) -> None:
+        """What an operation without a journal leaves is no image, the whole one or that before, or (where it changes
+        one) one that opens; the same command completes it."""
+        fs = fs.clone()
+        for path, fmt in self.scenario.images:
+            if fs.stat(path) is None or fmt == "raw":
+                continue
+            try:
+                look = self._look(fs, path, fmt)
+            except DriverError:
+                if self.scenario.created:
+                    continue
+                raise
+            if self.scenario.created and look not in (self.after[path], self._replaced.get(path)):
+                raise Violation(f"{path} is not finished and taken for an image")
+        self.scenario.execute(fs)
+        if self.scenario.created:
+            self._settled(fs, "after", "the same command")
+            self.lasts(fs, "after")
+        else:  # space that nobody refers to may be left
+            path, fmt = self.scenario.images[0]
+            look = self._look(power_cut(fs, "none"), path, fmt)
+            if (look.content, look.size) != (self.after[path].content, self.after[path].size):
+                raise Violation(f"after the same command: {path} shows something else")
 
     def _is_guarded(self, fs: SimulatedFileSystem) -> None:
         """G4: while the operation is pending every image that it changes is refused, here and by QEMU's rules."""

@@ -10,6 +10,7 @@ import errno
 from collections.abc import Callable, Iterable, Mapping
 
 from safeimg.drivers.crypto import luks
+from safeimg.drivers.crypto.sectors import SECTOR
 from safeimg.drivers.errors import FormatError, SecretMissing, StorageError, UsageError
 from safeimg.drivers.formats.api import Image, Patch
 from safeimg.drivers.formats.features import Measured
@@ -26,8 +27,9 @@ def create(fs: FileSystem, path: str, size: int, options: Mapping[str, str], sec
     """Writes an empty image at `path`, into the file that is there if there is one (its content is dropped).
 
     As with qemu-img, a file that was there is gone after an error, but for values of options that make no sense; not
-    the target of an operation, which may be pending on it. Nothing is synced. `ready`: see `api.Driver.create`.
-    Raises `UsageError` and `UnsupportedError` in qemu-img's words, `SecretMissing`, `StorageError`."""
+    the target of an operation, which may be pending on it. The first sector is written last, and not synced.
+    `ready`: see `api.Driver.create`. Raises `UsageError` and `UnsupportedError` in qemu-img's words,
+    `SecretMissing`, `StorageError`."""
     check_names(path, options, CREATE_OPTIONS)
     wanted = luks.choice(options)
     preallocation = storage_preallocation(path, options)
@@ -38,7 +40,7 @@ def create(fs: FileSystem, path: str, size: int, options: Mapping[str, str], sec
             raise _too_large()
         ready()
         empty(file)
-        _fill(file, size, header, head, preallocation)
+        _fill(file, size, header, head, preallocation, unfinished=unfinished)
 
 
 def _password(options: Mapping[str, str], secrets: Secrets) -> bytes:
@@ -47,22 +49,24 @@ def _password(options: Mapping[str, str], secrets: Secrets) -> bytes:
     return secrets.password(options[KEY_SECRET])
 
 
-def _fill(file: File, size: int, header: luks.Luks, head: bytes, preallocation: str) -> None:
+def _fill(file: File, size: int, header: luks.Luks, head: bytes, preallocation: str, *, unfinished: bool) -> None:
     start = header.payload_offset
     material = header.slots[0].offset + header.material_bytes
-    file.pwrite(0, head[:material])
-    if file.stat().is_device:
-        return
-    try:
-        file.truncate(start + size)
-    except StorageError as error:
-        if error.errno == errno.EFBIG:
-            raise _too_large() from error
-        raise
-    if preallocation == "falloc":
-        file.preallocate(0, start + size, keep_size=False)
-    elif preallocation == "full":
-        file.write_zeroes(material, start + size - material, unmap=False)
+    if not file.stat().is_device:
+        try:
+            file.truncate(start + size)
+        except StorageError as error:
+            if error.errno == errno.EFBIG:
+                raise _too_large() from error
+            raise
+        if preallocation == "falloc":
+            file.preallocate(0, start + size, keep_size=False)
+        elif preallocation == "full":
+            file.write_zeroes(material, start + size - material, unmap=False)
+    file.pwrite(SECTOR, head[SECTOR : material])
+    if not unfinished:  # no header that a power cut leaves tells of what is not there
+        file.sync()
+    file.pwrite(0, head[: SECTOR])
 
 
 def _too_large() -> UsageError:

@@ -40,8 +40,8 @@ def create(fs: FileSystem, path: str, size: int, options: Mapping[str, str], *, 
     """Writes an empty image at `path`, into the file that is there if there is one (its content is dropped).
 
     `size` is rounded up to whole sectors. A static image has all its blocks, as a hole of the file: as in qemu-img,
-    `preallocation` is only looked at. Nothing is synced. Raises `UsageError` and `UnsupportedError` in qemu-img's
-    words, `StorageError`."""
+    `preallocation` is only looked at. The header is written last, and not synced. Raises `UsageError` and
+    `UnsupportedError` in qemu-img's words, `StorageError`."""
     check_names(path, options, CREATE_OPTIONS)
     preallocation = storage_preallocation(path, options)
     static = bool_option(path, options, "static")
@@ -66,10 +66,12 @@ def _write(file: File, size: int, *, static: bool, unfinished: bool) -> None:
         allocated=blocks if static else 0,
     )
     _write_map(file, header, static=static)
-    file.pwrite(0, serialise(header, uuid.uuid4().bytes_le, uuid.uuid4().bytes_le))
     end = header.data_offset + header.allocated * BLOCK
     if not file.stat().is_device and file.length() < end:
         file.truncate(end)
+    if not unfinished:  # no header that a power cut leaves tells of what is not there
+        file.sync()
+    file.pwrite(0, serialise(header, uuid.uuid4().bytes_le, uuid.uuid4().bytes_le))
 
 
 def finish_patch(file: File) -> Patch:
