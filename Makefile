@@ -22,7 +22,7 @@ CASES ?=
 PROGRAM ?=
 PACKAGES := cli drivers journal ops recovery
 
-.PHONY: help demo test lint bench crash-soak mutations kill-soak conformance differential clean
+.PHONY: help demo test lint bench crash-soak mutations kill-soak fault-soak conformance differential clean
 
 help:
 	@echo "make demo        a commit killed twice: rolled back, then finished; two minutes at most"
@@ -32,6 +32,7 @@ help:
 	@echo "make crash-soak  simulated power cuts: SECONDS=$(SECONDS) SEED=$(SEED) JOBS=$(JOBS) STATES= (enough) SLICES= (of each) ONLY= RESULTS=FILE REPLAY=STATE"
 	@echo "make mutations   the power-cut simulation on a protocol with deliberate faults: it has to catch each"
 	@echo "make kill-soak   real commands killed: OPERATION=$(OPERATION) KILLS=$(KILLS) SIZE=$(SIZE) SEED=$(SEED)"
+	@echo "make fault-soak  each call of commits fails: of simulated ones, then of real ones (strace): JOBS=$(JOBS)"
 	@echo "make conformance QEMU's own tests with safeimg as qemu-img: FORMAT= (all) CASES= (all) JOBS=$(JOBS) PROGRAM= (safeimg)"
 	@echo "make differential  generated command lines, qemu-img's outcome against safeimg's: LINES=$(LINES) SEED=$(SEED) ONLY= (commands)"
 	@echo "make clean       removes what these made"
@@ -66,6 +67,10 @@ mutations: $(STAMP)
 
 kill-soak: $(STAMP)
 	cd tests && ../$(BIN)/python -m kills.soak --operation $(OPERATION) --kills $(KILLS) --seed $(SEED) --size $(SIZE)
+
+fault-soak: $(STAMP)
+	cd tests && ../$(BIN)/python -m faults.soak --jobs $(JOBS)
+	cd tests && ../$(BIN)/python -m faults.calls_soak --base base.raw && ../$(BIN)/python -m faults.calls_soak
 
 conformance: $(STAMP)
 	@cd tests && ../$(BIN)/python -m conformance.run --jobs $(JOBS) --format "$(FORMAT)" --cases "$(CASES)" \
