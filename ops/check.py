@@ -34,7 +34,7 @@ def check(
         fs, filename, format=fmt, cache=cache, force_share=force_share, repair=only_top, secrets=secrets
     )
     try:
-        refuse_locked(layers[0], filename)
+        refuse_locked(layers[0], filename, secrets)
         return Checked(layers[0].format, checked(layers[0], filename))
     finally:
         close_chain(layers)

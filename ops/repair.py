@@ -98,7 +98,7 @@ async def repair(
     fs, secrets = environment.fs, environment.secrets
     layers = open_chain(fs, filename, format=fmt, cache=cache, force_share=True, repair=only_top, secrets=secrets)
     try:
-        refuse_locked(layers[0], filename)
+        refuse_locked(layers[0], filename, secrets)
         refuse_pending_on(fs, layers[0].file.path)
     finally:
         close_chain(layers)

@@ -141,11 +141,19 @@ def try_open(
     )
 
 
-def refuse_locked(image: Image, filename: str | Blockdev) -> None:
+def refuse_locked(image: Image, filename: str | Blockdev, secrets: Secrets) -> None:
     """Raises `OpenError` if `image`, opened with `repair`, is encrypted and its secret was not given."""
     missing = _missing_secret(image)
-    if missing is not None:
-        raise OpenError(f"Could not open '{text_of(filename)}': {SecretMissing(missing)}")
+    if missing is None:
+        return
+    named = from_argument(filename, image.format) if isinstance(filename, str) else filename
+    reason: DriverError = SecretMissing(missing)
+    try:
+        if (secret := named.options.get(missing)) is not None:
+            secrets.lookup(str(secret))
+    except UsageError as error:
+        reason = error
+    raise OpenError(f"Could not open '{text_of(filename)}': {reason}")
 
 
 def _missing_secret(image: Image) -> str | None:

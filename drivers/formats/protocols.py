@@ -65,9 +65,9 @@ def take_access(options: Options, given: Access) -> Access:
     share = options.boolean("force-share") or given.force_share
     direct, no_flush = options.boolean("cache.direct"), options.boolean("cache.no-flush")
     discard, zeroes = options.text("discard"), options.text("detect-zeroes")
-    access = Access(given.write, _cache(given.cache, direct, no_flush), share, given.aio)
+    access = Access(given.write and not read_only, _cache(given.cache, direct, no_flush), share, given.aio)
     wrong = None
-    if given.write and share:
+    if access.write and share:
         wrong = "force-share=on can only be used with read-only images"
     elif discard not in (None, *_DISCARD):
         wrong = "Invalid discard option"

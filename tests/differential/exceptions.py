@@ -59,7 +59,7 @@ def _measure_help(seen: Exchange) -> bool:
     return (
         seen.words[0] == "measure" and seen.expected.code == 0 and seen.answer.code == 1
         and seen.expected.stdout.startswith("qemu-img version ")
-        and re.match(r"qemu-img: unrecognized option '-", seen.answer.stderr) is not None
+        and re.match(r"qemu-img: (unrecognized option|missing argument for option) '-", seen.answer.stderr) is not None
     )  # fmt: skip
 
 

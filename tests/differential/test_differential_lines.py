@@ -90,6 +90,9 @@ FOUND = (
     "convert --image-opts driver=raw,file.filename=disk.raw driver=raw,file.filename=missing,nobar new.raw",
     "measure --foo plain.qcow2",
     "bench zero.qcow2",
+    "measure -f",
+    "check --image-opts driver=qcow2,file.filename=luks-top.qcow2,encrypt.key-secret=sec0",
+    "snapshot --image-opts -U -c x driver=qcow2,file.filename=sized.qcow2,read-only=on",
     "rebase -f raw -b static.vdi mid.qcow2",
     "amend --object secret,id=sec0,data=abc --image-opts -o help "
     "driver=qcow2,file.filename=aes.qcow2,encrypt.key-secret=sec0",
