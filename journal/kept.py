@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from safeimg.journal.clock import now
 from safeimg.journal.errors import JournalError, JournalUnavailable
 from safeimg.journal.files import File, FileStat, FileSystem, system_error
-from safeimg.journal.log import Log
+from safeimg.journal.history import UNDO, UNDOES, History
+from safeimg.journal.log import Log, read_events
 from safeimg.journal.place import make_state_directory, state_directory
 from safeimg.journal.state import OperationState, fold
 from safeimg.journal.trust import sidecar_stat
@@ -82,7 +83,7 @@ class Record:
             self.undo.close()
 
 
-def keep(files: FileSystem, keeping: Keeping, log: Log, undo: UndoFile | None) -> None:
+def keep(files: FileSystem, history: History, keeping: Keeping, log: Log, undo: UndoFile | None) -> None:
     """Keeps a settled operation, and drops what is too much then. `undo` is moved if that takes no copying.
 
     Call it with the log locked and all of it durable."""
@@ -99,7 +100,7 @@ def keep(files: FileSystem, keeping: Keeping, log: Log, undo: UndoFile | None) -
         for left in (path + NEW, data):
             _remove_quietly(files, left)
         raise
-    drop(files, keeping, total=keeping.total)
+    drop(files, keeping, total=keeping.total, spared=lambda: being_undone(files, history))
 
 
 def find(files: FileSystem, keeping: Keeping, operation: str) -> str | None:
@@ -167,14 +168,16 @@ def drop(
     total: int | None = None,
     older_than: float | None = None,
     orphans: bool = False,
-    spared: frozenset[str] = frozenset(),
+    spared: Callable[[], frozenset[str]] = frozenset,
     dry: bool = False,
 ) -> list[Entry]:
     """Drops the oldest records until no more than `total` bytes are kept, and all those kept for more than
-    `older_than` seconds; with `orphans` what crashes left. Not the operations that are `spared`. What was dropped, or
-    would be (`dry`)."""
+    `older_than` seconds; with `orphans` what crashes left. Not the operations that `spared` tells of, which is asked
+    if anything is to be dropped. What was dropped, or would be (`dry`)."""
     listed = entries(files, keeping)
-    dropped = [entry for entry in _chosen(listed, total, older_than, orphans) if entry.operation not in spared]
+    dropped = list(_chosen(listed, total, older_than, orphans))
+    needed = spared() if dropped else frozenset()
+    dropped = [entry for entry in dropped if entry.operation not in needed]
     if not dry:
         for entry in dropped:
             for path in sorted(entry.paths, reverse=True):  # the log goes first
@@ -182,6 +185,22 @@ def drop(
         if dropped:
             files.sync_directory(os.path.dirname(dropped[0].paths[0]))
     return dropped
+
+
+def being_undone(files: FileSystem, history: History) -> frozenset[str]:
+    """Operations whose undo is pending: it needs what is kept of them."""
+    found = set()
+    for row in history.pending():
+        if row.command == UNDO:
+            try:
+                started = fold(read_events(files, row.log)).started
+            except Exception as error:
+                if not isinstance(error, JournalError) and system_error(error) is None:
+                    raise
+                continue
+            if started is not None:
+                found.add(str(started.settings.get(UNDOES)))
+    return frozenset(found)
 
 
 def _chosen(

@@ -276,7 +276,7 @@ class Session:
             self.history.record_settled(self.log.replay(), home=self.fs.resolve(self.home))
             if isinstance(self.state.outcome, Completed) and not self.lost and self.keeping is not None:
                 with suppress(StorageError, JournalError):  # the operation is done all the same
-                    kept.keep(self.fs, self.keeping, self.log, self.undo)
+                    kept.keep(self.fs, self.history, self.keeping, self.log, self.undo)
             self._forget_undone()
         self._remove_pointers()
         if self.undo is not None:

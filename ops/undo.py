@@ -181,6 +181,29 @@ class KeptSource:
         buffer[:] = kept_bytes[start - at : start - at + len(buffer)]
 
 
+class _Stranded:
+    """An undo without what was kept: nothing but rolling it back is left."""
+
+    def __init__(self, problem: str) -> None:
+        self._problem = problem
+
+    def steps(self, cursor: Any | None) -> AsyncIterator[Step]:
+        raise Impossible(self._problem)
+
+    def finish(self) -> Sequence[tuple[int, Patch]]:
+        return ()
+
+    def discards(self) -> Sequence[tuple[int, int, int]]:
+        return ()
+
+
+def _touched(images: Sequence[Image], roles: Sequence[str]) -> list[Touched]:
+    return [
+        Touched(role, image.file.path, image.format, image.file, True)
+        for role, image in zip(roles, images, strict=True)
+    ]
+
+
 def open_images(fs: FileSystem, home: str, state: OperationState, cache: str) -> list[Image]:
     """The images that an operation, declared as in `state`, wrote to, open for writing whatever state they are in.
     No secrets are needed: it is what is on disk that is put back. External data files count as raw images."""
@@ -224,7 +247,9 @@ def make_job(layers: list[Image], state: OperationState, environment: Environmen
     try:
         record = kept.load(environment.fs, settings["record"])
     except JournalError as error:
-        raise Impossible(f"{home}: the undo cannot go on: {error}") from error
+        roles = [image.role for image in state.declared.images]
+        gone = f"{home}: the undo cannot go on, only be rolled back: {error}"
+        return Job(UNDO, _Stranded(gone), _touched(layers, roles), layers, KeptSource(None, []), settings)
     written = [image for image in record.state.declared.images if image.writes]
     if record.state.declared.operation != settings[UNDOES] or len(written) != len(layers):
         record.close()
@@ -237,14 +262,10 @@ def _job(images: list[Image], record: Record, roles: Sequence[str]) -> Job:
     operation = Undo(images, record)
     given_up = [each for records in state.given_up.values() for each in records]
     source = KeptSource(record.undo, [*given_up, *(each for step in state.steps for each in step.prepared.before)])
-    files = [
-        Touched(role, image.file.path, image.format, image.file, True)
-        for role, image in zip(roles, images, strict=True)
-    ]
     settings = {
         UNDOES: state.declared.operation, "command": state.declared.command, "record": record.path,
     }  # fmt: skip
     return Job(
-        UNDO, operation, files, images, source, settings, total=operation.total(),
+        UNDO, operation, _touched(images, roles), images, source, settings, total=operation.total(),
         damaged=state.declared.command in _REPAIRS,
     )  # fmt: skip

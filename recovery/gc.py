@@ -5,13 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from safeimg.drivers.errors import DriverError
 from safeimg.drivers.storage.api import FileSystem
 from safeimg.journal import find, kept, place
 from safeimg.journal.errors import JournalError
-from safeimg.journal.history import UNDO, UNDOES
-from safeimg.journal.log import read_events
-from safeimg.journal.state import fold
 from safeimg.journal.undo import SUFFIX as UNDO_SUFFIX
 from safeimg.journal.undo import remove_undo
 from safeimg.ops.launch import Environment
@@ -43,8 +39,9 @@ def collect(environment: Environment, *, total: int, older_than: float | None = 
     left = 0
     if keeping is not None:
         gone = kept.drop(
-            fs, keeping, total=total, older_than=older_than, orphans=True, spared=_being_undone(environment), dry=dry
-        )
+            fs, keeping, total=total, older_than=older_than, orphans=True, dry=dry,
+            spared=lambda: kept.being_undone(fs, environment.history),
+        )  # fmt: skip
         dropped += [
             Dropped(each.paths, each.operation, each.size, "old" if each.whole else "orphaned") for each in gone
         ]
@@ -52,20 +49,6 @@ def collect(environment: Environment, *, total: int, older_than: float | None = 
         left = sum(size for paths, size in sizes.items() if paths not in {each.paths for each in gone})
     dropped += _orphans(fs, dry)
     return Collected(tuple(dropped), left)
-
-
-def _being_undone(environment: Environment) -> frozenset[str]:
-    """Operations whose undo is pending."""
-    found = set()
-    for row in environment.history.pending():
-        if row.command == UNDO:
-            try:
-                state = fold(read_events(environment.fs, row.log))
-            except (JournalError, DriverError):
-                continue
-            if state.started is not None:
-                found.add(str(state.started.settings.get(UNDOES)))
-    return frozenset(found)
 
 
 def _orphans(fs: FileSystem, dry: bool) -> Iterator[Dropped]:

@@ -19,6 +19,7 @@ from safeimg.drivers.storage.api import File
 from safeimg.drivers.transfer.digest import BLOCK, SIZE, digests, zero_digests
 from safeimg.drivers.transfer.target import Target
 from safeimg.drivers.transfer.view import Source
+from safeimg.journal.errors import JournalError
 from safeimg.journal.events import BeforeRecord, MoveRecord
 from safeimg.journal.identity import identify, unchanged
 from safeimg.journal.state import LiveStep, OperationState
@@ -124,7 +125,7 @@ def _verify_flux(step: LiveStep, targets: Mapping[int, Target], undo: UndoFile |
                 continue
             try:
                 new = _after(view, move, offset, len(content), targets[move.image].cipher)
-            except SecretMissing:
+            except (SecretMissing, JournalError):  # nothing is known of what comes after
                 break
             for low in _sectors(offset, len(content)):
                 high = min((offset + low) // SECTOR * SECTOR + SECTOR - offset, len(content))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import replace
 
 import pytest
@@ -10,7 +11,7 @@ from powercut import guest
 from powercut.catalogue import OPERATIONS
 from powercut.judge import Look, Scenario, environment, sidecars
 from powercut.scenarios import data
-from powercut.undos import FOLDER, KEEPING, done, undoing
+from powercut.undos import FOLDER, KEEPING, undoing
 from safeimg.drivers.secrets import NO_SECRETS
 from safeimg.drivers.storage.simulated import SimulatedFileSystem
 from safeimg.journal import kept
@@ -24,6 +25,7 @@ from safeimg.ops.errors import Conflict, Impossible, SomethingPending
 from safeimg.ops.launch import Environment
 from safeimg.ops.snapshot import create
 from safeimg.recovery.gc import collect
+from safeimg.recovery.settle import resume, rollback
 from safeimg.recovery.undo import undo
 
 # The undo of each operation that there is is judged by `powercut.soak`.
@@ -46,6 +48,13 @@ def taken_back(
         return await undo(path, undoing(environment(fs), history, keeping), operation)
 
     return trio.run(main)
+
+
+def done(scenario: Scenario, fs: SimulatedFileSystem, history: History, keeping: Keeping = KEEPING) -> None:
+    """Runs the scenario's operation, with an id of its own."""
+    if FOLDER[1:] not in fs.list_directory("/"):
+        fs.make_directory(FOLDER)
+    trio.run(scenario.run, undoing(environment(fs), history, keeping))
 
 
 def looks(scenario: Scenario, fs: SimulatedFileSystem) -> dict[str, Look]:
@@ -222,6 +231,34 @@ def test_what_was_kept_is_checked() -> None:
     file.pwrite(4096, b"somebody else")
     file.close()
     refused(fs, "/base.qcow2", history, LogDamaged, "do not match their digest")
+
+
+@pytest.mark.parametrize("dropped", [False, True])
+def test_an_undo_that_was_interrupted(dropped: bool) -> None:
+    """What it needs is not collected while it is pending; without it, it can still be rolled back."""
+    scenario, fs, history = ready("commit")
+    before = {path: Look.at(scenario.prepare(), path, fmt) for path, fmt in scenario.images}
+    after = looks(scenario, fs)
+    fs.kill_at(90)
+    with pytest.raises(BaseException):  # noqa: B017  # the kill, alone or in a group
+        taken_back(fs, "/base.qcow2", history)
+    fs = fs.clone()
+    env = undoing(environment(fs), history)
+    assert collect(env, total=0).dropped == () and sidecars(fs)
+    if dropped:
+        for name in fs.list_directory(FOLDER):
+            fs.unlink(f"{FOLDER}/{name}")
+        with pytest.raises(Impossible, match="only be rolled back"):
+            trio.run(resume, "/base.qcow2", env)
+        trio.run(rollback, "/top.qcow2", env)
+        assert looks(scenario, fs) == after
+    else:
+        other, other_env = fs.clone(), deepcopy(history)
+        trio.run(rollback, "/top.qcow2", env)
+        assert looks(scenario, fs) == after and len(kept.entries(fs, KEEPING)) == 1
+        taken_back(fs, "/base.qcow2", history)  # once more
+        trio.run(resume, "/base.qcow2", undoing(environment(other), other_env))
+        assert looks(scenario, fs) == before == looks(scenario, other) and other.list_directory(FOLDER) == []
 
 
 def test_no_secret_is_needed() -> None:
