@@ -294,6 +294,7 @@ def _scenarios() -> Sequence[Scenario]:
         *_on_disk("amend -o compat=0.10", (AES, SNAPSHOTS, COMPRESSED), _amend("compat=0.10")),
         *_on_disk("amend -o compat=1.1", (AES_V2, V2.with_(snapshots=True)), _amend("compat=1.1")),
         *_on_disk("amend -o lazy_refcounts=off", (LAZY,), _amend("lazy_refcounts=off")),
+        *_on_disk("amend -o data_file_raw=off", (RAW_OUTSIDE,), _amend("data_file_raw=off")),
         *_on_disk("resize", (*OF_ONE_DISK, RAW_OUTSIDE), _resize(200), top=False),
         *_on_disk("resize --preallocation=metadata", (SMALL, SUBCLUSTERS, OUTSIDE, RAW_OUTSIDE, LUKS),
                   _resize(200, preallocation="metadata"), top=False),

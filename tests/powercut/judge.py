@@ -57,7 +57,7 @@ class Scenario:
     created: bool = False  # the home image is made by the operation
     bare: bool = False  # it keeps no journal: begun again, it comes to the same
     broken: bool = False  # the images are damaged, and the operation repairs them
-    breaks: bool = False  # …and are damaged again afterwards
+    breaks: bool = False  # …and are damaged afterwards, still or again
     kept: bool = True  # what is overwritten is, so that rollback is possible
     shows: bool = False  # what `top` shows is meant to become another
 

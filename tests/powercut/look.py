@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from powercut import guest
+from safeimg.drivers.errors import FormatError
 from safeimg.drivers.formats.api import Image
 from safeimg.drivers.formats.chain import close_chain
 from safeimg.drivers.formats.features import BitmapState
@@ -119,7 +120,8 @@ class Look:
             ]
             bitmaps = tuple((state, _bits(chain[0], state)) for state in listed(chain[0]))
             details = driver.specific_info(chain[0])
-            return cls(_content(chain), chain[0].size, backing, leaks, bitmaps, details, snapshots, mistakes)
+            content = _content(chain, broken=broken)
+            return cls(content, chain[0].size, backing, leaks, bitmaps, details, snapshots, mistakes)
         finally:
             close_chain(chain)
 
@@ -127,10 +129,15 @@ class Look:
 _LOOKS: dict[bytes, Look] = {}
 
 
-def _content(chain: Sequence[Image]) -> bytes:
+def _content(chain: Sequence[Image], *, broken: bool = False) -> bytes:
     view = View(chain)
     data = bytearray(view.size)
-    view.read_into(0, memoryview(data))
+    try:
+        view.read_into(0, memoryview(data))
+    except FormatError as error:
+        if not broken:
+            raise
+        return digest_of(str(error).encode())
     return digest_of(data)
 
 

@@ -86,6 +86,21 @@ def _incomplete_snapshots(image: Image) -> None:
     _leaking(image)
 
 
+def _outside(image: Image) -> None:
+    """A cluster far behind the end of the file, and one that is not aligned."""
+    entries = [at for at in range(image.l2, image.l2 + 4096, 8) if image.get(at) and not image.get(at) & 3 << 61]
+    image.put(entries[0], 1 << 63 | len(image.data) + (9 << 12))
+    image.put(entries[1], image.get(entries[1]) + 512)
+    _leaking(image)
+
+
+def _shared(image: Image) -> None:
+    """Two guest clusters in one host cluster, each the only user, they say."""
+    entries = [at for at in range(image.l2, image.l2 + 4096, 8) if image.get(at) and not image.get(at) & 3 << 61]
+    image.put(entries[1], image.get(entries[0]))
+    image.put(entries[2], image.get(entries[0]))
+
+
 def _marked(image: Image) -> None:
     image.put(72, image.get(72) | 2)
     _miscounted(image)
@@ -116,9 +131,10 @@ def _repair(errors: bool, command: str) -> Callable[[Environment], Awaitable[Non
 
 
 def _repairs(name: str, damage: Callable[[Image], None], *, errors: bool = True, command: str = CHECK,
-             **options: str) -> Scenario:
-    run = _repair(errors, command)
-    return Scenario(name, _damaged(damage, **options), run, "/disk.qcow2", "/disk.qcow2", DISK, broken=True)
+             stays: bool = False, **options: str) -> Scenario:
+    """`stays`: some of it cannot be repaired."""
+    run, build = _repair(errors, command), _damaged(damage, **options)
+    return Scenario(name, build, run, "/disk.qcow2", "/disk.qcow2", DISK, broken=True, breaks=stays)
 
 
 REPAIRS = [
@@ -129,6 +145,8 @@ REPAIRS = [
     _repairs("check -r all, refcount table", _misplaced_blocks),
     _repairs("check -r all, refcount block outside", _block_outside),
     _repairs("check -r all, snapshots", _incomplete_snapshots),
+    _repairs("check -r all, references outside", _outside, stays=True),
+    _repairs("check -r all, overlapping references", _shared),
     _repairs("check -r all, marked as corrupt", _marked),
     _repairs("repair of what was not closed", _dirty, command=REPAIR),
 ]
