@@ -136,11 +136,12 @@ def _remove_created(pending: Pending) -> list[str]:
     started = session.state.started
     lost = []
     for index in started.created if started is not None else ():
+        path = session.home if index == 0 else session.path_of(session.state.declared.images[index])
         if index in pending.files:
-            path = pending.files[index].path
             session.fs.unlink(path)
-            session.fs.sync_directory(os.path.dirname(path) or ".")
             lost.append(f"{path} was removed")
+        # Removed by a rollback that was killed, it may come back: then nothing would tell of it any more.
+        session.fs.sync_directory(os.path.dirname(path) or ".")
     return lost
 
 
