@@ -71,7 +71,7 @@ def _log(image: str, output: str) -> int:
     from safeimg.journal.sqlite import SqliteHistory
 
     history, identity = SqliteHistory().at(image), identity_of(image)
-    rows, events = history.log(identity), history.chain(identity)
+    rows, events = history.log(identity), history.chain(identity, story.KINDS)
     back, before = story.undone(events), story.changed_before(events)
     if output == "json":
         print_json([

@@ -63,8 +63,8 @@ class History(Protocol):
         there is none such."""
         ...
 
-    def chain(self, image: Identity) -> list[EventRow]:
-        """The image's whole chain, in order of position."""
+    def chain(self, image: Identity, kinds: Sequence[str] = ()) -> list[EventRow]:
+        """The image's whole chain, in order of position; or its events of these kinds."""
         ...
 
     def newest(self, image: Identity, kinds: Sequence[str]) -> EventRow | None:
@@ -273,9 +273,10 @@ class MemoryHistory:
     def show(self, image: Identity, operation: str) -> list[EventRow]:
         return select(self.chain(image), operation)
 
-    def chain(self, image: Identity) -> list[EventRow]:
-        row = match(self.images(image), image)
-        return [] if row is None else list(self.events.get(row.number, []))
+    def chain(self, image: Identity, kinds: Sequence[str] = ()) -> list[EventRow]:
+        found = match(self.images(image), image)
+        rows = [] if found is None else self.events.get(found.number, [])
+        return [row for row in rows if not kinds or row.kind in kinds]
 
     def newest(self, image: Identity, kinds: Sequence[str]) -> EventRow | None:
         return next((row for row in reversed(self.chain(image)) if row.kind in kinds), None)

@@ -113,12 +113,12 @@ class SqliteHistory:
     def show(self, image: Identity, operation: str) -> list[EventRow]:
         return select(self.chain(image), operation)
 
-    def chain(self, image: Identity) -> list[EventRow]:
-        return [_event(row) for row in self._query(f"{_EVENTS} where image = ? order by position", image)]
+    def chain(self, image: Identity, kinds: Sequence[str] = ()) -> list[EventRow]:
+        statement = f"{_EVENTS} where image = ? {_among(kinds)} order by position"
+        return [_event(row) for row in self._query(statement, image, *kinds)]
 
     def newest(self, image: Identity, kinds: Sequence[str]) -> EventRow | None:
-        marks = ", ".join("?" * len(kinds))
-        statement = f"{_EVENTS} where image = ? and kind in ({marks}) order by position desc limit 1"
+        statement = f"{_EVENTS} where image = ? {_among(kinds)} order by position desc limit 1"
         return next(map(_event, self._query(statement, image, *kinds)), None)
 
     def _query(self, statement: str, image: Identity | None = None, *more: str) -> list[tuple[Any, ...]]:
@@ -243,6 +243,11 @@ class Tables:
 
     def drop_pending(self, operation: str) -> None:
         self._connection.execute("delete from pending where operation = ?", (operation,))
+
+
+def _among(kinds: Sequence[str]) -> str:
+    """The condition that an event is of one of these kinds; none for none."""
+    return f"and kind in ({', '.join('?' * len(kinds))})" if kinds else ""
 
 
 def beside_image(path: str) -> str | None:

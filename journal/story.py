@@ -13,6 +13,9 @@ from safeimg.journal.events import Identity
 from safeimg.journal.history import UNDO, UNDOES, History
 from safeimg.journal.identity import unchanged, untouched
 
+# The events that tell it: few of each operation, and small.
+KINDS = ("Declared", "Started", CHANGED, *OUTCOME_KINDS.values(), SETTLED, PARTICIPATED)
+
 
 class Look(NamedTuple):
     """How the image looked after an operation was settled."""

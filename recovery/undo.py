@@ -24,7 +24,7 @@ from safeimg.journal.history import UNDO
 from safeimg.journal.identity import identify, untouched
 from safeimg.journal.kept import Record
 from safeimg.journal.state import LiveStep
-from safeimg.journal.story import look_after, lost, undone
+from safeimg.journal.story import KINDS, look_after, lost, undone
 from safeimg.ops.errors import Changed, Conflict, Impossible
 from safeimg.ops.launch import Environment, launch
 from safeimg.ops.session import refuse_pending_on
@@ -74,7 +74,7 @@ def _find(path: str, environment: Environment, operation: str) -> Undoable:
     identity = _identity(fs, path)
     if identity is None:
         raise Impossible(f"{path}: No such file or directory")
-    back = undone(history.chain(identity))
+    back = undone(history.chain(identity, KINDS))
     row = _choose(path, history.log(identity), back, operation.lower())
     if row.operation in back:
         raise Impossible(f"{path}: the {row.command} was undone already, by {back[row.operation][:12]}")
@@ -156,11 +156,11 @@ def _check_looks(environment: Environment, found: Undoable) -> None:
         if now is None:
             raise Impossible(f"{path}: the {found.row.command} also concerned this image, which is not there any more")
         history = environment.history.at(path)
-        look = look_after(history.chain(now), operation) or looks.get(index)
+        look = look_after(history.chain(now, KINDS), operation) or looks.get(index)
         if look is None or not untouched(look, now):
             raise Conflict(
                 f"{path}: was changed since the {found.row.command} ({operation[:12]}), so that cannot be undone any "
-                "more; nothing was written" + _later(history.log(now), history.chain(now), operation)
+                "more; nothing was written" + _later(history.log(now), history.chain(now, KINDS), operation)
             )
 
 
