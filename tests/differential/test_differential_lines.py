@@ -91,6 +91,7 @@ FOUND = (
     "measure --foo plain.qcow2",
     "bench zero.qcow2",
     "measure -f",
+    "rebase -b plain.qcow2 -F qcow2 top.qcow2 ; measure -O qcow2 top.qcow2 ; map --output json top.qcow2",
     "resize --shrink twice.qcow2 512",
     "measure --output json --size 9223372036854775807",
     "check --image-opts driver=qcow2,file.filename=luks-top.qcow2,encrypt.key-secret=sec0",
