@@ -27,7 +27,7 @@ from safeimg.journal.history import History
 from safeimg.journal.identity import identify, same_file
 from safeimg.journal.log import read_log, remove_void
 from safeimg.journal.owner import current_owner, liveness
-from safeimg.journal.pointer import NEW_SUFFIX, Pointer, read_pointer, remove_quietly
+from safeimg.journal.pointer import NEW_SUFFIX, Pointer, read_pointer, remove_pointer
 from safeimg.journal.undo import SUFFIX as UNDO_SUFFIX
 from safeimg.journal.undo import remove_undo
 
@@ -72,7 +72,7 @@ class Resolved:
     """What a pointer comes to.
 
     - pending: the operation has to be settled, through its home.
-    - unstarted: it was declared, by a process that is dead, and never began: the pointer is void.
+    - unstarted: it was declared, by a process that is dead, and never began: only tidying up is left.
     - decided: completed, rolled back or abandoned; only tidying up is left, through its home (a fence may
     still be
       up). The pointer is void otherwise.
@@ -144,7 +144,8 @@ def clear_void(files: FileSystem, void: VoidFound, *, image_owner: int | None = 
     remove_void(files, void.path, image_owner=image_owner)
     if files.stat(void.path) is None:
         remove_undo(files, void.path + UNDO_SUFFIX)
-        remove_quietly(files, void.path + NEW_SUFFIX)
+        if files.stat(void.path + NEW_SUFFIX) is not None:
+            remove_pointer(files, void.path + NEW_SUFFIX)
 
 
 def resolve_pointer(

@@ -319,8 +319,9 @@ class Session:
                 remove_pointer(self.fs, path + NEW_SUFFIX)
 
     def _pointer_places(self) -> Iterator[str]:
-        """Where pointers to this operation may be: of all images that it writes, of the home too."""
-        for index, image in enumerate(self.state.declared.images):
+        """Where pointers to this operation may be: of all images that it writes; the home's last, by which the others
+        are found."""
+        for index, image in reversed(list(enumerate(self.state.declared.images))):
             if image.writes:
                 path = self.home if index == 0 else self.path_of(image)
                 yield from (each for each in place.candidates(self.fs, path) if each != self.log.path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from powercut.bare import BARE
 from powercut.bitmaps import BITMAPS
 from powercut.features import FEATURES
+from powercut.journals import JOURNALS
 from powercut.luks_disks import LUKS_DISKS
 from powercut.outside import OUTSIDE
 from powercut.repairs import REPAIRS
@@ -14,7 +15,7 @@ from powercut.undos import chosen, undo_of
 
 OPERATIONS = [
     *COMMITS, *CONVERSIONS, *CHANGES, *AMENDMENTS, *SNAPSHOTS, *RESIZES, *REBASES, *BITMAPS, *REPAIRS, *OUTSIDE,
-    *LUKS_DISKS, *FEATURES, *BARE,
+    *LUKS_DISKS, *FEATURES, *BARE, *JOURNALS,
 ]  # fmt: skip
 SCENARIOS = [*OPERATIONS, *map(undo_of, chosen(OPERATIONS))]
 _FINAL = [*OUTSIDE, *LUKS_DISKS]  # with changes of key slots among them, of which no material is kept
