@@ -86,8 +86,8 @@ class Resolved:
 
 def look(files: FileSystem, path: str, *, image_owner: int | None = None) -> Found | None:
     """What stands at `path`, where a log or pointer may be. Raises `LogForeign`, `LogDamaged`."""
-    if files.stat(path) is None:
-        return None
+    if files.stat(path) is None:  # of a pointer that was being written, either name may be lost
+        return None if files.stat(path + NEW_SUFFIX) is None else VoidFound(path)
     pointer = read_pointer(files, path, image_owner=image_owner)
     if pointer is not None:
         return PointerFound(path, pointer)
@@ -141,7 +141,8 @@ def indexed(files: FileSystem, history: History, image: str) -> tuple[str, LogFo
 
 def clear_void(files: FileSystem, void: VoidFound, *, image_owner: int | None = None) -> None:
     """Removes what an operation that never began left. Raises `LogBusy` if it is just beginning."""
-    remove_void(files, void.path, image_owner=image_owner)
+    if files.stat(void.path) is not None:
+        remove_void(files, void.path, image_owner=image_owner)
     if files.stat(void.path) is None:
         remove_undo(files, void.path + UNDO_SUFFIX)
         if files.stat(void.path + NEW_SUFFIX) is not None:

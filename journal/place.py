@@ -134,6 +134,10 @@ def create_log(files: FileSystem, image: str, operation: str, *, explicit: str |
             refused.append(str(error))
         except Exception as error:
             number = system_error(error)
+            if number == errno.EEXIST and path == explicit:
+                raise JournalUnavailable(
+                    f"{path}: there is a journal already; settle what it is of, or name another file"
+                ) from None
             if number == errno.EEXIST:
                 raise LogBusy(path) from None
             if number not in ELSEWHERE:
