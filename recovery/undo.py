@@ -59,6 +59,7 @@ async def undo(path: str, environment: Environment, operation: str = "") -> str:
         await blocking(_check_looks, environment, found)
         job = new_job(open_images(environment.fs, home, state, "writeback"), found.record)
         try:
+            await blocking(_check_looks, environment, found)  # again, now that others are locked out
             await blocking(_check_content, found.record, [image.file for image in job.layers])
             await launch(job, environment)
         finally:
