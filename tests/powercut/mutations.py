@@ -39,9 +39,10 @@ from safeimg.journal.events import (
 from safeimg.journal.identity import identify
 from safeimg.journal.log import Log
 from safeimg.journal.undo import UndoFile
-from safeimg.ops import engine, launch, session, tidy
+from safeimg.ops import engine, launch, rebase_safe, session, tidy
 from safeimg.ops.engine import Engine
 from safeimg.ops.errors import OperationError
+from safeimg.ops.filling import Filler
 from safeimg.ops.session import Session
 from safeimg.ops.steps import Step
 from safeimg.ops.undo import Undo
@@ -313,6 +314,8 @@ MUTATIONS = [
     Mutation("undo writes over what is still linked to", "undo of commit", _replace(Undo, "_parts", _links_back_last)),
     Mutation("what is given up behind the point of no return is not kept", "undo of commit", _replace(
         engine, "lost_by", lambda step, files: [])),
+    Mutation("a rebase syncs another file than the data file", "rebase onto nothing, data file", _replace(
+        rebase_safe, "Filler", lambda images, *rest, **options: Filler(images[:1], *rest, **options))),
     Mutation("the undo file goes before the outcome is durable", "commit into raw", _replace(
         launch, "complete", _undo_file_removed_first)),
 ]
