@@ -208,6 +208,6 @@ def _settings(home: str, state: OperationState) -> dict[str, Any]:
     """What the operation was started with, checked: it comes from a file."""
     kinds = {"cache": str, "format": str, "errors": bool, "marked": bool}
     settings = started_settings(home, state, kinds)
-    if len(state.declared.images) != 1 or not are_options(settings.get("options")):
+    if len(state.declared.images) > 2 or not are_options(settings.get("options")):
         raise Conflict(f"{home}: the log's images do not fit a {state.declared.command}")
     return settings

@@ -39,12 +39,18 @@ def keep_lengths(files: Mapping[int, File], taken: Sequence[StepPrepared]) -> No
     """Makes sure of the lengths that steps gave files, which keep them although the steps were taken back.
 
     If it was a failed sync that ended the operation, the system takes a length that it lost for clean (hazard 8); it
-    is sure again once a file's last byte is written."""
+    is sure again once a file's last byte is written, and where a file was cut, once it is cut anew."""
     grown = {record.image for step in taken for record in step.lengths if record.after > record.before}
     for image in sorted(grown):
         end = files[image].length()
         files[image].pwrite(end - 1, files[image].pread(end - 1, 1))
         files[image].sync()
+    cut = {(record.image, record.after) for step in taken for record in step.lengths if record.after < record.before}
+    for image, length in sorted(cut):
+        if files[image].length() == length:  # cut; the same again would change nothing, and no sync would cover it
+            files[image].truncate(length + 1)
+            files[image].truncate(length)
+            files[image].sync()
 
 
 def raise_fences(session: Session, files: Mapping[int, File]) -> None:

@@ -28,7 +28,8 @@ def test_crash_states(scenario: Scenario, tmp_path: Path) -> None:
     for seed in range(2):
         slice_of(judge, seed, tmp_path)
     counter = judge.counter
-    assert counter.states and counter.second and counter.resumed and counter.rolled_back + counter.refused
+    assert counter.states + counter.failed >= 5
+    assert scenario.bare or counter.rolled_back + counter.refused + counter.nothing
 
 
 @pytest.mark.parametrize("mutation", [each for each in MUTATIONS if each.name in QUICK], ids=lambda each: each.name)
