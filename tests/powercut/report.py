@@ -47,7 +47,7 @@ class Tally:
         }  # fmt: skip
 
     def add_json(self, found: Mapping[str, Any]) -> None:
-        self.operation, self.features = found["operation"], tuple(found["features"])
+        self.operation, self.features = found["operation"], tuple(found["features"]) or self.features
         self.counter.add(Counter(**found["counter"]))
         self.seconds += found["seconds"]
         digests = base64.b64decode(found["seen"])
