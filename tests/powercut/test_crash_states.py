@@ -25,9 +25,11 @@ QUICK = ("before-images are not synced before the event that names them", "no fe
 @pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.name)
 def test_crash_states(scenario: Scenario, tmp_path: Path) -> None:
     judge = Judge(scenario)
-    for seed in range(2):
-        slice_of(judge, seed, tmp_path)
     counter = judge.counter
+    for seed in range(3):  # of short ones, one slice shows next to nothing
+        slice_of(judge, seed, tmp_path)
+        if counter.states + counter.failed >= 5:
+            break
     assert counter.states + counter.failed >= 5
     assert scenario.bare or counter.rolled_back + counter.refused + counter.nothing
 
