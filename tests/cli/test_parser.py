@@ -59,7 +59,7 @@ def test_the_table_is_unambiguous(command: Command) -> None:
     for _, line in command.examples:
         words = [word.strip("'") for word in line.split()]
         parsed, helped = parse(command, words)
-        free = command.name in ("status", "recover", "abandon", "amend", "measure")
+        free = command.name in ("status", "recover", "abandon", "amend", "measure", "gc")
         assert (parsed.positional and not helped) or free
 
 
