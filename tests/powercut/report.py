@@ -9,12 +9,14 @@ import argparse
 import base64
 import json
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from powercut import guest
 from powercut.judge import Counter, Judge
+from safeimg.drivers.errors import FormatError
 from safeimg.drivers.formats.api import Image, Kind
 from safeimg.drivers.formats.chain import close_chain
 from safeimg.drivers.formats.features import BitmapState
@@ -108,8 +110,9 @@ def _qcow2(fs: SimulatedFileSystem, path: str, image: Image) -> Iterable[str]:
         yield "raw data file" if details.get("data-file-raw") else "data file"
     if "encrypt" in details:
         yield {"aes": "AES", "luks": "LUKS"}[details["encrypt"]["format"]]
-    if any(extent.kind is Kind.COMPRESSED for extent in image.extents(0, image.size)):
-        yield "compressed"
+    with suppress(FormatError):  # damaged ones may have no map
+        if any(extent.kind is Kind.COMPRESSED for extent in image.extents(0, image.size)):
+            yield "compressed"
     bitmaps: list[BitmapState] = list(listed(image))
     if bitmaps:
         yield "bitmaps"

@@ -25,6 +25,7 @@ QUICK = ("before-images are not synced before the event that names them", "no fe
 @pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.name)
 def test_crash_states(scenario: Scenario, tmp_path: Path) -> None:
     judge = Judge(scenario)
+    assert features_of(judge)
     counter = judge.counter
     for seed in range(3):  # of short ones, one slice shows next to nothing
         slice_of(judge, seed, tmp_path)
