@@ -288,7 +288,7 @@ MUTATIONS = [
     Mutation("taking back skips bytes that look right", "commit", _replace(
         takeback, "_restore_patches", _restore_only_what_differs), failing_syncs=True),
     Mutation("no syncs while taking back", "commit", _replace(takeback, "_sync", _no_sync)),
-    Mutation("completed before the last sync", "commit into raw", _replace(
+    Mutation("completed before the last sync", "commit -d", _replace(
         Engine, "barrier", _completed_before_the_last_sync)),
     Mutation("the file is cut before the switch is durable", "commit", _replace(
         Engine, "_pass_no_return", _truncated_before_the_switch_is_durable)),
