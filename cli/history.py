@@ -54,16 +54,12 @@ def run(command: Command, arguments: Arguments) -> int:
 def identity_of(image: str) -> Identity:
     """Which file the image is now."""
     from safeimg.drivers.errors import StorageError
-    from safeimg.journal.identity import identify
+    from safeimg.journal.identity import identify_at
 
     try:
-        file = filesystem().open(image)
+        return identify_at(filesystem(), image)
     except StorageError as error:
         raise CommandError(f"Could not open '{image}': {error.strerror}") from error
-    try:
-        return identify(file)
-    finally:
-        file.close()
 
 
 def _log(image: str, output: str) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from safeimg.cli.common import filesystem, print_json, print_text
 from safeimg.cli.errors import CommandError
 from safeimg.cli.options import Argument, Command, Option
@@ -65,29 +67,39 @@ def run(command: Command, arguments: Arguments) -> int:
     if len(arguments.positional) != 1:
         raise CommandError("Expecting one image file name", code=2, hint=True)
     image = arguments.positional[0]
+    from safeimg.journal.place import SUFFIX
+    from safeimg.recovery.pending import NothingPending
+
+    def work() -> tuple[str, str]:
+        fs = filesystem()
+        if fs.stat(image) is None and fs.stat(image + SUFFIX) is None and command.name != "abandon":
+            raise CommandError(f"{image}: No such file or directory")
+        try:
+            return _settle(command.name, image, arguments), "done"
+        except NothingPending as error:
+            return str(error), "nothing"
+
+    return told(image, command.name, arguments, work)
+
+
+def told(image: str, action: str, arguments: Arguments, work: Callable[[], tuple[str, str]]) -> int:
+    """Does `work` and prints what it says was done, and the outcome, or what went wrong. The exit code."""
     output = output_format(arguments.last("output"))
     from safeimg.drivers.errors import DriverError
     from safeimg.journal.errors import JournalError
     from safeimg.ops.errors import OperationError
-    from safeimg.recovery.pending import NothingPending
 
-    done, outcome = "", "done"
     try:
-        fs = filesystem()
-        if fs.stat(image) is None and fs.stat(image + ".safeimg") is None and command.name != "abandon":
-            raise CommandError(f"{image}: No such file or directory")
-        done = _settle(command.name, image, arguments)
-    except NothingPending as error:
-        done, outcome = str(error), "nothing"
+        done, outcome = work()
     except (CommandError, OperationError, JournalError, DriverError) as error:
         code = error.code if isinstance(error, CommandError) else getattr(error, "exit_code", 1)
         if output == "json":
-            _print_json(image, command.name, OUTCOMES.get(code, "error"), str(error))
+            _print_json(image, action, OUTCOMES.get(code, "error"), str(error))
         if isinstance(error, CommandError):
             raise
         raise CommandError(str(error), code=code) from error
     if output == "json":
-        _print_json(image, command.name, outcome, done)
+        _print_json(image, action, outcome, done)
     elif not arguments.flag("quiet"):
         print_text(done if done.startswith(image) else f"{image}: {done}")
     return 0

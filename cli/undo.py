@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from safeimg.cli.common import filesystem, print_json, print_text
+from safeimg.cli.common import filesystem
 from safeimg.cli.errors import CommandError
 from safeimg.cli.options import Argument, Command
 from safeimg.cli.parser import Arguments
 from safeimg.cli.progress import display
 from safeimg.cli.running import run_stoppable
-from safeimg.cli.settle import OUTCOMES
+from safeimg.cli.settle import told
 from safeimg.cli.shared import HELP, IMAGE, JOURNALING, LONG_PROGRESS, OUTPUT, PROGRESS, QUIET
-from safeimg.cli.values import output_format
 
 WANTED = ("journal", "on-crash", "wait")  # an undo is always journaled, and not undone
 
@@ -39,28 +38,13 @@ def run(command: Command, arguments: Arguments) -> int:
     if len(words) not in (1, 2):
         raise CommandError("Expecting one image file name, and an operation if it is not the newest", code=2, hint=True)
     image, operation = words[0], words[1] if len(words) == 2 else ""
-    output = output_format(arguments.last("output"))
-    from safeimg.drivers.errors import DriverError
-    from safeimg.journal.errors import JournalError
-    from safeimg.ops.errors import OperationError
 
-    try:
+    def work() -> tuple[str, str]:
         if filesystem().stat(image) is None:
             raise CommandError(f"{image}: No such file or directory")
-        done = _undo(image, operation, arguments)
-    except (CommandError, OperationError, JournalError, DriverError) as error:
-        code = error.code if isinstance(error, CommandError) else getattr(error, "exit_code", 1)
-        if output == "json":
-            print_json({"image": image, "action": "undo", "outcome": OUTCOMES.get(code, "error"),
-                        "message": str(error)})  # fmt: skip
-        if isinstance(error, CommandError):
-            raise
-        raise CommandError(str(error), code=code) from error
-    if output == "json":
-        print_json({"image": image, "action": "undo", "outcome": "done", "message": done})
-    elif not arguments.flag("quiet"):
-        print_text(f"{image}: {done}")
-    return 0
+        return _undo(image, operation, arguments), "done"
+
+    return told(image, "undo", arguments, work)
 
 
 def _undo(image: str, operation: str, arguments: Arguments) -> str:

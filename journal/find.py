@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -23,8 +23,8 @@ from safeimg.journal.events import (
     Started,
 )
 from safeimg.journal.files import FileStat, FileSystem, system_error
-from safeimg.journal.history import History
-from safeimg.journal.identity import identify, same_file
+from safeimg.journal.history import PendingRow
+from safeimg.journal.identity import identify_at, same_file
 from safeimg.journal.log import read_log, remove_void
 from safeimg.journal.owner import current_owner, liveness
 from safeimg.journal.pointer import NEW_SUFFIX, Pointer, read_pointer, remove_pointer
@@ -122,15 +122,15 @@ def find(files: FileSystem, image: str, *, explicit: str | None = None) -> Found
     return renamed or void
 
 
-def indexed(files: FileSystem, history: History, image: str) -> tuple[str, LogFound] | None:
+def indexed(files: FileSystem, pending: Iterable[PendingRow], image: str) -> tuple[str, LogFound] | None:
     """What is pending on a file that `image` is another name of, whose folder holds no log: a hard link, or a file that
-    is mounted there. The home image's name, and the log; None if this host's index knows of none.
+    is mounted there. The home image's name, and the log; None if this host's index, `pending`, knows of none.
 
-    Raises `LogForeign`, `LogDamaged`, `HistoryError`."""
+    Raises `LogForeign`, `LogDamaged`."""
     there = files.stat(image)
     if there is None:
         return None
-    for row in history.pending():
+    for row in pending:
         home = files.stat(row.home)
         if home is not None and (home.device, home.inode) == (there.device, there.inode):
             found = look(files, row.log, image_owner=there.uid)
@@ -344,15 +344,11 @@ def _identity(files: FileSystem, path: str) -> Identity | None:
     if files.stat(path) is None:
         return None
     try:
-        file = files.open(path)
+        return identify_at(files, path)
     except Exception as error:
         if system_error(error) is None:
             raise
         return None
-    try:
-        return identify(file)
-    finally:
-        file.close()
 
 
 def _owner_beside(files: FileSystem, path: str) -> int | None:

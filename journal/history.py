@@ -44,13 +44,11 @@ class History(Protocol):
     def add_pending(self, entry: PendingRow) -> None: ...
     def remove_pending(self, operation: str) -> None: ...
     def pending(self) -> list[PendingRow]: ...
-    def record_settled(
-        self, events: Iterable[Event], *, home: str, identities: Mapping[int, Identity] | None = None
-    ) -> None:
+    def record_settled(self, events: Iterable[Event], *, home: str) -> None:
         """Records a settled operation and takes it off the pending index, all or nothing and durably.
 
-        `events`: all of its log, up to the outcome. `home`: the home image's path, for display. `identities`:
-        how the images look now, by index, where that is known. Recording an operation again changes nothing.
+        `events`: all of its log. `home`: the home image's path, for display. Recording an operation again changes
+        nothing.
         """
         ...
 
@@ -115,14 +113,13 @@ class Prepared:
     summary: OperationRow
     declared: Declared
     bodies: list[tuple[str, str]]  # kind and body of each event
-    identities: Mapping[int, Identity]
     looks: Mapping[int, Identity]  # how the images looked once everything was done to them
     lost: str  # why the operation cannot be undone
     changed: Mapping[int, float]  # images that were changed outside before it: when they were last settled
     undoes: str | None  # the operation that this one took back
 
 
-def prepare(events: Iterable[Event], home: str, identities: Mapping[int, Identity] | None) -> Prepared:
+def prepare(events: Iterable[Event], home: str) -> Prepared:
     """Reads the events once, keeping nothing of their bulk. Raises `JournalError` if they are not a whole
     operation."""
     first: Event | None = None
@@ -147,7 +144,7 @@ def prepare(events: Iterable[Event], home: str, identities: Mapping[int, Identit
     assert isinstance(first, Declared)
     if first.command != UNDO or not isinstance(undoes, str):
         undoes = None
-    return Prepared(summary, first, bodies, {**dict(identities or {}), **looks}, looks, lost, changed, undoes)
+    return Prepared(summary, first, bodies, looks, lost, changed, undoes)
 
 
 def settle(store: Store, settled: Prepared, chosen: Container[int] | None = None, head: bytes = b"") -> bytes:
@@ -165,7 +162,7 @@ def settle(store: Store, settled: Prepared, chosen: Container[int] | None = None
     for index, image in enumerate(settled.declared.images):
         if chosen is not None and index not in chosen:
             continue
-        identity = settled.identities.get(index, image.identity)
+        identity = settled.looks.get(index, image.identity)
         path = summary.home if index == 0 else _beside(summary.home, printable(image.path))
         number = image_number(store, identity, path)
         if number in seen:
@@ -257,10 +254,8 @@ class MemoryHistory:
     def pending(self) -> list[PendingRow]:
         return list(self.pending_rows.values())
 
-    def record_settled(
-        self, events: Iterable[Event], *, home: str, identities: Mapping[int, Identity] | None = None
-    ) -> None:
-        settle(self, prepare(events, home, identities))
+    def record_settled(self, events: Iterable[Event], *, home: str) -> None:
+        settle(self, prepare(events, home))
 
     def log(self, image: Identity) -> list[OperationRow]:
         row = match(self.images(image), image)

@@ -11,7 +11,7 @@ import re
 import secrets
 
 from safeimg.journal.events import Identity
-from safeimg.journal.files import File
+from safeimg.journal.files import File, FileSystem
 
 ATTRIBUTE = "user.safeimg.id"
 
@@ -24,6 +24,15 @@ def identify(file: File, *, tag: bool = False) -> Identity:
     mark = ensure_tag(file) if tag else read_tag(file)
     found = file.stat()
     return Identity(found.device, found.inode, found.size, found.mtime_ns, found.ctime_ns, mark)
+
+
+def identify_at(files: FileSystem, path: str) -> Identity:
+    """The identity of the file at `path`. Raises what opening it raises."""
+    file = files.open(path)
+    try:
+        return identify(file)
+    finally:
+        file.close()
 
 
 def read_tag(file: File) -> str | None:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from safeimg.journal.clock import now
 from safeimg.journal.errors import JournalError, JournalUnavailable
+from safeimg.journal.events import BeforeRecord
 from safeimg.journal.files import File, FileStat, FileSystem, system_error
 from safeimg.journal.history import UNDO, UNDOES, History
 from safeimg.journal.log import Log, read_events
@@ -77,6 +78,13 @@ class Record:
     path: str
     state: OperationState
     undo: UndoFile | None
+
+    @property
+    def before_images(self) -> list[BeforeRecord]:
+        """All that the operation overwrote or gave up, and that was kept."""
+        state = self.state
+        given_up = [each for records in state.given_up.values() for each in records]
+        return given_up + [each for step in state.steps for each in step.prepared.before]
 
     def close(self) -> None:
         if self.undo is not None:

@@ -69,11 +69,9 @@ class SqliteHistory:
             for row in rows
         ]
 
-    def record_settled(
-        self, events: Iterable[Event], *, home: str, identities: Mapping[int, Identity] | None = None
-    ) -> None:
+    def record_settled(self, events: Iterable[Event], *, home: str) -> None:
         """See `History.record_settled`."""
-        settled = prepare(events, home, identities)
+        settled = prepare(events, home)
         places: dict[str | None, set[int]] = {}  # that of the home image comes first
         for index, image in enumerate(settled.declared.images):
             path = home if index == 0 else os.path.join(os.path.dirname(home), image.path)

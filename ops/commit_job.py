@@ -8,7 +8,14 @@ from typing import Any
 
 from safeimg.drivers.errors import DriverError, StorageError, UnsupportedError, UsageError
 from safeimg.drivers.formats.api import Image
-from safeimg.drivers.formats.chain import backing_filename, close_chain, local_path, look_at, open_chain
+from safeimg.drivers.formats.chain import (
+    backing_filename,
+    close_chain,
+    local_path,
+    look_at,
+    open_chain,
+    try_open,
+)
 from safeimg.drivers.formats.naming import Blockdev, are_options, lasting, protocol, recalled, text_of
 from safeimg.drivers.formats.registry import lookup
 from safeimg.drivers.secrets import NO_SECRETS, Secrets
@@ -82,7 +89,7 @@ def open_job(
     layers = look_at(fs, filename, format=fmt, cache=cache, warn=warn, secrets=secrets)
     depth = _depth(fs, layers, base)
     if depth is None:  # told once the image is open for writing
-        close_chain(open_chain(fs, filename, format=fmt, write=True, cache=cache, warn=warn, secrets=secrets))
+        try_open(fs, filename, format=fmt, cache=cache, warn=warn, secrets=secrets)
         begun()
         raise UsageError(f"Did not find '{base}' in the backing chain of '{text_of(filename)}'")
     layers = open_chain(

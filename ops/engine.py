@@ -27,7 +27,7 @@ from safeimg.drivers.transfer.copy import write_moves
 from safeimg.drivers.transfer.core import Transfer
 from safeimg.drivers.transfer.loop import blocking
 from safeimg.drivers.transfer.target import Target
-from safeimg.drivers.transfer.view import Source
+from safeimg.drivers.transfer.view import Content
 from safeimg.journal.clock import now
 from safeimg.journal.errors import JournalError
 from safeimg.journal.events import (
@@ -59,7 +59,7 @@ class Engine:
     def __init__(
         self,
         targets: Sequence[Target],
-        view: Source | None,
+        view: Content | None,
         transfer: Transfer,
         session: Session | None,
         *,

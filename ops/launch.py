@@ -19,7 +19,7 @@ from safeimg.drivers.storage.api import File, FileSystem
 from safeimg.drivers.transfer.core import Transfer
 from safeimg.drivers.transfer.loop import blocking
 from safeimg.drivers.transfer.target import Target
-from safeimg.drivers.transfer.view import Source
+from safeimg.drivers.transfer.view import Content
 from safeimg.journal import find
 from safeimg.journal.errors import JournalError
 from safeimg.journal.history import History
@@ -59,7 +59,7 @@ class Job:
     operation: Operation
     images: Sequence[Touched]  # by index; the home image first
     layers: Sequence[Image]  # everything that is open, to be closed
-    view: Source | None  # what in-place moves copy from
+    view: Content | None  # what in-place moves copy from
     settings: Mapping[str, Any]  # what it takes to make this job again, JSON-like
     undo: bool = True
     defer: float = 0.0  # seconds of work after which the journal begins; only where nothing is lost by redoing them

@@ -79,10 +79,11 @@ def data_index(images: Sequence[Image], index: int) -> int:
 
 def refuse_pending(fs: FileSystem, history: History, images: Sequence[Touched]) -> None:
     """Raises `SomethingPending` if an operation is pending on an image that is to be written."""
+    pending = history.pending()
     for image in images:
         if image.writes:
             refuse_pending_on(fs, image.path)
-            known = find.indexed(fs, history, image.path)
+            known = find.indexed(fs, pending, image.path)
             if known is not None:
                 home, log = known
                 raise SomethingPending(image.path, log.declared.command, log.operation, home)

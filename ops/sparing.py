@@ -14,6 +14,7 @@ from safeimg.drivers.storage.api import File
 from safeimg.drivers.transfer.zero import is_zero
 from safeimg.journal.errors import JournalError
 from safeimg.journal.events import BeforeRecord, GivenUp
+from safeimg.journal.history import UNDO
 from safeimg.journal.state import OperationState
 from safeimg.journal.undo import UndoFile
 from safeimg.ops.session import Session
@@ -87,7 +88,7 @@ def undo_problem(state: OperationState) -> str | None:
     command, started = state.declared.command, state.started
     if started is None:
         return f"the {command} changed nothing"
-    if command == "undo":
+    if command == UNDO:
         return "an undo is not undone: give the command that was taken back again"
     if started.created:
         return f"the {command} made the image, and what the file may have held before is lost; remove it instead"

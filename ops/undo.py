@@ -22,7 +22,6 @@ from safeimg.drivers.formats.registry import lookup
 from safeimg.drivers.secrets import Secrets
 from safeimg.drivers.storage.api import FileSystem
 from safeimg.drivers.transfer.loop import blocking
-from safeimg.drivers.transfer.view import LayerExtent
 from safeimg.journal import kept
 from safeimg.journal.errors import JournalError
 from safeimg.journal.events import BeforeRecord, PatchRecord
@@ -152,7 +151,7 @@ def _inverse(image: Image, patches: Sequence[PatchRecord]) -> Iterator[Patch]:
 
 
 class KeptSource:
-    """The before-images in an undo file, as what moves copy from: the offset is that in the file."""
+    """The before-images in an undo file, as what moves copy from (`Content`): the offset is that in the file."""
 
     def __init__(self, undo: UndoFile | None, records: Iterable[BeforeRecord]) -> None:
         self._undo = undo
@@ -160,16 +159,6 @@ class KeptSource:
             (each.undo, each.length, each.digest) for each in records if each.undo is not None
         )
         self._starts = [start for start, _, _ in self._records]
-
-    @property
-    def size(self) -> int:
-        return 0 if not self._records else self._records[-1][0] + self._records[-1][1]
-
-    def extents(self, start: int, length: int) -> Iterator[LayerExtent]:
-        raise NotImplementedError("before-images have no extents")
-
-    def read_pieces(self, pieces: Iterable[LayerExtent], start: int, buffer: memoryview) -> None:
-        raise NotImplementedError("before-images have no extents")
 
     def read_into(self, start: int, buffer: memoryview) -> None:
         """Fills `buffer` from one before-image. Raises `LogDamaged` if that is not what was kept."""
@@ -260,8 +249,7 @@ def make_job(layers: list[Image], state: OperationState, environment: Environmen
 def _job(images: list[Image], record: Record, roles: Sequence[str]) -> Job:
     state = record.state
     operation = Undo(images, record)
-    given_up = [each for records in state.given_up.values() for each in records]
-    source = KeptSource(record.undo, [*given_up, *(each for step in state.steps for each in step.prepared.before)])
+    source = KeptSource(record.undo, record.before_images)
     settings = {
         UNDOES: state.declared.operation, "command": state.declared.command, "record": record.path,
     }  # fmt: skip

@@ -45,8 +45,8 @@ def collect(environment: Environment, *, total: int, older_than: float | None = 
         dropped += [
             Dropped(each.paths, each.operation, each.size, "old" if each.whole else "orphaned") for each in gone
         ]
-        sizes = {each.paths: each.size for each in kept.entries(fs, keeping)}
-        left = sum(size for paths, size in sizes.items() if paths not in {each.paths for each in gone})
+        paths = {each.paths for each in gone}  # a dry run leaves them
+        left = sum(each.size for each in kept.entries(fs, keeping) if each.paths not in paths)
     dropped += _orphans(fs, dry)
     return Collected(tuple(dropped), left)
 

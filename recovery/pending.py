@@ -201,7 +201,7 @@ def _locate(path: str, environment: Environment) -> tuple[str, str]:
     """The home image and the log of what is pending on the image at `path`."""
     found = find.find(environment.fs, path)
     if found is None:
-        known = find.indexed(environment.fs, environment.history, path)
+        known = find.indexed(environment.fs, environment.history.pending(), path)
         if known is None:
             raise NothingPending(f"{path}: nothing is pending")
         return known[0], known[1].path

@@ -96,7 +96,7 @@ def _of_image(fs: FileSystem, history: History, image: str) -> Iterator[Status]:
                 yield _judge(fs, resolved.home, resolved.log.path, resolved.log)
         elif found is not None:
             yield _judge(fs, image, found.path, found)
-        elif (known := find.indexed(fs, history, image)) is not None:
+        elif (known := find.indexed(fs, history.pending(), image)) is not None:
             yield _judge(fs, known[0], known[1].path, known[1])
     except (JournalError, DriverError) as error:
         yield Status(image, fs.resolve(image) + place.SUFFIX, "unreadable", str(error))

@@ -19,14 +19,14 @@ from safeimg.drivers.transfer.target import Target
 from safeimg.journal import kept
 from safeimg.journal.chain import EventRow, OperationRow
 from safeimg.journal.errors import JournalError
-from safeimg.journal.events import BeforeRecord, Completed, Identity, PatchRecord, StepPrepared
+from safeimg.journal.events import Completed, Identity, PatchRecord, StepPrepared
 from safeimg.journal.history import UNDO
-from safeimg.journal.identity import identify, untouched
+from safeimg.journal.identity import identify_at, untouched
 from safeimg.journal.kept import Record
 from safeimg.journal.state import LiveStep
 from safeimg.journal.story import KINDS, look_after, lost, undone
 from safeimg.ops.errors import Changed, Conflict, Impossible
-from safeimg.ops.launch import Environment, launch
+from safeimg.ops.launch import Environment, Job, launch
 from safeimg.ops.session import refuse_pending_on
 from safeimg.ops.sparing import undo_problem
 from safeimg.ops.undo import KeptSource, new_job, open_images
@@ -60,7 +60,7 @@ async def undo(path: str, environment: Environment, operation: str = "") -> str:
         job = new_job(open_images(environment.fs, home, state, "writeback"), found.record)
         try:
             await blocking(_check_looks, environment, found)  # again, now that others are locked out
-            await blocking(_check_content, found.record, [image.file for image in job.layers])
+            await blocking(_check_content, found.record, job)
             await launch(job, environment)
         finally:
             job.close()
@@ -122,13 +122,7 @@ def _why_not_kept(events: Sequence[EventRow], row: OperationRow) -> str:
 
 
 def _identity(fs: FileSystem, path: str) -> Identity | None:
-    if fs.stat(path) is None:
-        return None
-    file = fs.open(path)
-    try:
-        return identify(file)
-    finally:
-        file.close()
+    return None if fs.stat(path) is None else identify_at(fs, path)
 
 
 def _home(fs: FileSystem, path: str, row: OperationRow, record: Record) -> str:
@@ -176,17 +170,11 @@ def _later(rows: Sequence[OperationRow], events: Sequence[EventRow], operation: 
 
 def _verify_kept(record: Record) -> None:
     """Raises `LogDamaged` unless everything that was kept is what it was."""
-    for each in _kept(record):
+    for each in record.before_images:
         if each.undo is not None:
             if record.undo is None:
                 raise JournalError(f"{record.path}: its before-images are gone")
             record.undo.read(each.undo, each.length, each.digest)
-
-
-def _kept(record: Record) -> list[BeforeRecord]:
-    state = record.state
-    given_up = [each for records in state.given_up.values() for each in records]
-    return given_up + [each for step in state.steps for each in step.prepared.before]
 
 
 class _Restored(PatchedFile):
@@ -196,7 +184,7 @@ class _Restored(PatchedFile):
         super().__init__(file, ())
         state = record.state
         at_end = state.given_up.get(state.last_number + 1, ())
-        cut = [each for each in _kept(record) if each.image == image and each.offset >= file.length()]
+        cut = [each for each in record.before_images if each.image == image and each.offset >= file.length()]
         self._records = sorted({*(each for each in at_end if each.image == image), *cut})
         self._offsets = [each.offset for each in self._records]
         self._source = KeptSource(record.undo, self._records)
@@ -226,16 +214,16 @@ def _finish(record: Record) -> LiveStep:
     return LiveStep(StepPrepared(record.state.last_number + 1, "finish", link=patches), applied=True)
 
 
-def _check_content(record: Record, files: Sequence[File]) -> None:
+def _check_content(record: Record, job: Job) -> None:
     """Raises `Conflict` unless every range that the operation wrote holds what it wrote."""
     state = replace(record.state, steps=[*record.state.steps, _finish(record)])
     written = [index for index, image in enumerate(state.declared.images) if image.writes]
     restored: dict[int, File] = {
-        index: _Restored(file, record, index) for index, file in zip(written, files, strict=True)
+        index: _Restored(file, record, index) for index, file in zip(written, job.files, strict=True)
     }
     try:
         verify(state, {index: Target(file) for index, file in restored.items()}, record.undo, None)
-        if state.declared.command not in ("check", "repair"):
+        if not job.damaged:
             verify_unreferenced(state, restored)
     except Changed as changed:
         command = state.declared.command

@@ -18,7 +18,7 @@ from safeimg.drivers.formats.api import Cipher
 from safeimg.drivers.storage.api import File
 from safeimg.drivers.transfer.digest import BLOCK, SIZE, digests, zero_digests
 from safeimg.drivers.transfer.target import Target
-from safeimg.drivers.transfer.view import Source
+from safeimg.drivers.transfer.view import Content
 from safeimg.journal.errors import JournalError
 from safeimg.journal.events import BeforeRecord, MoveRecord
 from safeimg.journal.identity import identify, unchanged
@@ -33,7 +33,7 @@ CHUNK = 1 << 20  # bytes of data looked at in one go; a multiple of BLOCK
 
 
 def verify(
-    state: OperationState, targets: Mapping[int, Target], undo: UndoFile | None, view: Source | None
+    state: OperationState, targets: Mapping[int, Target], undo: UndoFile | None, view: Content | None
 ) -> None:
     """Raises `Conflict` unless every image is as the log says. Writes nothing.
 
@@ -112,7 +112,7 @@ def _verify_digests(files: Mapping[int, File], where: Range, expected: bytes, la
                 raise _changed(file, at + start, end - start, "data")
 
 
-def _verify_flux(step: LiveStep, targets: Mapping[int, Target], undo: UndoFile | None, view: Source | None) -> None:
+def _verify_flux(step: LiveStep, targets: Mapping[int, Target], undo: UndoFile | None, view: Content | None) -> None:
     """Data in place, in flux: each sector is old or new. Without before-images nothing is known of the old."""
     if undo is None:
         return
@@ -148,7 +148,7 @@ def _before(undo: UndoFile, records: Sequence[BeforeRecord], offset: int, length
     return bytes(content)
 
 
-def _after(view: Source | None, move: MoveRecord, offset: int, length: int, cipher: Cipher | None) -> bytes:
+def _after(view: Content | None, move: MoveRecord, offset: int, length: int, cipher: Cipher | None) -> bytes:
     """What the move writes to the range."""
     content = bytearray(length)
     if move.source is not None and view is not None:

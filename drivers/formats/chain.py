@@ -117,11 +117,7 @@ def look_at(
     try:
         return open_chain(fs, filename, format=format, backing=backing, force_share=True, secrets=secrets)
     except OpenError:
-        close_chain(
-            open_chain(
-                fs, filename, format=format, write=True, cache=cache, backing=backing, warn=warn, secrets=secrets
-            )
-        )
+        try_open(fs, filename, format=format, cache=cache, backing=backing, warn=warn, secrets=secrets)
         raise
 
 
@@ -130,14 +126,19 @@ def try_open(
     filename: str | Blockdev,
     *,
     format: str | None = None,
+    cache: str = "writeback",
+    backing: bool = True,
     force_share: bool = False,
-    secrets: Secrets = NO_SECRETS,
     warn: Callable[[str], None] | None = None,
+    secrets: Secrets = NO_SECRETS,
 ) -> None:
     """Opens an image for writing, and nothing else. Raises `OpenError`, always with `force_share`: that is for
     reading, which shows where QEMU finds out."""
     close_chain(
-        open_chain(fs, filename, format=format, write=True, force_share=force_share, secrets=secrets, warn=warn)
+        open_chain(
+            fs, filename, format=format, write=True, cache=cache, backing=backing, force_share=force_share, warn=warn,
+            secrets=secrets,
+        )
     )
 
 

@@ -11,7 +11,7 @@ from safeimg.drivers.transfer.buffers import BufferPool
 from safeimg.drivers.transfer.core import CHUNK, Transfer
 from safeimg.drivers.transfer.digest import BLOCK, Written, digests
 from safeimg.drivers.transfer.target import Target
-from safeimg.drivers.transfer.view import Source
+from safeimg.drivers.transfer.view import Content, Source
 from safeimg.drivers.transfer.zero import fill_zero
 
 ZERO_CHUNK = 1 << 30  # bytes that one `write_zeroes` covers: cancellation comes between two
@@ -47,7 +47,7 @@ class FileMove(Protocol):
     def guest(self) -> int: ...
 
 
-async def write_moves(transfer: Transfer, view: Source | None, moves: Sequence[tuple[Target, FileMove]], *,
+async def write_moves(transfer: Transfer, view: Content | None, moves: Sequence[tuple[Target, FileMove]], *,
                       unmap: bool = False) -> list[bytes]:
     """Writes each move into its file; the digests of what is there then, in order (empty for plain zeroes).
 

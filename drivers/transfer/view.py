@@ -27,7 +27,15 @@ class LayerExtent(NamedTuple):
     extent: Extent  # DATA, ZERO or COMPRESSED; a part of a compressed cluster where only that is visible
 
 
-class Source(Protocol):
+class Content(Protocol):
+    """Bytes that data in place is copied from."""
+
+    def read_into(self, start: int, buffer: memoryview) -> None:
+        """Fills `buffer` from offset `start`. Thread-safe."""
+        ...
+
+
+class Source(Content, Protocol):
     """Guest content that can be read: a `View`, or several joined (`ConcatenatedView`)."""
 
     @property

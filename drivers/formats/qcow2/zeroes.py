@@ -98,7 +98,7 @@ def _l2_tables(planner: Qcow2Planner) -> dict[int, int]:
     tables += [
         (snapshot.l1_table_offset, snapshot.l1_size) for snapshot in read_snapshots(planner.file, planner.header)
     ]
-    covered = len(planner.header.l2.decode(bytes(planner.cluster_size))) * planner.cluster_size
+    covered = planner.header.l2.entries * planner.cluster_size
     found: dict[int, int] = {}
     for offset, size in tables:
         for start in range(0, size, L1_ENTRIES):
