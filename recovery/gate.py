@@ -13,6 +13,7 @@ from safeimg.journal.owner import current_owner
 from safeimg.ops.errors import OperationError, SomethingPending
 from safeimg.ops.launch import Environment
 from safeimg.ops.repair import REPAIR
+from safeimg.recovery.pending import NothingPending
 from safeimg.recovery.settle import abandon, resume, rollback
 
 
@@ -59,16 +60,25 @@ async def resumed(image: str | Blockdev, environment: Environment, command: str)
     if log is None:
         return False
     if log.outcome is not None or not log.started:
-        await resume(path, environment)
+        await _finished(path, environment)
         return False
     if (log.declared.command, log.declared.arguments) == (command, environment.arguments):
-        await resume(path, environment)
-        return True
+        return await _finished(path, environment)
     if log.declared.arguments == environment.arguments and log.declared.command in (REPAIR, "resize"):
-        await resume(path, environment)  # which is a part of this command
+        await _finished(path, environment)  # which is a part of this command
     return False
+
+
+async def _finished(path: str, environment: Environment) -> bool:
+    """Finishes what is pending. False if somebody else has settled it since it was found, whichever way."""
+    try:
+        await resume(path, environment)
+    except NothingPending:
+        return False
+    return True
 
 
 def supersede(path: str, environment: Environment, command: str) -> None:
     """Gives up what is pending on an image that `command` makes anew, on record."""
-    abandon(path, environment, reason=f"superseded by {command}")
+    with suppress(NothingPending):  # somebody else has settled it since it was found
+        abandon(path, environment, reason=f"superseded by {command}")

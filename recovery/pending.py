@@ -29,9 +29,7 @@ DAMAGED = "-damaged"  # what the names of files end with that were given up unre
 
 
 class NothingPending(OperationError):
-    """There is nothing to settle."""
-
-    exit_code = 0
+    """There is nothing to settle: no error for who was asked to settle it, who says so."""
 
 
 class Pending:
