@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import posixpath
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any, NamedTuple
 
 from safeimg.drivers.errors import (
     DriverError,
     FormatError,
+    NotClosed,
     SecretMissing,
     StorageError,
     UnsupportedError,
@@ -313,7 +315,8 @@ class _Opener(NamedTuple):
             try:
                 given = _given(options, driver.runtime_options, self.secrets, beside)
             except UsageError:
-                driver.open(file, write=write, repair=repair).close()  # what is wrong with the image itself comes first
+                with suppress(NotClosed):  # what is wrong with the image itself comes first, but for what is repaired
+                    driver.open(file, write=write, repair=repair).close()
                 raise
             image = driver.open(file, write=write, repair=repair, given=given)
         except BaseException:

@@ -412,7 +412,7 @@ class Generator:
         image = self.image()
         return [self.said("-f", image, 0.7), ("-c", self.rng.choice(("0", "1", "20", "x", "-1"))), self.flag("-w"),
                 self.of("-s", ("512", "4k", "64k", "x", "0"), 0.4), self.of("-S", ("0", "4k", "100", "x"), 0.2),
-                self.of("-o", ("0", "64k", "100", "x"), 0.2), self.of("-d", ("1", "8", "0", "x"), 0.2),
+                self.of("-o", ("0", "64k", "100", "x"), 0.2), self.of("-d", ("1", "8", "x"), 0.2),
                 self.of("-t", CACHES, 0.1), self.flag("-n", chance=0.1), self.flag("-q", chance=0.1),
                 self.of("-i", ("threads", "native", "x"), 0.1), self.of("--pattern", ("7", "255", "256", "x"), 0.2),
                 self.of("--flush-interval", ("1", "5", "x"), 0.1), self.flag("--no-drain", chance=0.1),

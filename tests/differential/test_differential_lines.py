@@ -57,6 +57,8 @@ FOUND = (
     "resize --shrink outside.qcow2 512k",
     "resize --shrink outraw.qcow2 300k",
     "amend -o size=0 plain.qcow2",
+    "amend --image-opts -o compat=1.1 driver=qcow2,file.filename=dirty.qcow2,lazy-refcounts=x",
+    "dd -U if=mid.qcow2 of=mid.qcow2",
     "amend -o data_file=x,size=2M outside.qcow2",
     "amend -o data_file=x,size=512k outraw.qcow2",
     """amend -o size=2M 'json:{"driver":"file","filename":"plain.qcow2"}'""",

@@ -23,13 +23,15 @@ NOISE = 8 * MIB
 class Operation:
     """`words`: the command line, for qemu-img too. `home`: the image that the log lies beside.
 
-    `target`: an image that the operation makes, and that cannot be opened before it is finished."""
+    `target`: an image that the operation makes, and that cannot be opened before it is finished. `undone`: it is done
+    unharmed, and its undo is what is killed."""
 
     name: str
     build: Callable[[Path, random.Random], None]
     words: tuple[str, ...]
     home: str
     target: str | None = None
+    undone: bool = False
 
 
 def _create(image: Path, size: int, *options: str) -> None:
@@ -154,5 +156,14 @@ OPERATIONS = {
             "target.qcow2",
             target="target.qcow2",
         ),
+        Operation("undo-commit", _two_bases, ("commit", "-q", "-d", "top.qcow2"), "base.qcow2", undone=True),
+        Operation(
+            "undo-rebase",
+            _two_bases,
+            ("rebase", "-F", "qcow2", "-b", "other.qcow2", "top.qcow2"),
+            "top.qcow2",
+            undone=True,
+        ),
+        Operation("undo-snapshot", _snapshots, ("snapshot", "-a", "one", "disk.qcow2"), "disk.qcow2", undone=True),
     )
 }

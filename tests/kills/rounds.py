@@ -102,6 +102,7 @@ class Rounds:
     outcomes: Counter[str] = field(default_factory=Counter)
     recovery_kills: int = 0
     early: int = 0  # commands that ended before the kill
+    lengths: dict[str, int] = field(init=False)  # before what is killed, of each image
     before: dict[str, Shown] = field(init=False)
     after: dict[str, Shown] = field(init=False)
     startup: Timing = field(init=False)  # until the journal begins
@@ -123,9 +124,11 @@ class Rounds:
         images.copy(self.pristine, done)
         subprocess.run(["qemu-img", *self.operation.words], cwd=done, check=True, capture_output=True)
         self.after = shown(done)
+        if self.operation.undone:
+            self.before, self.after = self.after, self.before
         if self.before == self.after:
             raise Wrong(f"{self.operation.name} changes nothing that is seen")
-        images.copy(self.pristine, self.work)
+        self.ready()
         started = time.monotonic()
         process = self.processes.start(self.command(True))
         seen = []  # when the journal was there
@@ -139,8 +142,16 @@ class Rounds:
         self.startup, self.working = Timing(seen[0] - started), Timing((seen[-1] - seen[0]) * MARGIN)
         self.settled_as("after")
 
+    def ready(self) -> None:
+        """The images as they are before what is killed, in `work`."""
+        images.copy(self.pristine, self.work)
+        if self.operation.undone:
+            self.processes.finish(self.processes.start([*PLAIN, *self.operation.words]))
+        self.lengths = {path.name: path.stat().st_size for path in self.work.glob("*.qcow2")}
+
     def command(self, small: bool) -> list[str]:
-        return [*(SMALL if small else PLAIN), *self.operation.words]
+        words = ("undo", self.operation.home) if self.operation.undone else self.operation.words
+        return [*(SMALL if small else PLAIN), *words]
 
     # ---- a round
 
@@ -148,7 +159,7 @@ class Rounds:
         """Kills the command and settles what is left. A line about it."""
         small = number % 4 != 0
         while True:
-            images.copy(self.pristine, self.work)
+            self.ready()
             begun = number % 8 != 0  # the others are killed before, or at the very beginning
             moment = self.processes.killed(
                 self.command(small), self.working if begun else self.startup, begun=self.log if begun else None
@@ -242,9 +253,9 @@ class Rounds:
         if wrong:
             raise Wrong(f"not as {expected}: {wrong}")
         for image in self.before:
-            new, old = (self.work / image).stat().st_size, (self.pristine / image).stat().st_size
-            if expected == "before" and new != old:
-                raise Wrong(f"{image}: {new} bytes long, it had {old}")
+            length = (self.work / image).stat().st_size
+            if expected == "before" and length != self.lengths[image]:
+                raise Wrong(f"{image}: {length} bytes long, it had {self.lengths[image]}")
         for path in self.work.iterdir():
             self.processes.finish(self.processes.start([*PLAIN, "audit", "verify", path.name]))
 

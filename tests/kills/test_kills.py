@@ -35,7 +35,7 @@ def test_killed_operations_are_settled(tmp_path: Path, name: str) -> None:
     done = rounds.run(tmp_path, OPERATIONS[name], kills=2, seed=1, quiet=True)
     assert sum(done.phases.values()) == sum(done.outcomes.values()) == 2
     # And the judge bites.
-    images.copy(done.pristine, done.work)
+    done.ready()
     done.settled_as("before")
     with pytest.raises(Wrong, match="not as after"):
         done.settled_as("after")

@@ -46,10 +46,10 @@ def slice_of(judge: Judge, seed: int, folder: Path) -> None:
 
 
 def _second(judge: Judge, state: CrashState, seed: int, rng: random.Random) -> None:
+    leg = Leg("run", 0, state.description)
     for action in ("resume", "rollback"):
-        trace = recovered(judge, state.fs, [Leg("run", 0, state.description)], action)[1]
+        trace = recovered(judge, state.fs, [leg], action)[1]
         if len(trace):
-            leg = Leg("run", 0, state.description)
             again = crash_states(
                 state.fs, trace, seed=seed, prefixes=[rng.randrange(1, len(trace) + 1)], subsets_per_prefix=1,
                 singles_per_prefix=1,
@@ -192,6 +192,3 @@ def parse(words: str) -> list[Leg]:
             raise ValueError(f"not how a crash state came about: {part.strip()!r}")
         legs.append(Leg(action, int(failing or 0), crash.strip()))
     return legs
-
-
-__all__ = ["Violation", "follow", "judge_again", "parse", "slice_of"]

@@ -98,7 +98,3 @@ def _body_of(event: Event) -> str:
 
 
 _decode_event = functools.lru_cache(1 << 14)(log.decode_event)  # the states of a run share most of its events
-
-
-async def _here(function: Callable[..., Result], *arguments: object, **_: object) -> Result:
-    return function(*arguments)
