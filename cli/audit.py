@@ -19,8 +19,14 @@ from safeimg.cli.values import output_format
 if TYPE_CHECKING:
     from safeimg.journal.audit import Finding
     from safeimg.journal.chain import EventRow
+    from safeimg.journal.story import Shown
 
 CONFLICT = 4
+CONTENTS = {
+    "same": "shows what its newest operation left: its content has the digest that is on record",
+    "different": "shows something else than its newest operation left",
+    "unknown": "there is a digest of its content on record, but it cannot be read now (see safeimg info)",
+}
 COLUMNS = ("position", "operation", "sequence", "kind", "body", "previous", "hash")
 
 ANCHOR = Option(
@@ -131,7 +137,7 @@ def _export(image: str, form: str) -> int:
 def _verify(image: str, output: str, anchor: str | None) -> int:
     from safeimg.journal import audit
     from safeimg.journal.sqlite import SqliteHistory
-    from safeimg.journal.story import changed_since
+    from safeimg.journal.story import changed_since, last_content
 
     expected = None
     if anchor is not None:
@@ -144,19 +150,40 @@ def _verify(image: str, output: str, anchor: str | None) -> int:
     rows = history.chain(identity)
     operations = len({row.operation for row in rows})
     head, since = _head(rows), changed_since(history, identity)
+    content = _compared(image, last_content(history, identity))
+    if content == "different" and since is None:
+        message = "its content is not what its newest operation left, though nothing else tells of a change"
+        findings.append(audit.Finding("content", len(rows), rows[-1].operation, message))
     if output == "json":
         print_json({
             "image": image, "verified": not findings, "events": len(rows), "operations": operations,
-            "head": head, "changed-since": since, "findings": [_finding(each) for each in findings],
+            "head": head, "changed-since": since, "content": content, "findings": [_finding(each) for each in findings],
         })  # fmt: skip
     elif not findings:
         what = f"{len(rows)} events of {operations} operations verify" if rows else "nothing on record"
         print_text(f"{image}: {what}" + (f"; head {head}" if head is not None else ""))
         if since is not None:
             print_text(f"{image}: changed outside of this record, after {date(since)} (by a guest, say)")
+        if content is not None:
+            print_text(f"{image}: {CONTENTS[content]}")
     if findings:
         raise CommandError(*(f"{image}: {finding.message}" for finding in findings), code=CONFLICT)
     return 0
+
+
+def _compared(image: str, shown: Shown | None) -> str | None:
+    """What the image shows against what its newest operation left; None if that is not on record."""
+    from safeimg.drivers.errors import DriverError
+    from safeimg.drivers.transfer.loop import run_alone
+    from safeimg.ops.content import digest_at
+
+    if shown is None:
+        return None
+    try:
+        digest = run_alone(lambda: digest_at(filesystem(), image, shown.format))
+    except DriverError:  # in use, encrypted, …
+        return "unknown"
+    return "same" if digest == shown.digest else "different"
 
 
 def _finding(finding: Finding) -> dict[str, Any]:

@@ -107,8 +107,9 @@ def run(command: Command, arguments: Arguments) -> int:
         last("count", 75000), last("size", 4096), min(last("offset", 0), MAX_SIZE), last("step", 0),
         last("pattern", 0), flush,
     )  # fmt: skip
+    aio = "native" if "native" in arguments.all("aio") else last("aio")
     layers: list[Image] = open_chain(
-        filesystem(), name, format=fmt, write=writes, cache=cache, force_share=flag("force-share"), aio=last("aio"),
+        filesystem(), name, format=fmt, write=writes, cache=cache, force_share=flag("force-share"), aio=aio,
         warn=warn_image,
     )
     try:

@@ -190,6 +190,7 @@ def environment(
         secrets=NO_SECRETS if arguments is None else arguments.secrets,
         notice=lambda line: print(line, file=sys.stderr),
         keeping=keeping(arguments),
+        digest=arguments is not None and arguments.flag("digest"),
     )
 
 

@@ -79,5 +79,13 @@ JOURNALING = (
         values.kept_size,
         own=True,
     ),
+    Option(
+        "digest",
+        None,
+        "digest",
+        None,
+        "Record a digest of what the images show in the end: safeimg audit verify compares it.",
+        own=True,
+    ),
     WAIT,
 )

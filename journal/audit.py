@@ -30,7 +30,7 @@ _OPERATION = re.compile(r"[0-9a-f]{32}")
 class Finding:
     """Something wrong with a chain."""
 
-    kind: Literal["edited", "removed", "swapped", "replaced", "anchor"]
+    kind: Literal["edited", "removed", "swapped", "replaced", "anchor", "content"]
     position: int  # in the image's chain, from 1; of the event concerned (the first one removed)
     operation: str  # as the row says; empty where there is no row
     message: str  # one line

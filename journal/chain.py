@@ -14,6 +14,7 @@ from safeimg.journal.events import Abandoned, Completed, Declared, Event, Rolled
 GENESIS = bytes(32)  # what the first event of an image names as the hash before it
 PARTICIPATED = "Participated"  # kind of the one event that an operation leaves in a participant's chain
 CHANGED = "ChangedOutside"  # kind of the event that tells of changes before the operation
+DIGESTED = "Digested"  # kind of the event that tells what images show
 SETTLED = "Settled"  # kind of the event behind the outcome
 
 _KEPT_BYTES = 64  # longer bytes are replaced by their length and BLAKE3-256

@@ -8,6 +8,7 @@ has accepted before: an event that could not be read back is refused before it r
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import Any
@@ -187,6 +188,13 @@ def _read_changed(value: object, scope: Scope) -> tuple[int, float]:
     return read_image(image, scope), read_time(since, scope)
 
 
+def _read_content(value: object, scope: Scope) -> ev.ContentRecord:
+    image, format, digest = items(value, 3)
+    if not isinstance(digest, str) or not _DIGEST.fullmatch(digest):
+        raise BadEvent("expected 64 hexadecimal digits")
+    return ev.ContentRecord(read_image(image, scope), read_text(format, scope), digest)
+
+
 def _read_owner(value: object, scope: Scope) -> ev.Owner:
     machine, boot, pid, started, uid, host = items(value, 6)
     return ev.Owner(
@@ -227,6 +235,8 @@ def _read_settings(value: object, scope: Scope) -> dict[str, Any]:
     found: dict[str, Any] = read_json(value, scope)
     return found
 
+
+_DIGEST = re.compile(r"[0-9a-f]{64}")
 
 _read_patches = many(_read_patch)
 
@@ -284,6 +294,7 @@ _KINDS: Mapping[str, tuple[Callable[..., ev.Event], Mapping[str, Read]]] = {
     ),
     "TakingBack": (ev.TakingBack, {"number": read_number}),
     "TakenBack": (ev.TakenBack, {"number": read_number}),
+    "Digested": (ev.Digested, {"images": many(_read_content, MAX_IMAGES)}),
     "Completed": (ev.Completed, {"finish": many(_read_finish), "time": read_time}),
     "RolledBack": (ev.RolledBack, {"lost": many(read_text), "time": read_time}),
     "Abandoned": (ev.Abandoned, {"reason": read_text, "time": read_time, "finish": many(_read_finish)}),

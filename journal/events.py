@@ -225,6 +225,21 @@ class TakenBack:
     number: int
 
 
+class ContentRecord(NamedTuple):
+    """What an image shows."""
+
+    image: int
+    format: str
+    digest: str  # 64 hexadecimal digits: see `drivers/transfer/content.py`
+
+
+@dataclass(frozen=True, slots=True)
+class Digested:
+    """What the images show when all steps are applied. Only where that was asked for; an earlier one is void."""
+
+    images: tuple[ContentRecord, ...]
+
+
 class FinishRecord(NamedTuple):
     """A patch made after the outcome is decided, such as taking a fence down."""
 
@@ -272,5 +287,5 @@ class Settled:
 
 Event = (
     Declared | Started | ChangedOutside | Observed | StepPrepared | StepApplied | PointOfNoReturn | GivenUp | Paused
-    | RecoveryStarted | TakingBack | TakenBack | Completed | RolledBack | Abandoned | Settled
+    | Digested | RecoveryStarted | TakingBack | TakenBack | Completed | RolledBack | Abandoned | Settled
 )

@@ -14,7 +14,16 @@ from typing import Any, Protocol
 from safeimg.journal import chain
 from safeimg.journal.chain import EventRow, OperationRow
 from safeimg.journal.errors import JournalError
-from safeimg.journal.events import ChangedOutside, Declared, Event, Identity, Settled, Started
+from safeimg.journal.events import (
+    ChangedOutside,
+    ContentRecord,
+    Declared,
+    Digested,
+    Event,
+    Identity,
+    Settled,
+    Started,
+)
 from safeimg.journal.identity import same_file
 
 UNDO = "undo"  # the command that takes completed operations back
@@ -115,6 +124,7 @@ class Prepared:
     bodies: list[tuple[str, str]]  # kind and body of each event
     looks: Mapping[int, Identity]  # how the images looked once everything was done to them
     lost: str  # why the operation cannot be undone
+    contents: Mapping[int, ContentRecord]  # what they showed, where that is on record
     changed: Mapping[int, float]  # images that were changed outside before it: when they were last settled
     undoes: str | None  # the operation that this one took back
 
@@ -127,6 +137,7 @@ def prepare(events: Iterable[Event], home: str) -> Prepared:
     bodies = []
     looks: dict[int, Identity] = {}
     undoes, lost = None, ""
+    contents: dict[int, ContentRecord] = {}
     changed: dict[int, float] = {}
     for event in events:
         first = first or event
@@ -139,12 +150,14 @@ def prepare(events: Iterable[Event], home: str) -> Prepared:
             changed.update(event.images)
         if isinstance(event, Started):
             undoes = event.settings.get(UNDOES)
+        if isinstance(event, Digested):
+            contents.update((record.image, record) for record in event.images)
         bodies.append((type(event).__name__, chain.body_of(event)))
     summary = chain.summarise(first, last, printable(home))
     assert isinstance(first, Declared)
     if first.command != UNDO or not isinstance(undoes, str):
         undoes = None
-    return Prepared(summary, first, bodies, looks, lost, changed, undoes)
+    return Prepared(summary, first, bodies, looks, lost, contents, changed, undoes)
 
 
 def settle(store: Store, settled: Prepared, chosen: Container[int] | None = None, head: bytes = b"") -> bytes:
@@ -178,6 +191,7 @@ def settle(store: Store, settled: Prepared, chosen: Container[int] | None = None
                 "found": image.identity,
                 "look": settled.looks.get(index),
                 "lost": settled.lost,
+                "content": settled.contents.get(index),
                 "changed": settled.changed.get(index),
             }
             if settled.undoes is not None:

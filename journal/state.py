@@ -18,6 +18,7 @@ from safeimg.journal.events import (
     ChangedOutside,
     Completed,
     Declared,
+    Digested,
     Event,
     GivenUp,
     Identity,
@@ -157,9 +158,9 @@ def _apply(state: OperationState, event: Event) -> str | None:
 def _apply_started(
     state: OperationState,
     event: ChangedOutside | Observed | StepPrepared | StepApplied | PointOfNoReturn | GivenUp | Paused | TakingBack
-    | TakenBack | Completed,
+    | TakenBack | Digested | Completed,
 ) -> str | None:
-    if isinstance(event, ChangedOutside):
+    if isinstance(event, ChangedOutside | Digested):
         return None
     if isinstance(event, Observed):
         state.identities.update(event.identities)

@@ -6,9 +6,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 
-from safeimg.journal.chain import CHANGED, OUTCOME_KINDS, PARTICIPATED, SETTLED, EventRow
+from safeimg.journal.chain import CHANGED, DIGESTED, OUTCOME_KINDS, PARTICIPATED, SETTLED, EventRow
 from safeimg.journal.events import Identity
 from safeimg.journal.history import UNDO, UNDOES, History
 from safeimg.journal.identity import unchanged, untouched
@@ -36,6 +37,28 @@ def changed_since(history: History, image: Identity) -> float | None:
     not on record changed it since. None if it is, or nobody knows."""
     look = last_look(history, image)
     return None if look is None or unchanged(look.identity, image) else look.time
+
+
+class Shown(NamedTuple):
+    """What an image showed when its newest operation was done."""
+
+    format: str
+    digest: bytes
+
+
+def last_content(history: History, image: Identity) -> Shown | None:
+    """What the image showed after its newest operation; None if that is not on record."""
+    look, row = last_look(history, image), history.newest(image, (DIGESTED, PARTICIPATED))
+    if look is None or row is None or row.operation != look.operation:
+        return None
+    body = _body(row)
+    images = body.get("images") if row.kind == DIGESTED else [body.get("content")]
+    for each in images if isinstance(images, list) else ():
+        match each:
+            case [int(index), str(format), str(digest)] if row.kind == PARTICIPATED or index == 0:
+                with suppress(ValueError):
+                    return Shown(format, bytes.fromhex(digest))
+    return None
 
 
 def changed_before(rows: Sequence[EventRow]) -> dict[str, float]:

@@ -100,7 +100,7 @@ class Engine:
                         self._unconfirmed = None
                         self._transfer.digests = True
                 if reason is not None:
-                    await blocking(self._pause, reason)
+                    await blocking(self.pause, reason)
                     raise OperationPaused(reason)
             await blocking(self.barrier)
         except StorageError as error:
@@ -238,7 +238,8 @@ class Engine:
         if step.name == "fence" and self._session is not None:
             self._session.record(Observed(self._session.observe(self._files)))
 
-    def _pause(self, reason: str) -> None:
+    def pause(self, reason: str) -> None:
+        """Everything applied so far is durable, and why it goes no further on record."""
         self.barrier()
         if self._session is not None:
             self._session.record(Paused(reason, now()))

@@ -22,9 +22,11 @@ from safeimg.drivers.transfer.target import Target
 from safeimg.drivers.transfer.view import Content
 from safeimg.journal import find
 from safeimg.journal.errors import JournalError
+from safeimg.journal.events import ContentRecord, Digested
 from safeimg.journal.history import History
 from safeimg.journal.kept import Keeping
 from safeimg.ops.engine import Engine
+from safeimg.ops.errors import OperationPaused
 from safeimg.ops.session import Session, Touched, refuse_pending
 from safeimg.ops.steps import Operation
 from safeimg.ops.tidy import complete
@@ -46,9 +48,10 @@ class Environment:
     secrets: Secrets = NO_SECRETS  # what encrypted images are opened with
     notice: Callable[[str], None] = field(default=lambda line: None)  # shows a line of a report, as it is
     keeping: Keeping | None = None  # what is kept of completed operations, for `undo`
+    digest: bool = False  # what the images show in the end goes on record
 
 
-ON_CRASH = "on_crash"  # the setting that keeps it
+ON_CRASH, DIGEST = "on_crash", "digest"  # the settings that keep them
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,23 +91,24 @@ async def launch(job: Job, environment: Environment) -> None:
     started = time.monotonic()
 
     def begin(cursor: Any | None, now: bool) -> Session | None:
-        if not keeps_journal or not (now or time.monotonic() - started >= job.defer):
+        if not keeps_journal or not (now or environment.digest or time.monotonic() - started >= job.defer):
             return None
-        for file in job.files:
-            if file.writable:  # what was done without a journal is where the journal begins
-                file.sync()
+        _sync(job)  # what was done without a journal is where the journal begins
         for index in job.created:
             environment.fs.sync_directory(os.path.dirname(job.images[index].path) or ".")
         opened.append(
             Session.begin(
                 environment.fs, environment.history, command=job.command, arguments=environment.arguments,
-                images=job.images, settings={**job.settings, "cursor": cursor, ON_CRASH: environment.on_crash},
+                images=job.images, settings={**job.settings, "cursor": cursor, ON_CRASH: environment.on_crash,
+                                             DIGEST: environment.digest},
                 undo=job.undo, created=job.created, total=job.total, journal=environment.journal,
                 keeping=environment.keeping,
             )
         )
         return opened[0]
 
+    if not keeps_journal and not job.created:
+        await blocking(_sync, job)  # what a killed program wrote is relied on, and not written again
     try:
         await _run(job, environment, await blocking(begin, None, False), None, begin)
     except BaseException:
@@ -115,6 +119,12 @@ async def launch(job: Job, environment: Environment) -> None:
     finally:
         for session in opened:
             session.close()
+
+
+def _sync(job: Job) -> None:
+    for file in job.files:
+        if file.writable:
+            file.sync()
 
 
 def _is_started(fs: FileSystem, home: str) -> bool:
@@ -158,6 +168,39 @@ async def _run(
     environment.transfer.progress.set_total(job.total)
     engine = Engine(job.targets, job.view, environment.transfer, session, stop=environment.stop)
     await engine.run(job.operation, cursor, begin=begin)
+    if engine.session is not None and _wants_digest(engine.session):
+        await _digest(job, environment, engine, engine.session)
     await blocking(
         complete, engine.session, dict(enumerate(job.files)), job.operation.finish(), job.operation.discards()
     )
+
+
+def _wants_digest(session: Session) -> bool:
+    started = session.state.started
+    return started is not None and started.settings.get(DIGEST) is True
+
+
+async def _digest(job: Job, environment: Environment, engine: Engine, session: Session) -> None:
+    """Records what the images show that were written. Raises `OperationPaused`; what it cannot open it says."""
+    from safeimg.ops.content import digest_of
+
+    def look_up() -> None:
+        reason = environment.stop()
+        if reason is not None:
+            raise OperationPaused(reason)
+
+    found: list[ContentRecord] = []
+    for index, touched in enumerate(job.images):
+        image = next((layer for layer in job.layers if layer.file is touched.file), None)
+        if not touched.writes or image is None:
+            continue
+        try:
+            digest = await digest_of(environment.fs, image, environment.secrets, environment.transfer, look_up)
+        except OperationPaused as paused:
+            await blocking(engine.pause, paused.reason)
+            raise
+        except DriverError as error:
+            environment.notice(f"{touched.path}: no digest of its content: {error}")
+            continue
+        found.append(ContentRecord(index, image.format, digest.hex()))
+    session.record(Digested(tuple(found)))

@@ -24,7 +24,7 @@ from safeimg.ops.launch import Environment, go_on
 from safeimg.ops.tidy import finish_images
 from safeimg.recovery.pending import Pending, clear_unreadable, open_pending
 from safeimg.recovery.references import verify_kept, verify_unreferenced
-from safeimg.recovery.takeback import keep_lengths, raise_fences, shorten, take_back
+from safeimg.recovery.takeback import raise_fences, shorten, take_back
 from safeimg.recovery.verify import verify, verify_sources
 
 
@@ -50,9 +50,7 @@ async def resume(
             )
         _require_secrets(pending)
         await blocking(_begin, pending, "resume", adopt, _unsettled)
-        steps = [step.prepared for step in state.steps]
-        await blocking(take_back, pending.session, pending.files, _unsettled)
-        await blocking(keep_lengths, pending.files, steps[len(state.steps) :])
+        await blocking(lambda: take_back(pending.session, pending.files, _unsettled, lengthen=True))
         raise_fences(pending.session, pending.files)
         job = pending.fresh_job()
         if state.steps:  # their fences are up, and what was taken back is on disk
@@ -108,7 +106,7 @@ def _rollback(path: str, environment: Environment, fenced: bool, adopt: bool, op
             )
         else:
             _begin(pending, "rollback", adopt, _any)
-            take_back(session, pending.files, _any)
+            take_back(session, pending.files, _any, lengthen=False)
             lost = shorten(session, pending.files, pending.used_end)
         session.record(RolledBack(tuple(lost), now()))
         session.sync()

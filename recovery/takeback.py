@@ -3,7 +3,7 @@
 For each step, newest first::
 
     TakingBack → log | links and in-place data as they were → images | allocations as they were → images |
-    TakenBack → log
+    lengths sure | TakenBack → log
 
 Everything is rewritten whether or not it looks right already: what reads back well may not have been synced
 (hazard 7), and the old bytes of the log are the truth.
@@ -20,8 +20,11 @@ from safeimg.journal.undo import UndoFile
 from safeimg.ops.session import Session
 
 
-def take_back(session: Session, files: Mapping[int, File], wanted: Callable[[LiveStep], bool]) -> None:
-    """Takes back the newest steps for as long as `wanted` says so. Check with `verify` first."""
+def take_back(
+    session: Session, files: Mapping[int, File], wanted: Callable[[LiveStep], bool], *, lengthen: bool
+) -> None:
+    """Takes back the newest steps for as long as `wanted` says so. Check with `verify` first. `lengthen`: files keep
+    the lengths that the steps gave them."""
     while session.state.steps and wanted(session.state.steps[-1]):
         step = session.state.steps[-1].prepared
         session.record(TakingBack(step.number))
@@ -31,26 +34,32 @@ def take_back(session: Session, files: Mapping[int, File], wanted: Callable[[Liv
         _sync(files, step)
         _restore_patches(files, step.allocate)
         _sync(files, step)
+        if lengthen:  # before nobody knows of the step any more
+            _keep_lengths(files, step)
         session.record(TakenBack(step.number))
     session.sync()
 
 
-def keep_lengths(files: Mapping[int, File], taken: Sequence[StepPrepared]) -> None:
-    """Makes sure of the lengths that steps gave files, which keep them although the steps were taken back.
+def _keep_lengths(files: Mapping[int, File], step: StepPrepared) -> None:
+    """Makes sure of the lengths that a step gave files, which keep them although it is taken back.
 
     If it was a failed sync that ended the operation, the system takes a length that it lost for clean (hazard 8); it
     is sure again once a file's last byte is written, and where a file was cut, once it is cut anew."""
-    grown = {record.image for step in taken for record in step.lengths if record.after > record.before}
-    for image in sorted(grown):
+    for image in sorted({record.image for record in step.lengths if record.after > record.before}):
         end = files[image].length()
         files[image].pwrite(end - 1, files[image].pread(end - 1, 1))
         files[image].sync()
-    cut = {(record.image, record.after) for step in taken for record in step.lengths if record.after < record.before}
-    for image, length in sorted(cut):
-        if files[image].length() == length:  # cut; the same again would change nothing, and no sync would cover it
-            files[image].truncate(length + 1)
-            files[image].truncate(length)
-            files[image].sync()
+    cut = {record.image: record.after for record in step.lengths if record.after < record.before}
+    for image, length in sorted(cut.items()):
+        if files[image].length() == length:
+            _cut_anew(files[image], length)
+
+
+def _cut_anew(file: File, length: int) -> None:
+    """Of a file that has been cut: to the same length, which would change nothing, and no sync would cover it."""
+    file.truncate(length + 1)
+    file.truncate(length)
+    file.sync()
 
 
 def raise_fences(session: Session, files: Mapping[int, File]) -> None:
@@ -114,11 +123,16 @@ def shorten(session: Session, files: Mapping[int, File], used: Callable[[int, in
     kept: list[str] = []
     for image, length in enumerate(started.lengths if started is not None else ()):
         file = files[image]
-        if not session.state.declared.images[image].writes or file.length() <= length:
+        longest = session.state.longest.get(image, 0)
+        if not session.state.declared.images[image].writes:
+            continue
+        if file.length() == length < longest:  # an earlier rollback may have cut it, whose sync failed
+            _cut_anew(file, length)
+        if file.length() <= length:
             continue
         end = used(image, length)
         if end is None:
-            end = length if file.length() <= session.state.longest.get(image, 0) else file.length()
+            end = length if file.length() <= longest else file.length()
         if end < file.length():
             file.truncate(max(length, end))
             file.sync()

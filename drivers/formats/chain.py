@@ -31,7 +31,14 @@ from safeimg.drivers.formats.naming import (
     protocol,
     text_of,
 )
-from safeimg.drivers.formats.protocols import Access, OwnOption, open_file, refuse_unknown, take_access
+from safeimg.drivers.formats.protocols import (
+    Access,
+    OwnOption,
+    ReadOnly,
+    open_file,
+    refuse_unknown,
+    take_access,
+)
 from safeimg.drivers.formats.registry import lookup, names, probe
 from safeimg.drivers.secrets import NO_SECRETS, Secrets
 from safeimg.drivers.storage import locks
@@ -300,11 +307,11 @@ class _Opener(NamedTuple):
             raise UsageError('A block device must be specified for "file"')
         file = open_file(self.fs, file_options, access, seen=lambda found: self._note(layer.name, found))
         try:
-            if wrong is not None:
+            if wrong is not None and not isinstance(wrong, ReadOnly):
                 raise wrong
             if driver is None:
                 driver = _probed(file)
-                if write and self.warn is not None and driver.name == "raw":
+                if access.write and self.warn is not None and driver.name == "raw":
                     self.warn(
                         f"Image format was not specified for '{layer.plain or file.path}' and probing guessed raw.\n"
                         "         Automatically detecting the format is dangerous for raw images, "
@@ -316,9 +323,9 @@ class _Opener(NamedTuple):
                 given = _given(options, driver.runtime_options, self.secrets, beside)
             except UsageError:
                 with suppress(NotClosed):  # what is wrong with the image itself comes first, but for what is repaired
-                    driver.open(file, write=write, repair=repair).close()
+                    driver.open(file, write=access.write, repair=repair).close()
                 raise
-            image = driver.open(file, write=write, repair=repair, given=given)
+            image = driver.open(file, write=access.write, repair=repair, given=given)
         except BaseException:
             file.close()
             raise
@@ -326,6 +333,9 @@ class _Opener(NamedTuple):
         if missing is not None and not (self.inspect or repair):
             image.close()
             raise SecretMissing(missing)
+        if wrong is not None:
+            image.close()
+            raise wrong
         return image
 
     def _open_beside(self, access: Access, values: Mapping[str, Any]) -> File:

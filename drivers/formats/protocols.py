@@ -56,6 +56,10 @@ class OwnOption(UsageError):
         self.access = access
 
 
+class ReadOnly(OwnOption):
+    """An image that is to be written may only be read; what is wrong with the image itself QEMU finds first."""
+
+
 def take_access(options: Options, given: Access) -> Access:
     """Takes the options that every block device has. `UsageError` for values that are none, `OwnOption` if those that
     what lies below it inherits are sound."""
@@ -77,10 +81,10 @@ def take_access(options: Options, given: Access) -> Access:
         wrong = "setting detect-zeroes to unmap is not allowed without setting discard operation to unmap"
     elif name is not None and not re.fullmatch(r"[A-Za-z][A-Za-z0-9\-._]{0,30}", name):
         wrong = f"Invalid node-name: '{name}'"
-    elif given.write and read_only:
-        wrong = "Block node is read-only"
     if wrong is not None:
         raise OwnOption(wrong, access)
+    if given.write and read_only:
+        raise ReadOnly("Block node is read-only", access)
     return access
 
 

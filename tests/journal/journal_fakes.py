@@ -11,7 +11,9 @@ from safeimg.journal.events import (
     BeforeRecord,
     ChangedOutside,
     Completed,
+    ContentRecord,
     Declared,
+    Digested,
     Event,
     FinishRecord,
     FreshRecord,
@@ -261,5 +263,6 @@ EVERY_EVENT: tuple[Event, ...] = (
     RolledBack(("the old content of x",), 7.0),
     Abandoned("because", 8.0),
     ChangedOutside(((1, 2.5),)),
+    Digested((ContentRecord(0, "qcow2", "ab" * 32),)),
     Settled(((0, identity()),), "too much to keep", 9.0),
 )

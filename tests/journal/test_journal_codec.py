@@ -89,6 +89,10 @@ EVENTS = st.one_of(
     st.builds(ev.ChangedOutside, tuples(st.tuples(IMAGE, TIME))),
     st.builds(ev.GivenUp, NUMBER, tuples(BEFORE)),
     st.builds(ev.Settled, tuples(st.tuples(IMAGE, IDENTITY)), TEXT, TIME),
+    st.builds(
+        ev.Digested,
+        tuples(st.builds(ev.ContentRecord, IMAGE, TEXT, st.binary(min_size=32, max_size=32).map(bytes.hex))),
+    ),
     st.builds(ev.Observed, tuples(st.tuples(IMAGE, IDENTITY))),
     st.builds(
         ev.StepPrepared,

@@ -1,4 +1,5 @@
-"""Operations whose log is in another folder than the images (`--journal`): the home image points to it."""
+"""Operations with a log that is not like others: in another folder than the images (`--journal`), where the home image
+points to it; with a digest of what they show (`--digest`)."""
 
 from __future__ import annotations
 
@@ -23,4 +24,14 @@ def elsewhere(scenario: Scenario) -> Scenario:
     return replace(scenario, name=f"{scenario.name}, journal elsewhere", build=build, run=run)
 
 
-JOURNALS = [elsewhere(scenario) for scenario in COMMITS if scenario.name in ("commit", "commit into raw")]
+def digested(scenario: Scenario) -> Scenario:
+    """The same operation, which reads the images once more in the end."""
+
+    async def run(around: Environment) -> None:
+        await scenario.run(replace(around, digest=True))
+
+    return replace(scenario, name=f"{scenario.name} --digest", run=run)
+
+
+_CHOSEN = [scenario for scenario in COMMITS if scenario.name in ("commit", "commit into raw")]
+JOURNALS = [*map(elsewhere, _CHOSEN), *map(digested, _CHOSEN)]

@@ -212,20 +212,20 @@ async def _kept_after_the_write(self: Engine, step: Step, active: Session) -> No
 _take_back = takeback.take_back
 
 
-def _taken_back_on_a_log_that_was_not_synced(active: Session, *rest: Any) -> None:
+def _taken_back_on_a_log_that_was_not_synced(active: Session, *rest: Any, **named: Any) -> None:
     with patch.object(Session, "sync", lambda self: None):
-        _take_back(active, *rest)
+        _take_back(active, *rest, **named)
     active.sync()
 
 
-def _cut_before_the_links_are_back(active: Session, files: Mapping[int, File], wanted: Any) -> None:
+def _cut_before_the_links_are_back(active: Session, files: Mapping[int, File], wanted: Any, **named: Any) -> None:
     started = active.state.started
     if wanted is settle._any and started is not None:
         for image, length in enumerate(started.lengths):
             if image in files and files[image].length() > length:
                 files[image].truncate(length)
                 files[image].sync()
-    _take_back(active, files, wanted)
+    _take_back(active, files, wanted, **named)
 
 
 def _observed_without_a_sync(self: Session, files: Sequence[File]) -> tuple[tuple[int, Identity], ...]:

@@ -126,7 +126,7 @@ class Soak:
                             return
 
     def _next(self, running: Collection[str]) -> str | None:
-        """The scenario that had least, unless there was enough of it."""
+        """The scenario that had least time, unless there was enough of it."""
         options = self.options
         if time.monotonic() - self._started >= options.seconds:
             return None
@@ -146,7 +146,8 @@ class Soak:
         tally.seen |= done.new
         tally.seconds += done.seconds
         tally.features = done.features or tally.features
-        self._spent[done.scenario] += done.seconds
+        # Where most states have been seen before, others come first.
+        self._spent[done.scenario] += done.seconds * (1 + done.counter.repeated / max(1, done.counter.total))
         if time.monotonic() - self._told > TELL_EVERY:
             self._told = time.monotonic()
             print(self.summary(), flush=True)
