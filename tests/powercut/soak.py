@@ -8,6 +8,7 @@ be gone again: `python -m powercut.soak --replay "SCENARIO: DESCRIPTION"`.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import gc
 import multiprocessing
@@ -206,7 +207,8 @@ def main() -> int:
     if options.replay is not None:
         return replay(options.replay, options.mutation)
     soak = Soak(options)
-    soak.run()
+    with contextlib.suppress(KeyboardInterrupt):  # what there is by then counts
+        soak.run()
     print(table(soak.tallies))
     print(soak.summary())
     if options.json is not None:
