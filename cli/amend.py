@@ -96,7 +96,7 @@ def _amend(arguments: Arguments, options: list[str], shown: Display) -> int:
 
     shown.hold()
     try:
-        run_stoppable(arguments, shown, work, image=name, bulk=False)
+        run_stoppable(arguments, shown, work, image=name)
     finally:
         shown.finish()  # as qemu-img does, even if the format refuses
     return 0

@@ -105,7 +105,7 @@ def run(command: Command, arguments: Arguments) -> int:
         await begin_or_resume(name, environment, "bitmap", begin)
 
     with display(arguments) as shown:
-        run_stoppable(arguments, shown, work, image=name, bulk=False)
+        run_stoppable(arguments, shown, work, image=name)
         shown.finish()
     return 0
 

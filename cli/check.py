@@ -132,7 +132,7 @@ def _repaired(arguments: Arguments, name: str | Blockdev, fmt: str | None, cache
 
     with display(arguments) as shown:
         path = name if isinstance(name, str) else name.text
-        done = run_stoppable(arguments, shown, work, image=path, bulk=False)
+        done = run_stoppable(arguments, shown, work, image=path)
     if done is not None and done.first is None:
         raise CommandError("This image format does not support checks", code=UNSUPPORTED)
     return done

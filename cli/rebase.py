@@ -96,5 +96,5 @@ def _rebase(arguments: Arguments, backing: str | None, unsafe: bool, shown: Disp
         await begin_or_resume(name, environment, "rebase", begin)
 
     settings = Settings(rate=arguments.last("rate") or None, writeback=cache != "unsafe")
-    run_stoppable(arguments, shown, work, image=name, settings=settings, bulk=not unsafe)
+    run_stoppable(arguments, shown, work, image=name, settings=settings)
     shown.finish()

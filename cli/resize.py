@@ -94,7 +94,7 @@ def run(command: Command, arguments: Arguments) -> int:
 
     with display(arguments) as shown:
         try:
-            run_stoppable(arguments, shown, work, image=name, bulk=preallocation not in ("off", "metadata"))
+            run_stoppable(arguments, shown, work, image=name)
         except ShrinkRefused as error:
             raise CommandError(
                 str(error),

@@ -40,7 +40,8 @@ class Stop:
 
     def __init__(self) -> None:
         self.signal: int | None = None
-        self.cancel: Callable[[], None] | None = None
+        self._cancelled = False
+        self.cancel: Callable[[], bool] = lambda: False  # whether there was something to be cancelled
 
     def reason(self) -> str | None:
         return None if self.signal is None else signal.Signals(self.signal).name
@@ -48,11 +49,10 @@ class Stop:
     def ask(self, number: int, frame: FrameType | None) -> None:
         if self.signal is None:
             self.signal = number
-        elif self.cancel is not None:
-            cancel, self.cancel = self.cancel, None
-            cancel()
-        else:
+        elif self._cancelled or not self.cancel():
             raise KeyboardInterrupt
+        else:
+            self._cancelled = True
 
 
 @contextmanager
@@ -79,14 +79,13 @@ def run_stoppable(
     image: str | Blockdev,
     settings: Settings | None = None,
     own: bool = False,
-    bulk: bool = True,
     io_error: Callable[[StorageError], str] = str,
 ) -> Result:
     """Runs `work` with progress shown. If a signal pauses it, or it fails with something pending, says how to go on
     with `image`.
 
-    `own`: one of safeimg's own commands, whose exit codes tell that something is pending. `bulk`: guest data is moved,
-    so that trio is worth its start. `io_error`: what qemu-img says when a read or write fails."""
+    `own`: one of safeimg's own commands, whose exit codes tell that something is pending. `io_error`: what qemu-img
+    says when a read or write fails."""
     from safeimg.drivers.errors import DriverError
     from safeimg.drivers.transfer.loop import run_alone
     from safeimg.journal.errors import HistoryError
@@ -97,8 +96,8 @@ def run_stoppable(
         around = environment(arguments, settings, stop)
         try:
             with shown.watching(around.transfer.progress):
-                waiting = partial(patient(work, arguments.last("wait", 0.0)), around)
-                return run_cancellable(stop, waiting) if bulk else run_alone(waiting)
+                stop.cancel = around.transfer.cancel
+                return run_alone(partial(patient(work, arguments.last("wait", 0.0)), around))
         except (OperationPaused, KeyboardInterrupt) as error:
             raise paused(path, error, stop, own) from error
         except (DriverError, HistoryError) as error:
@@ -106,13 +105,6 @@ def run_stoppable(
             if told is None:
                 raise
             raise told from error
-        except BaseExceptionGroup as group:
-            if only(group, (OperationPaused, KeyboardInterrupt)):
-                raise paused(path, group.exceptions[0], stop, own) from group
-            if only(group, (DriverError,)):
-                first = _first(group, DriverError)
-                raise failure(path, first, io_error) or first from group
-            raise
 
 
 def patient(
@@ -154,23 +146,6 @@ def _will_end(error: Exception) -> bool:
     return log is None or liveness(log.owner) == "alive"
 
 
-def run_cancellable(stop: Stop, work: Callable[[], Awaitable[Result]]) -> Result:
-    """Runs `work` under trio until `stop` cancels it; then raises `KeyboardInterrupt`."""
-    import trio
-
-    async def cancellable() -> Result:
-        token = trio.lowlevel.current_trio_token()
-        with trio.CancelScope() as scope:
-            stop.cancel = lambda: token.run_sync_soon(scope.cancel)  # what a signal handler may call
-            try:
-                return await work()
-            finally:
-                stop.cancel = None
-        raise KeyboardInterrupt
-
-    return trio.run(cancellable)
-
-
 def environment(
     arguments: Arguments | None = None, settings: Settings | None = None, stop: Stop | None = None
 ) -> Environment:
@@ -192,20 +167,6 @@ def environment(
         keeping=keeping(arguments),
         digest=arguments is not None and arguments.flag("digest"),
     )
-
-
-def only(group: BaseExceptionGroup[BaseException], kinds: tuple[type[BaseException], ...]) -> bool:
-    """Whether a group holds nothing but these."""
-    return group.split(kinds)[1] is None
-
-
-def _first(group: BaseExceptionGroup[BaseException], kind: type[Failure]) -> Failure:
-    """The first exception of a group that has no others than these, however deep it is."""
-    error: BaseException = group
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    assert isinstance(error, kind)
-    return error
 
 
 def failure(image: str, error: Exception, io_error: Callable[[StorageError], str]) -> CommandError | None:

@@ -106,7 +106,7 @@ def _change(arguments: Arguments, action: str, name: str | Blockdev) -> None:
             raise CommandError(*_refusal(action, which, error)) from error
 
     with display(arguments) as shown:
-        run_stoppable(arguments, shown, work, image=name, bulk=False)
+        run_stoppable(arguments, shown, work, image=name)
 
 
 def _refusal(action: str, which: str, error: RefusedError) -> list[str]:

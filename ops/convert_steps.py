@@ -23,7 +23,8 @@ from safeimg.drivers.formats.api import Changes, Image, Patch
 from safeimg.drivers.formats.registry import lookup
 from safeimg.drivers.transfer.buffers import BufferPool
 from safeimg.drivers.transfer.copy import join
-from safeimg.drivers.transfer.core import Transfer, Turns
+from safeimg.drivers.transfer.core import Transfer
+from safeimg.drivers.transfer.crew import Turns
 from safeimg.drivers.transfer.loop import blocking
 from safeimg.drivers.transfer.target import Target
 from safeimg.drivers.transfer.view import Source, View

@@ -12,7 +12,8 @@ from safeimg.drivers.formats.api import Placement, Planner
 from safeimg.drivers.storage.api import File
 from safeimg.drivers.transfer.buffers import BufferPool
 from safeimg.drivers.transfer.copy import zero_tail
-from safeimg.drivers.transfer.core import CHUNK, Transfer, Turns
+from safeimg.drivers.transfer.core import CHUNK, Transfer
+from safeimg.drivers.transfer.crew import Turns
 from safeimg.drivers.transfer.digest import Written, digests, zero_digests
 from safeimg.drivers.transfer.target import Target
 from safeimg.drivers.transfer.view import Source

@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterator
 
 from safeimg.drivers.formats.api import Kind
 from safeimg.drivers.transfer.buffers import BufferPool
-from safeimg.drivers.transfer.core import Transfer, Turns
+from safeimg.drivers.transfer.core import Transfer
+from safeimg.drivers.transfer.crew import Turns
 from safeimg.drivers.transfer.view import Source
 from safeimg.drivers.transfer.zero import is_zero
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Iterator
 
 import pytest
 import trio
 from safeimg.drivers.transfer.buffers import BufferPool, Buffers
-from safeimg.drivers.transfer.core import Settings, Transfer, Turns, sensible_workers
+from safeimg.drivers.transfer.core import Settings, Transfer, sensible_workers
+from safeimg.drivers.transfer.crew import Turns
 from safeimg.drivers.transfer.progress import Progress
 from safeimg.drivers.transfer.rate import TokenBucket
 
@@ -117,32 +121,62 @@ def test_cancelled_between_two_items() -> None:
 
     def work(item: int, buffers: BufferPool) -> None:
         if item == 5:
-            trio.from_thread.run_sync(state["scope"].cancel)  # type: ignore[attr-defined]
+            trio.from_thread.run_sync(state["scope"].cancel, trio_token=state["token"])  # type: ignore
+        if item >= 5:
+            time.sleep(0.01)
         finished.append(item)
 
     async def main() -> None:
         with trio.fail_after(20), trio.CancelScope() as scope:
-            state["scope"] = scope
+            state.update(scope=scope, token=trio.lowlevel.current_trio_token())
             await Transfer(Settings(workers=1)).each(iter(range(1000)), work)
             raise AssertionError("not cancelled")
         assert scope.cancelled_caught
 
     trio.run(main)
-    assert finished == list(range(6))
+    assert finished == list(range(len(finished))) and len(finished) < 1000
+
+
+def test_cancelled_by_a_signal_handler() -> None:
+    """Which may only call `cancel`; each worker comes to the end of its item. Nothing is cancelled but a call that
+    runs."""
+    transfer = Transfer(Settings(workers=2))
+    assert not transfer.cancel()
+    finished: list[int] = []
+
+    def work(item: int, buffers: BufferPool) -> None:
+        if item == 5:
+            assert transfer.cancel()
+        time.sleep(0.001)
+        finished.append(item)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(transfer, range(1000), work)
+    assert 5 in finished and len(finished) < 10
+    assert not transfer.cancel()
+
+
+def test_what_takes_a_moment_starts_no_loop() -> None:
+    program = (
+        "import sys; from safeimg.drivers.transfer.core import *; from safeimg.drivers.transfer.loop import run_alone\n"
+        "run_alone(lambda: Transfer().each(range(3), lambda item, buffers: None)); assert 'trio' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 def test_cancelled_while_others_wait_for_their_turn() -> None:
     turns = Turns()
     scope = trio.CancelScope()
+    tokens: list[trio.lowlevel.TrioToken] = []
 
     def work(item: int, buffers: BufferPool) -> None:
         if item == 0:
-            trio.from_thread.run_sync(scope.cancel)
-            trio.from_thread.check_cancelled()
+            trio.from_thread.run_sync(scope.cancel, trio_token=tokens[0])
         with turns.turn(item):
             pass
 
     async def main() -> None:
+        tokens.append(trio.lowlevel.current_trio_token())
         with trio.fail_after(20), scope:
             await Transfer(Settings(workers=3)).each(range(10), work, turns=turns)
 
