@@ -11,7 +11,6 @@ import os
 import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
 
 from safeimg.journal.events import Identity
 from safeimg.journal.history import image_number, match
@@ -28,7 +27,7 @@ def enable(history: SqliteHistory, path: str, image: Identity) -> bool:
         known = match(Tables(old).images(image), image)
         if not was_there:
             with suppress(FileNotFoundError):
-                Path(place + NEW).unlink()
+                os.unlink(place + NEW)
             with _made(place, path) as new:
                 number = image_number(Tables(new), image, os.path.realpath(path))
                 if known is not None:

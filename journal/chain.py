@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from blake3 import blake3
 from safeimg.journal.errors import JournalError
-from safeimg.journal.events import Abandoned, Completed, Declared, Event, RolledBack
+from safeimg.journal.events import (
+    Abandoned,
+    Completed,
+    Declared,
+    Event,
+    Identity,
+    ImageRecord,
+    Owner,
+    RolledBack,
+)
 
 GENESIS = bytes(32)  # what the first event of an image names as the hash before it
 PARTICIPATED = "Participated"  # kind of the one event that an operation leaves in a participant's chain
@@ -22,8 +30,7 @@ OUTCOME_KINDS = {"completed": "Completed", "rolled back": "RolledBack", "abandon
 _OUTCOMES = {kind: outcome for outcome, kind in OUTCOME_KINDS.items()}
 
 
-@dataclass(frozen=True, slots=True)
-class EventRow:
+class EventRow(NamedTuple):
     """One event of one image's chain."""
 
     position: int  # in the image's chain, from 1
@@ -35,8 +42,7 @@ class EventRow:
     hash: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class OperationRow:
+class OperationRow(NamedTuple):
     """A settled operation."""
 
     operation: str
@@ -54,7 +60,7 @@ class OperationRow:
 
 def body_of(event: Event) -> str:
     """The event's fields as canonical JSON: keys sorted, no spaces, ASCII, bulk bytes replaced."""
-    return _json({item.name: _plain(getattr(event, item.name)) for item in fields(event)})
+    return _json({name: _plain(value) for name, value in zip(event._fields, event, strict=True)})
 
 
 def row_hash(previous: bytes, operation: str, sequence: int, kind: str, body: str) -> bytes:
@@ -130,8 +136,8 @@ def _plain(value: Any) -> Any:
         if len(value) <= _KEPT_BYTES:
             return {"hex": value.hex()}
         return {"length": len(value), "blake3": blake3(value).hexdigest()}
-    if is_dataclass(value) and not isinstance(value, type):
-        return {item.name: _plain(getattr(value, item.name)) for item in fields(value)}
+    if isinstance(value, Identity | Owner | ImageRecord):
+        return {name: _plain(item) for name, item in zip(value._fields, value, strict=True)}
     if isinstance(value, tuple | list):
         return [_plain(item) for item in value]
     if isinstance(value, dict):

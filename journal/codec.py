@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import fields
 from typing import Any
 
 from safeimg.journal import events as ev
@@ -53,10 +52,8 @@ def encode_event(event: ev.Event, *, images: int = MAX_IMAGES) -> bytes:
         raise BadEvent(f"not an event: {kind}")
     patches = _PATCHES.get(kind, ())
     values = {
-        item.name: [_wire_patch(patch) for patch in getattr(event, item.name)]
-        if item.name in patches
-        else _wire(getattr(event, item.name))
-        for item in fields(event)
+        name: [_wire_patch(patch) for patch in value] if name in patches else _wire(value)
+        for name, value in zip(event._fields, event, strict=True)
     }
     try:
         payload = pack([kind, values])
@@ -97,9 +94,9 @@ def decode_event(payload: bytes, *, images: int = MAX_IMAGES) -> ev.Event:
 
 
 def _wire(value: Any) -> Any:
-    """`value` as msgpack types. Records are tuples already; dataclasses become arrays of their fields."""
+    """`value` as msgpack types. Records become arrays of their fields."""
     if isinstance(value, ev.Identity | ev.Owner | ev.ImageRecord):
-        return [_wire(getattr(value, item.name)) for item in fields(value)]
+        return [_wire(item) for item in value]
     if isinstance(value, tuple) and value and isinstance(value[0], ev.ImageRecord | tuple):
         return [_wire(item) for item in value]
     if isinstance(value, tuple) and len(value) == 2 and isinstance(value[1], ev.Identity):

@@ -6,12 +6,10 @@ Offsets and lengths are bytes, in the image's file unless called guest offsets. 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 
-@dataclass(frozen=True, slots=True)
-class Identity:
+class Identity(NamedTuple):
     """Which file an image is, and how it looked when it was recorded."""
 
     device: int
@@ -22,8 +20,7 @@ class Identity:
     tag: str | None = None  # the id in the image's extended attribute, where there could be one
 
 
-@dataclass(frozen=True, slots=True)
-class Owner:
+class Owner(NamedTuple):
     """The process that runs an operation. A pid means nothing without the boot it belongs to."""
 
     machine: str
@@ -34,8 +31,7 @@ class Owner:
     host: str
 
 
-@dataclass(frozen=True, slots=True)
-class ImageRecord:
+class ImageRecord(NamedTuple):
     """An image that an operation touches."""
 
     role: str  # "base", "overlay", "source", "target", …
@@ -109,8 +105,7 @@ class UnlinkedRecord(NamedTuple):
     length: int
 
 
-@dataclass(frozen=True, slots=True)
-class Declared:
+class Declared(NamedTuple):
     """An operation is about to begin. Nothing has been touched."""
 
     operation: str  # unique id, 32 hexadecimal digits
@@ -122,8 +117,7 @@ class Declared:
     time: float
 
 
-@dataclass(frozen=True, slots=True)
-class Started:
+class Started(NamedTuple):
     """The pointers of all participants are durable; from here on images may change."""
 
     settings: dict[str, Any]  # what the operation needs to go on, JSON-like
@@ -134,8 +128,7 @@ class Started:
     time: float
 
 
-@dataclass(frozen=True, slots=True)
-class ChangedOutside:
+class ChangedOutside(NamedTuple):
     """Images that are not as the operation before left them: something that is not on record changed them since.
 
     `images`: index, and when that operation was settled."""
@@ -143,15 +136,13 @@ class ChangedOutside:
     images: tuple[tuple[int, float], ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Observed:
+class Observed(NamedTuple):
     """How the images that are only read look, after their fences are durable. Replaces the identities declared."""
 
     identities: tuple[tuple[int, Identity], ...]
 
 
-@dataclass(frozen=True, slots=True)
-class StepPrepared:
+class StepPrepared(NamedTuple):
     """Everything needed to take the step back is durable once this is."""
 
     number: int
@@ -168,8 +159,7 @@ class StepPrepared:
     time: float = 0.0
 
 
-@dataclass(frozen=True, slots=True)
-class StepApplied:
+class StepApplied(NamedTuple):
     """All of the step is durable. `digests`: for each in-place move that is `digested`, of each started 64 KiB of
     what is on disk, joined."""
 
@@ -177,16 +167,14 @@ class StepApplied:
     digests: tuple[bytes, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class PointOfNoReturn:
+class PointOfNoReturn(NamedTuple):
     """The next step cannot be taken back: from here only resume settles."""
 
     number: int  # of that step
     time: float
 
 
-@dataclass(frozen=True, slots=True)
-class GivenUp:
+class GivenUp(NamedTuple):
     """Content that a step, or the end of the operation, gives up for good, kept for `undo` as before-images are:
     of space that it frees, cuts off or writes over behind the point of no return. Durable before it is lost."""
 
@@ -194,16 +182,14 @@ class GivenUp:
     before: tuple[BeforeRecord, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Paused:
+class Paused(NamedTuple):
     """The owner stopped at a step boundary (a signal, a full disk), with everything so far durable."""
 
     reason: str
     time: float
 
 
-@dataclass(frozen=True, slots=True)
-class RecoveryStarted:
+class RecoveryStarted(NamedTuple):
     """Somebody settles the operation. Durable before anything is written on its account."""
 
     action: str  # "resume", "rollback"
@@ -211,15 +197,13 @@ class RecoveryStarted:
     time: float
 
 
-@dataclass(frozen=True, slots=True)
-class TakingBack:
+class TakingBack(NamedTuple):
     """The step is being undone: its ranges may hold before or after. Durable before the first write."""
 
     number: int
 
 
-@dataclass(frozen=True, slots=True)
-class TakenBack:
+class TakenBack(NamedTuple):
     """The step never happened, and that is durable."""
 
     number: int
@@ -233,8 +217,7 @@ class ContentRecord(NamedTuple):
     digest: str  # 64 hexadecimal digits: see `drivers/transfer/content.py`
 
 
-@dataclass(frozen=True, slots=True)
-class Digested:
+class Digested(NamedTuple):
     """What the images show when all steps are applied. Only where that was asked for; an earlier one is void."""
 
     images: tuple[ContentRecord, ...]
@@ -249,33 +232,29 @@ class FinishRecord(NamedTuple):
     after: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class Completed:
+class Completed(NamedTuple):
     """The operation is done; what remains is `finish` and tidying up."""
 
     finish: tuple[FinishRecord, ...]
     time: float
 
 
-@dataclass(frozen=True, slots=True)
-class RolledBack:
+class RolledBack(NamedTuple):
     """Every image is as it was before; what remains is tidying up. `lost`: what could not be restored, a line each."""
 
     lost: tuple[str, ...]
     time: float
 
 
-@dataclass(frozen=True, slots=True)
-class Abandoned:
+class Abandoned(NamedTuple):
     """The user gave the operation up; the images stay as they are."""
 
     reason: str
     time: float
-    finish: tuple[FinishRecord, ...] = field(default=())
+    finish: tuple[FinishRecord, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Settled:
+class Settled(NamedTuple):
     """How the images look now that everything is done to them: what tells later whether they were changed since.
 
     `lost`: why the operation cannot be undone; empty if what that takes is kept."""

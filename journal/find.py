@@ -6,8 +6,7 @@ import errno
 import os
 import stat
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from safeimg.journal import frames, place
 from safeimg.journal.errors import JournalError, LogLost, LogVoid
@@ -32,8 +31,7 @@ from safeimg.journal.undo import SUFFIX as UNDO_SUFFIX
 from safeimg.journal.undo import remove_undo
 
 
-@dataclass(frozen=True, slots=True)
-class LogFound:
+class LogFound(NamedTuple):
     """A log, and what its events come to."""
 
     path: str
@@ -47,8 +45,7 @@ class LogFound:
         return self.declared.operation
 
 
-@dataclass(frozen=True, slots=True)
-class PointerFound:
+class PointerFound(NamedTuple):
     path: str
     pointer: Pointer
 
@@ -57,8 +54,7 @@ class PointerFound:
         return self.pointer.operation
 
 
-@dataclass(frozen=True, slots=True)
-class VoidFound:
+class VoidFound(NamedTuple):
     """A log or pointer file in which nothing was ever durable: see `clear_void`."""
 
     path: str
@@ -67,8 +63,7 @@ class VoidFound:
 Found = LogFound | PointerFound | VoidFound
 
 
-@dataclass(frozen=True, slots=True)
-class Resolved:
+class Resolved(NamedTuple):
     """What a pointer comes to.
 
     - pending: the operation has to be settled, through its home.

@@ -17,10 +17,8 @@ is damaged.
 
 from __future__ import annotations
 
-import hmac
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import NamedTuple
 
 from blake3 import blake3
@@ -67,8 +65,7 @@ class Frame(NamedTuple):
         return self.offset + OVERHEAD + len(self.payload)
 
 
-@dataclass(frozen=True, slots=True)
-class Tail:
+class Tail(NamedTuple):
     """What lies behind the last good frame."""
 
     used: int  # end of the last byte that is not zero, or where the tail begins
@@ -97,7 +94,7 @@ def read_header(file: File) -> Header:
         raise LogVoid(path)
     if data[: len(LOG_MAGIC)] != LOG_MAGIC:
         raise LogForeign(f"{path}: not a log of safeimg's; move it away")
-    if not hmac.compare_digest(blake3(start).digest(), checksum):
+    if blake3(start).digest() != checksum:
         if _tail_used(file, HEADER, length) > HEADER:
             raise LogDamaged(path, "the header of the log does not match its checksum", 0)
         raise LogVoid(path)

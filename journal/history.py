@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Container, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from safeimg.journal import chain
 from safeimg.journal.chain import EventRow, OperationRow
@@ -30,8 +29,7 @@ UNDO = "undo"  # the command that takes completed operations back
 UNDOES = "operation"  # its setting that names the operation
 
 
-@dataclass(frozen=True, slots=True)
-class PendingRow:
+class PendingRow(NamedTuple):
     """An operation that has not been settled, as far as this host knows."""
 
     operation: str
@@ -79,8 +77,7 @@ class History(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
-class ImageRow:
+class ImageRow(NamedTuple):
     """An image that the history knows. Text for what may exceed 63 bits."""
 
     number: int
@@ -115,8 +112,7 @@ class Store(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
-class Prepared:
+class Prepared(NamedTuple):
     """An operation made ready for recording."""
 
     summary: OperationRow
@@ -208,7 +204,7 @@ def image_number(store: Store, identity: Identity, path: str) -> int:
         known.number if known else 0, identity.tag, str(identity.device), str(identity.inode), path
     )
     if known is not None and row.tag is None:
-        row = replace(row, tag=known.tag)
+        row = row._replace(tag=known.tag)
     return known.number if known == row else store.put_image(row)
 
 
@@ -274,7 +270,7 @@ class MemoryHistory:
     def log(self, image: Identity) -> list[OperationRow]:
         row = match(self.images(image), image)
         return [
-            replace(self.operations[operation], role=role)
+            self.operations[operation]._replace(role=role)
             for operation, number, role in self.parts
             if row is not None and number == row.number
         ]
@@ -304,7 +300,7 @@ class MemoryHistory:
         if image.number:
             self.image_rows[image.number - 1] = image
         else:
-            image = replace(image, number=len(self.image_rows) + 1)
+            image = image._replace(number=len(self.image_rows) + 1)
             self.image_rows.append(image)
         return image.number
 

@@ -7,8 +7,8 @@ one.
 
 from __future__ import annotations
 
+import os
 import re
-import secrets
 
 from safeimg.journal.events import Identity
 from safeimg.journal.files import File, FileSystem
@@ -45,7 +45,7 @@ def ensure_tag(file: File) -> str | None:
     """The image's id, made up if it has none; None where the file system keeps no attributes."""
     found = read_tag(file)
     if found is None:
-        made = secrets.token_hex(16)
+        made = os.urandom(16).hex()
         found = made if file.set_attribute(ATTRIBUTE, made.encode("ascii")) else None
     return found
 

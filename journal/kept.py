@@ -10,8 +10,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
+from typing import NamedTuple
 
 from safeimg.journal.clock import now
 from safeimg.journal.errors import JournalError, JournalUnavailable
@@ -33,8 +32,7 @@ _CHUNK = 1 << 20
 _NAME = re.compile(r"([0-9a-f]{32})\.(log|data)(-new)?")
 
 
-@dataclass(frozen=True, slots=True)
-class Keeping:
+class Keeping(NamedTuple):
     """How much is kept, in bytes. `folder`: None is the one in the state directory, made when it is needed."""
 
     each: int  # of one operation; one that would take more is not kept
@@ -46,22 +44,21 @@ class Keeping:
         if self.folder is not None:
             return self.folder
         directory = state_directory()
-        return None if directory is None else str(Path(directory) / FOLDER)
+        return None if directory is None else os.path.join(directory, FOLDER)
 
     def make_place(self) -> str:
         """The folder, made if it is not there. Raises `JournalUnavailable`."""
         if self.folder is not None:
             return self.folder
-        path = Path(make_state_directory()) / FOLDER
+        path = os.path.join(make_state_directory(), FOLDER)
         try:
-            path.mkdir(mode=0o700, exist_ok=True)
+            os.makedirs(path, mode=0o700, exist_ok=True)
         except OSError as error:
             raise JournalUnavailable(f"{path}: {error.strerror}") from None
-        return str(path)
+        return path
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
+class Entry(NamedTuple):
     """A file, or what belongs together, in the folder."""
 
     operation: str
@@ -71,8 +68,7 @@ class Entry:
     whole: bool  # False: what a crash left
 
 
-@dataclass(frozen=True, slots=True)
-class Record:
+class Record(NamedTuple):
     """A kept operation, open. `undo`: its before-images; None if there are none."""
 
     path: str

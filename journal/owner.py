@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
-from pathlib import Path
 from typing import Literal, NamedTuple
 
 from safeimg.journal.events import Owner
@@ -24,7 +22,7 @@ def current_owner() -> Owner:
     """This process."""
     process = _process(os.getpid())
     started = 0 if process is None else process.started
-    return Owner(_machine(), _boot(), os.getpid(), started, os.geteuid(), socket.gethostname())
+    return Owner(_machine(), _boot(), os.getpid(), started, os.geteuid(), _host())
 
 
 def liveness(owner: Owner) -> Liveness:
@@ -33,7 +31,7 @@ def liveness(owner: Owner) -> Liveness:
     "unknown" when it cannot be seen from here: on another machine (or one that was cloned from this: then the
     host name tells), or in another container of this one.
     """
-    if owner.machine != _machine() or owner.host != socket.gethostname():
+    if owner.machine != _machine() or owner.host != _host():
         return "unknown"
     boot, _, pids = owner.boot.partition(" ")
     here, _, our_pids = _boot().partition(" ")
@@ -54,7 +52,7 @@ def _machine() -> str:
         found = _first_line(path)
         if found and found != "uninitialized":
             return found
-    return _NO_ID + socket.gethostname()
+    return _NO_ID + _host()
 
 
 def _boot() -> str:
@@ -71,7 +69,8 @@ def _process(pid: int) -> _Process | None:
 
     Field 2, the program's name, stands in parentheses and may hold anything, parentheses too."""
     try:
-        fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            fields = file.read().rpartition(b")")[2].split()
         return _Process(fields[0].decode("ascii"), int(fields[19]))
     except (OSError, ValueError, IndexError):
         return None
@@ -90,6 +89,11 @@ def _exists(pid: int) -> bool:
 
 def _first_line(path: str) -> str:
     try:
-        return Path(path).read_text("ascii", "replace").strip().partition("\n")[0]
+        with open(path, encoding="ascii", errors="replace") as file:
+            return file.read().strip().partition("\n")[0]
     except OSError:
         return ""
+
+
+def _host() -> str:
+    return os.uname().nodename

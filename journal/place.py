@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from pathlib import Path
 
 from safeimg.journal.errors import JournalUnavailable, LogBusy
 from safeimg.journal.files import FileStat, FileSystem, system_error
@@ -39,16 +38,16 @@ def state_directory() -> str | None:
     """
     chosen = os.environ.get("SAFEIMG_STATE_DIR")
     if chosen:
-        return str(Path(chosen).absolute())
+        return os.path.join(os.getcwd(), chosen)
     if os.geteuid() == 0:
         return "/var/lib/safeimg"
     base = os.environ.get("XDG_STATE_HOME", "")
-    if not Path(base).is_absolute():  # the specification has relative ones ignored
+    if not os.path.isabs(base):  # the specification has relative ones ignored
         home = os.environ.get("HOME") or _account_home()
         if not home:
             return None
-        base = str(Path(home) / ".local" / "state")
-    return str(Path(base) / "safeimg")
+        base = os.path.join(home, ".local", "state")
+    return os.path.join(base, "safeimg")
 
 
 def make_state_directory() -> str:
@@ -58,8 +57,8 @@ def make_state_directory() -> str:
     if path is None:
         raise JournalUnavailable(f"no state directory: there is no HOME; {advice}")
     try:
-        Path(path).mkdir(mode=0o700, parents=True, exist_ok=True)
-        found = Path(path).stat()
+        os.makedirs(path, mode=0o700, exist_ok=True)
+        found = os.stat(path)
     except OSError as error:
         raise JournalUnavailable(f"{path}: {error.strerror}; {advice}") from None
     if found.st_uid not in (os.geteuid(), 0) or stat.S_IMODE(found.st_mode) & 0o022:
@@ -72,7 +71,7 @@ def state_files(files: FileSystem) -> list[str]:
     directory = state_directory()
     if directory is None or files.stat(directory) is None:
         return []
-    return [str(Path(directory) / name) for name in files.list_directory(directory)]
+    return [os.path.join(directory, name) for name in files.list_directory(directory)]
 
 
 def beside(files: FileSystem, image: str) -> str:
@@ -91,7 +90,7 @@ def in_state_directory(files: FileSystem, image: str, found: FileStat) -> str | 
         name = "device-" + files.resolve(image).strip("/").replace("/", "-")
     else:
         name = f"{found.device:x}-{found.inode:x}"
-    return str(Path(directory) / (name + SUFFIX))
+    return os.path.join(directory, name + SUFFIX)
 
 
 def candidates(files: FileSystem, image: str, *, explicit: str | None = None) -> list[str]:
@@ -112,7 +111,7 @@ def candidates(files: FileSystem, image: str, *, explicit: str | None = None) ->
 
 def ensure_folder(path: str) -> None:
     """Makes the state directory if `path` is to lie there. Raises `JournalUnavailable`."""
-    if Path(path).parent == Path(state_directory() or "/nowhere"):
+    if os.path.dirname(path) == state_directory():
         make_state_directory()
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import struct
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from blake3 import blake3
 from safeimg.journal.errors import LogBusy, LogDamaged, LogForeign
@@ -39,8 +39,7 @@ _HEADER = struct.Struct("<16sII")  # magic, version, payload length
 _HASH = 32
 
 
-@dataclass(frozen=True, slots=True)
-class Pointer:
+class Pointer(NamedTuple):
     """What a participant's pointer file says."""
 
     operation: str

@@ -12,8 +12,6 @@ import sqlite3
 import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
@@ -46,7 +44,7 @@ class SqliteHistory:
 
     def add_pending(self, entry: PendingRow) -> None:
         """Durable when it returns."""
-        values = asdict(entry) | {"log": printable(entry.log), "home": printable(entry.home)}
+        values = entry._asdict() | {"log": printable(entry.log), "home": printable(entry.home)}
         with self.writing() as connection:
             connection.execute(
                 "insert or replace into pending (operation, command, log, home, machine, started) "
@@ -123,7 +121,7 @@ class SqliteHistory:
         """Rows; none if there is no database yet, or it does not know `image` (whose number is the first
         parameter, before `more`)."""
         path = self._path or _default_path()
-        if path is None or not Path(path).exists():
+        if path is None or not os.path.exists(path):
             return []
         with _reported(path):
             connection = _connect(path, "rw")
@@ -143,7 +141,7 @@ class SqliteHistory:
     @contextmanager
     def writing(self) -> Iterator[sqlite3.Connection]:
         """One transaction, durable when the block ends without an error."""
-        path = self._path or str(Path(make_state_directory()) / NAME)
+        path = self._path or os.path.join(make_state_directory(), NAME)
         with _reported(path):
             os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
             connection = _connect(path, "rw")
@@ -176,12 +174,12 @@ class Tables:
             which = "where inode = ? or tag = ? order by number"
             return _images(self._connection, which, (str(identity.inode), identity.tag))
         return [
-            replace(row, tag=identity.tag, device=str(identity.device), inode=str(identity.inode))
+            row._replace(tag=identity.tag, device=str(identity.device), inode=str(identity.inode))
             for row in _images(self._connection, "limit 1")
         ]
 
     def put_image(self, image: ImageRow) -> int:
-        values = asdict(image)
+        values = image._asdict()
         if image.number:
             self._connection.execute(
                 "update images set tag = :tag, device = :device, inode = :inode, path = :path where number = :number",
@@ -200,7 +198,7 @@ class Tables:
         return (0, chain.GENESIS) if row is None else (_int(row[0]), _bytes(row[1]))
 
     def put_operation(self, row: OperationRow) -> None:
-        values = asdict(row)
+        values = row._asdict()
         del values["role"]
         values["arguments"] = json.dumps(row.arguments)
         values["home"] = printable(row.home)
@@ -224,7 +222,7 @@ class Tables:
 
     def put_events(self, image: int, rows: Sequence[EventRow]) -> None:
         for row in rows:
-            self._insert("events", {"image": image} | asdict(row))
+            self._insert("events", {"image": image} | row._asdict())
 
     def last_hash(self, operation: str) -> bytes:
         row = self._connection.execute(
@@ -267,11 +265,11 @@ def beside_image(path: str) -> str | None:
 
 def _default_path() -> str | None:
     directory = state_directory()
-    return None if directory is None else str(Path(directory) / NAME)
+    return None if directory is None else os.path.join(directory, NAME)
 
 
 def _connect(path: str, mode: str) -> sqlite3.Connection:
-    uri = f"file:{quote(os.fsencode(Path(path).absolute()))}?mode={mode}"
+    uri = f"file:{quote(os.fsencode(os.path.join(os.getcwd(), path)))}?mode={mode}"
     connection = sqlite3.connect(
         uri, uri=True, timeout=TIMEOUT, isolation_level=None, check_same_thread=False
     )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from safeimg.drivers.errors import UsageError
@@ -66,7 +66,7 @@ async def bench_write(environment: Environment, layers: Sequence[Image], request
     roles = [("image", layers[0], True)]
     job = Job("bench", writing, touched(roles), layers, writing.view, {}, undo=False)
     started = time.perf_counter()
-    await launch(job, replace(environment, journal="off"))
+    await launch(job, environment._replace(journal="off"))
     return time.perf_counter() - started
 
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import stat
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 from safeimg.drivers.errors import DriverError, LockError, StorageError, UsageError
 from safeimg.drivers.formats.api import Driver, Image, Kind
@@ -42,31 +42,29 @@ from safeimg.ops.session import refuse_pending_on
 _SEVERAL = "Having a backing file for the target makes no sense when concatenating multiple input images"
 
 
-@dataclass(frozen=True, slots=True)
-class Blocks:
-    """Which part of the source `dd` copies. Counted as qemu-img does: `count` blocks from the beginning of the source,
+class Blocks(NamedTuple):
+    """Which part of the source `dd` copies. Counted as qemu-img does: `number` blocks from the beginning of the source,
     of which the first `skip` are left out."""
 
     size: int = 512  # bytes: bs=
-    count: int | None = None
+    number: int | None = None  # count=
     skip: int = 0
 
     def part(self, source: int) -> tuple[int, int] | None:
         """Offset and length in a source of so many bytes; None if what is skipped reaches beyond its end."""
-        end = source if self.count is None else min(source, self.count * self.size)
+        end = source if self.number is None else min(source, self.number * self.size)
         start = self.skip * self.size
         return (start, end - start) if start <= end else None
 
 
-@dataclass(frozen=True, slots=True)
-class Options:
+class Options(NamedTuple):
     """What `convert` is asked for; the letters are qemu-img's options."""
 
     sources: tuple[str | Blockdev, ...]
     target: str | Blockdev
     source_format: str | None = None  # -f
     target_format: str | None = None  # -O; raw if None (with -n, too), unless the target is a `Blockdev`
-    create_options: Mapping[str, str] = field(default_factory=dict)  # -o
+    create_options: Mapping[str, str] = MappingProxyType({})  # -o
     backing: str | None = None  # -B
     backing_format: str | None = None  # -F
     create: bool = True  # not -n
@@ -328,7 +326,7 @@ def _unlocking(options: Options, driver: Driver, asked: Mapping[str, str]) -> Op
     if not opening or not isinstance(options.target, str):
         return options
     named = from_filename(options.target)
-    return replace(options, target=named._replace(options={**named.options, **opening}))
+    return options._replace(target=named._replace(options={**named.options, **opening}))
 
 
 def _creation(options: Options, *, several: bool) -> tuple[Driver, dict[str, str]]:

@@ -8,7 +8,6 @@ larger). What a window holds of data becomes one `Chunk` for a worker; long stre
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from enum import Enum
 from typing import NamedTuple
 
@@ -40,8 +39,7 @@ class Chunk(NamedTuple):
         return sum(end - start for start, end in self.copy)
 
 
-@dataclass(frozen=True, slots=True)
-class Rules:
+class Rules(NamedTuple):
     """What becomes of which part of the source."""
 
     unit: int  # bytes of a target cluster, 1 for raw

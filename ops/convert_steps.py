@@ -16,8 +16,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from safeimg.drivers.formats.api import Changes, Image, Patch
 from safeimg.drivers.formats.registry import lookup
@@ -43,8 +42,7 @@ MANY_RANGES = 1 << 17  # that are kept for bitmaps
 PAGE = 4096  # blocks of a raw target that are tested for zeroes
 
 
-@dataclass(frozen=True, slots=True)
-class Policy:
+class Policy(NamedTuple):
     """How the target is written."""
 
     sparse: int = PAGE  # bytes of zeroes that are left out; 0: none, everything is allocated
@@ -186,7 +184,7 @@ class Convert:
             fresh = await blocking(write_fresh, target.file, changes.fresh)
             held = Step("bitmaps", None if fresh else {"at": at}, at, fresh, changes=[(0, changes)])
         if held is not None:
-            yield replace(held, cursor={"at": at, "copied": True})
+            yield held._replace(cursor={"at": at, "copied": True})
 
     def _changes(self, changes: Changes) -> list[tuple[int, Changes]]:
         return [(0, changes)] if changes else []

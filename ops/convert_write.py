@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from safeimg.drivers.errors import StorageError
 from safeimg.drivers.formats.api import Placement, Planner
@@ -28,13 +27,13 @@ WORTHWHILE = 128 << 10  # bytes of a write that are worth a call of their own to
 Compress = Callable[[memoryview], bytes | None]
 
 
-@dataclass
 class Batch:
     """What a step collects from the workers. Lists are appended to by several threads at once."""
 
-    at: int  # everything before this guest offset has been given to workers
-    written: list[Written] = field(default_factory=list)
-    moves: list[Move] = field(default_factory=list)
+    def __init__(self, at: int) -> None:
+        self.at = at  # everything before this guest offset has been given to workers
+        self.written: list[Written] = []
+        self.moves: list[Move] = []
 
 
 class Space(Protocol):
@@ -91,8 +90,7 @@ class Exact:
         pass
 
 
-@dataclass(frozen=True, slots=True)
-class Writer:
+class Writer(NamedTuple):
     """Writes chunks of `source` to a target. One for all steps of an operation."""
 
     source: Source

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import posixpath
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from safeimg.drivers.errors import DriverError, FormatError, FormatNotSaid, StorageError, UsageError
 from safeimg.drivers.formats.api import Driver
@@ -22,8 +22,7 @@ _NO_SIZE = (1 << 64) - 1  # qemu-img takes it for none
 _OWN_BACKING = "Error: Trying to create an image with the same filename as the backing file"
 
 
-@dataclass(frozen=True, slots=True)
-class Request:
+class Request(NamedTuple):
     """What create is asked for; the letters are qemu-img's options."""
 
     filename: str

@@ -9,8 +9,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from safeimg.drivers.errors import DriverError, UnsupportedError
 from safeimg.drivers.formats.api import Image
@@ -34,8 +33,7 @@ from safeimg.ops.tidy import complete
 _REPEATABLE = ("convert", "dd")  # raw images are written in place from sources that stay: interrupted, begun again
 
 
-@dataclass(frozen=True, slots=True)
-class Environment:
+class Environment(NamedTuple):
     """What the caller decides for any operation."""
 
     fs: FileSystem
@@ -44,9 +42,9 @@ class Environment:
     arguments: tuple[str, ...] = ()  # the command line, without secrets: the identical one resumes
     journal: str = "auto"  # "auto", "require", "off", or the path of the log
     on_crash: str = "report"  # what `recover` does if this is interrupted: "resume", "rollback" or "report"
-    stop: Callable[[], str | None] = field(default=lambda: None)  # why to pause, if at all
+    stop: Callable[[], str | None] = lambda: None  # why to pause, if at all
     secrets: Secrets = NO_SECRETS  # what encrypted images are opened with
-    notice: Callable[[str], None] = field(default=lambda line: None)  # shows a line of a report, as it is
+    notice: Callable[[str], None] = lambda line: None  # shows a line of a report, as it is
     keeping: Keeping | None = None  # what is kept of completed operations, for `undo`
     digest: bool = False  # what the images show in the end goes on record
 
@@ -54,8 +52,7 @@ class Environment:
 ON_CRASH, DIGEST = "on_crash", "digest"  # the settings that keep them
 
 
-@dataclass(frozen=True, slots=True)
-class Job:
+class Job(NamedTuple):
     """An operation ready to run on open images."""
 
     command: str

@@ -37,7 +37,7 @@ async def save_before(
     undo.reserve(sum(length for _, _, length in ranges))
 
     def work(part: Part, buffers: BufferPool) -> None:
-        image, start, _ = ranges[part.index]
+        image, start, _ = ranges[part.which]
         buffer = buffers.get(part.length)
         offset = start + part.start
         got = files[image].pread_into(offset, buffer)

@@ -8,7 +8,6 @@ that says what to do.
 from __future__ import annotations
 
 import os
-import secrets
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
@@ -159,7 +158,7 @@ class Session:
         for image in images:
             if not image.writes:  # its times must outlive a power cut: they tell whether somebody changed it
                 image.file.sync_all()
-        operation = secrets.token_hex(16)
+        operation = os.urandom(16).hex()
         folder = os.path.dirname(fs.resolve(home))
         records = tuple(
             ImageRecord(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 from safeimg.drivers.formats.api import Changes, Patch
@@ -30,8 +29,7 @@ class Move(NamedTuple):
         )
 
 
-@dataclass(frozen=True, slots=True)
-class Step:
+class Step(NamedTuple):
     """The unit of durability. Images by index: 0 is the home image; an external data file has an index of its
     own (`session.touched`)."""
 

@@ -1,4 +1,6 @@
-"""Before a command begins: what is pending on its image may be this very command."""
+"""Before a command begins: what is pending on its image may be this very command.
+
+Mostly nothing is: what settles is imported only then."""
 
 from __future__ import annotations
 
@@ -13,8 +15,6 @@ from safeimg.journal.owner import current_owner
 from safeimg.ops.errors import OperationError, SomethingPending
 from safeimg.ops.launch import Environment
 from safeimg.ops.repair import REPAIR
-from safeimg.recovery.pending import NothingPending
-from safeimg.recovery.settle import abandon, resume, rollback
 
 
 async def begin_or_resume(
@@ -47,6 +47,8 @@ async def _withdraw(path: str, environment: Environment) -> None:
     """Takes back what this process began and then found that the image does not allow: trying again would not help."""
     log = find.follow(environment.fs, find.find(environment.fs, path))
     if log is not None and log.declared.owner == current_owner():
+        from safeimg.recovery.settle import rollback
+
         await rollback(path, environment)
 
 
@@ -71,6 +73,9 @@ async def resumed(image: str | Blockdev, environment: Environment, command: str)
 
 async def _finished(path: str, environment: Environment) -> bool:
     """Finishes what is pending. False if somebody else has settled it since it was found, whichever way."""
+    from safeimg.recovery.pending import NothingPending
+    from safeimg.recovery.settle import resume
+
     try:
         await resume(path, environment)
     except NothingPending:
@@ -80,5 +85,8 @@ async def _finished(path: str, environment: Environment) -> bool:
 
 def supersede(path: str, environment: Environment, command: str) -> None:
     """Gives up what is pending on an image that `command` makes anew, on record."""
+    from safeimg.recovery.pending import NothingPending
+    from safeimg.recovery.settle import abandon
+
     with suppress(NothingPending):  # somebody else has settled it since it was found
         abandon(path, environment, reason=f"superseded by {command}")

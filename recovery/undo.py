@@ -52,7 +52,7 @@ async def undo(path: str, environment: Environment, operation: str = "") -> str:
     It is journaled even where the environment says that nothing is. Raises `Impossible`, `Conflict`,
     `SomethingPending`, `OperationPaused`, and what opening images raises."""
     if environment.journal == "off":
-        environment = replace(environment, journal="auto")
+        environment = environment._replace(journal="auto")
     found = await blocking(_find, path, environment, operation)
     try:
         home, state = found.home, found.record.state

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import unquote
 
 from safeimg.drivers.errors import UsageError
@@ -32,8 +31,7 @@ _OLD_IPV6 = re.compile(r"\[([^\]]{1,64})\]:([^,]{1,32})(?=,|$)")
 _OLD_HOST = re.compile(r"([^:]{1,64}):([^,]{1,32})(?=,|$)")
 
 
-@dataclass(frozen=True, slots=True)
-class Named:
+class Named(NamedTuple):
     """An export, as options name it."""
 
     address: Address

@@ -6,8 +6,7 @@ from __future__ import annotations
 import getpass
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import unquote
 
 from safeimg.drivers.errors import UsageError
@@ -26,8 +25,7 @@ _URI = re.compile(
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Named:
+class Named(NamedTuple):
     """A file, as options name it."""
 
     address: Inet

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from safeimg.drivers.formats.api import Placement
 from safeimg.drivers.transfer.buffers import BufferPool
@@ -17,11 +16,10 @@ from safeimg.drivers.transfer.zero import fill_zero
 ZERO_CHUNK = 1 << 30  # bytes that one `write_zeroes` covers: cancellation comes between two
 
 
-@dataclass(frozen=True, slots=True)
-class Part:
+class Part(NamedTuple):
     """A chunk of one of several ranges."""
 
-    index: int  # of the range
+    which: int  # of the range
     start: int  # within the range
     length: int
 
@@ -57,7 +55,7 @@ async def write_moves(transfer: Transfer, view: Content | None, moves: Sequence[
     made: list[dict[int, bytes]] = [{} for _ in moves]
 
     def work(part: Part, buffers: BufferPool) -> None:
-        target, move = moves[part.index]
+        target, move = moves[part.which]
         at = move.offset + part.start
         if _is_plain_zero(target, move):
             target.file.write_zeroes(at, part.length, unmap=unmap)
@@ -71,7 +69,7 @@ async def write_moves(transfer: Transfer, view: Content | None, moves: Sequence[
         target.write(buffer, at, move.guest + part.start)
         transfer.hint(target.file, at, part.length)
         if transfer.digests:
-            made[part.index][part.start] = digests(buffer)
+            made[part.which][part.start] = digests(buffer)
 
     def planned() -> Iterator[Part]:
         for index, (target, move) in enumerate(moves):
@@ -79,7 +77,7 @@ async def write_moves(transfer: Transfer, view: Content | None, moves: Sequence[
                 yield Part(index, part.start, part.length)
 
     def cost(part: Part) -> int:
-        return 0 if moves[part.index][1].source is None else part.length
+        return 0 if moves[part.which][1].source is None else part.length
 
     await transfer.each(planned(), work, cost=cost)
     return [b"".join(digest for _, digest in sorted(of.items())) for of in made]
@@ -99,14 +97,14 @@ async def copy_fresh(transfer: Transfer, view: Source, image: int, target: Targe
     made: list[dict[int, bytes]] = [{} for _ in placements]
 
     def work(part: Part, buffers: BufferPool) -> None:
-        place = placements[part.index]
+        place = placements[part.which]
         at = place.offset + part.start
         buffer = buffers.get(part.length)
         view.read_into(place.start + part.start, buffer)
         target.write(buffer, at, place.start + part.start)
         transfer.hint(target.file, at, part.length)
         if transfer.digests:
-            made[part.index][part.start] = digests(buffer)
+            made[part.which][part.start] = digests(buffer)
         if part.start + part.length == place.length:
             zero_tail(target, place, granularity, buffers)
 

@@ -17,8 +17,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from safeimg.drivers.storage.api import File
 from safeimg.drivers.transfer.buffers import BufferPool, Buffers
@@ -32,8 +31,7 @@ CHUNK = 1024 * 1024  # bytes of an item, where nothing else decides: 1 to 2 MiB 
 _NAP = 0.1  # seconds that a worker sleeps at most before it looks whether it was cancelled
 
 
-@dataclass(frozen=True, slots=True)
-class Settings:
+class Settings(NamedTuple):
     """How guest data is moved."""
 
     workers: int = 2  # loops; 1 makes the order of all reads and writes deterministic

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from safeimg.drivers.formats.api import Cipher
 from safeimg.drivers.storage.api import File
@@ -12,8 +12,7 @@ from safeimg.drivers.transfer.zero import fill_zero, zeroes
 CHUNK = 1 << 20  # bytes of zeroes that are encrypted at once
 
 
-@dataclass(frozen=True, slots=True)
-class Target:
+class Target(NamedTuple):
     """A file that holds guest data. Offsets are the file's; `guest` is the guest offset of the same byte.
 
     With a cipher, all of them and the lengths are multiples of 512."""

@@ -6,7 +6,6 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,10 +21,10 @@ def rewrite(folder: Folder, **changes: object) -> Owner:
     events = read_events(LocalFileSystem(), str(folder.log))
     declared = events[0]
     assert isinstance(declared, Declared)
-    owner = replace(declared.owner, **changes)  # type: ignore[arg-type]
+    owner = declared.owner._replace(**changes)  # type: ignore[arg-type]
     folder.log.unlink()
     log = Log.create(LocalFileSystem(), str(folder.log), declared.operation, LocalFileSystem().stat(str(folder.base)))  # type: ignore[arg-type]
-    for event in (replace(declared, owner=owner), *events[1:]):
+    for event in (declared._replace(owner=owner), *events[1:]):
         log.append(event)
     log.sync()
     log.close()
@@ -37,7 +36,7 @@ def test_a_pid_that_is_used_again(folder: Folder) -> None:
     folder.killed()
     mine = current_owner()
     owner = rewrite(folder, pid=mine.pid, started=mine.started - 1)
-    assert liveness(owner) == "dead" and liveness(replace(owner, started=mine.started)) == "alive"
+    assert liveness(owner) == "dead" and liveness(owner._replace(started=mine.started)) == "alive"
     folder.settles_both_ways()
 
 

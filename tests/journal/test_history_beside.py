@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sqlite3
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -37,7 +36,7 @@ def seen(path: Path) -> Identity:
 
 def operation(number: int, images: tuple[Path, Path]) -> list[Event]:
     records = tuple(ImageRecord("image", path.name, "raw", seen(path), True) for path in images)
-    declared: Declared = replace(DECLARED, operation=f"{number:032x}", images=records)
+    declared: Declared = DECLARED._replace(operation=f"{number:032x}", images=records)
     looks = tuple((index, seen(path)) for index, path in enumerate(images))
     return [declared, Completed((), float(number)), Settled(looks, "", float(number))]
 

@@ -7,7 +7,6 @@ import multiprocessing
 import os
 import sqlite3
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -26,7 +25,7 @@ OVERLAY = DECLARED.images[1].identity
 
 
 def operation(number: int, outcome: Event | None = None) -> list[Event]:
-    declared = replace(DECLARED, operation=f"{number:032x}", time=float(number))
+    declared = DECLARED._replace(operation=f"{number:032x}", time=float(number))
     return [declared, STARTED, STEP, StepApplied(1, (bytes(32),)), outcome or Completed((), 9.0 + number)]
 
 
@@ -68,8 +67,8 @@ def test_only_settled_operations(history: History) -> None:
 
 
 def test_operations_may_be_named_by_their_beginning(history: History) -> None:
-    first = replace(DECLARED, operation="ab" + "0" * 30)
-    other = replace(DECLARED, operation="ac" + "0" * 30)
+    first = DECLARED._replace(operation="ab" + "0" * 30)
+    other = DECLARED._replace(operation="ac" + "0" * 30)
     for declared in (first, other):
         history.record_settled([declared, Completed((), 1.0)], home="/b")
     assert len(history.show(HOME, "AB")) == 2
@@ -80,14 +79,13 @@ def test_operations_may_be_named_by_their_beginning(history: History) -> None:
 
 
 def test_an_image_is_known_by_its_tag_or_else_by_its_inode(history: History) -> None:
-    declared = replace(DECLARED, images=(ImageRecord("base", "b", "raw", identity(inode=5), True),))
+    declared = DECLARED._replace(images=(ImageRecord("base", "b", "raw", identity(inode=5), True),))
     history.record_settled([declared, Completed((), 1.0)], home="/b")
     assert len(history.log(identity(inode=5, tag="cd" * 16))) == 1  # tagged since
     assert history.log(identity(inode=5, device=8)) == []
-    tagged = replace(
-        declared,
+    tagged = declared._replace(
         operation="1" * 32,
-        images=(replace(declared.images[0], identity=identity(inode=5, tag="cd" * 16)),),
+        images=(declared.images[0]._replace(identity=identity(inode=5, tag="cd" * 16)),),
     )
     history.record_settled([tagged, Completed((), 2.0)], home="/b")
     assert len(history.log(identity(inode=77, device=9, tag="cd" * 16))) == 2  # moved
@@ -285,7 +283,7 @@ def test_any_changed_byte_is_found(position: int, column: str, place: int, bits:
     content = bytearray(value if isinstance(value, bytes) else value.encode())
     content[place % len(content)] ^= bits
     changed = bytes(content) if isinstance(value, bytes) else content.decode("utf-8", "backslashreplace")
-    rows[position - 1] = replace(row, **{column: changed})
+    rows[position - 1] = row._replace(**{column: changed})
     assert position in [finding.position for finding in audit.verify(history, HOME)]
 
 

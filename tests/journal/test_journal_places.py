@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -152,8 +152,7 @@ def test_secrets_are_overwritten(files: MemoryFiles) -> None:
 
 
 def pointer_to_base(files: MemoryFiles, **changes: object) -> Pointer:
-    return replace(
-        Pointer(OPERATION, identify(files.open(BASE)), "base.qcow2", identify(files.open(TOP)), "machine"),
+    return Pointer(OPERATION, identify(files.open(BASE)), "base.qcow2", identify(files.open(TOP)), "machine")._replace(
         **changes,  # type: ignore[arg-type]
     )
 
@@ -178,7 +177,7 @@ def put_log(
         ImageRecord("base", "base.qcow2", "raw", home, True),
         ImageRecord("overlay", "top.qcow2", "raw", identify(files.open(TOP)), False),
     )
-    log.append(replace(DECLARED, operation=operation, images=images))
+    log.append(DECLARED._replace(operation=operation, images=images))
     for event in more:
         log.append(event)  # type: ignore[arg-type]
     log.close()
@@ -455,7 +454,7 @@ def test_identity_and_its_tag(files: MemoryFiles) -> None:
 )
 def test_same_and_unchanged(changes: dict[str, int | str], same: bool, still: bool) -> None:
     recorded = identity(tag=OPERATION)
-    now = replace(recorded, **changes)  # type: ignore[arg-type]
+    now = recorded._replace(**changes)  # type: ignore[arg-type]
     assert (same_file(recorded, now), unchanged(recorded, now)) == (same, still)
     assert same_file(now, recorded) == same
 
@@ -466,13 +465,13 @@ def test_same_and_unchanged(changes: dict[str, int | str], same: bool, still: bo
 def test_liveness_of_owners() -> None:
     me = current_owner()
     assert liveness(me) == "alive"
-    assert liveness(replace(me, started=me.started + 1)) == "dead"  # the pid was given to another process
+    assert liveness(me._replace(started=me.started + 1)) == "dead"  # the pid was given to another process
     boot, _, pids = me.boot.partition(" ")
-    assert liveness(replace(me, boot=f"another {pids}")) == "dead"
-    assert liveness(replace(me, boot=f"{boot} pid:[1]")) == "unknown"  # another container
-    assert liveness(replace(me, boot="")) == "unknown"
-    assert liveness(replace(me, machine="another")) == "unknown"
-    assert liveness(replace(me, host="another")) == "unknown"
+    assert liveness(me._replace(boot=f"another {pids}")) == "dead"
+    assert liveness(me._replace(boot=f"{boot} pid:[1]")) == "unknown"  # another container
+    assert liveness(me._replace(boot="")) == "unknown"
+    assert liveness(me._replace(machine="another")) == "unknown"
+    assert liveness(me._replace(host="another")) == "unknown"
 
 
 def test_a_dead_process_and_a_zombie_are_dead() -> None:
@@ -483,22 +482,22 @@ def test_a_dead_process_and_a_zombie_are_dead() -> None:
     child = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert child.stdout is not None and child.stdin is not None
     pid, started = map(int, child.stdout.readline().split())
-    owner = replace(current_owner(), pid=pid, started=started)
+    owner = current_owner()._replace(pid=pid, started=started)
     assert liveness(owner) == "alive"
     child.kill()
     os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
     assert liveness(owner) == "dead"  # not reaped yet
     child.communicate()
     assert liveness(owner) == "dead"
-    assert liveness(replace(owner, pid=2**40)) == "dead"
+    assert liveness(owner._replace(pid=2**40)) == "dead"
 
 
 def test_a_program_with_an_odd_name(monkeypatch: pytest.MonkeyPatch) -> None:
     line = b"42 (a) Z 1 ) R" + b" 0" * 18 + b" 777" + b" 0" * 30
-    monkeypatch.setattr(Path, "read_bytes", lambda path: line)
+    monkeypatch.setattr("safeimg.journal.owner.open", lambda path, mode: io.BytesIO(line), raising=False)
     from safeimg.journal.owner import _process
 
     found = _process(42)
     assert found is not None and (found.state, found.started) == ("R", 777)
-    monkeypatch.setattr(Path, "read_bytes", lambda path: b"garbage")
+    line = b"garbage"
     assert _process(42) is None

@@ -3,7 +3,6 @@ up."""
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -72,7 +71,7 @@ def test_events_are_a_prefix_and_durable_ones_are_there(files: SimulatedFileSyst
         # Recovery opens it for writing, appends, and loses the power again.
         again = Log.open(state.fs, LOG, write=True)
         assert again.events == tuple(events)
-        mark = replace(STEP, number=99)
+        mark = STEP._replace(number=99)
         again.append(mark)
         again.sync()
         again.close()
@@ -88,7 +87,7 @@ def test_repeated_crashes_of_recovery(files: SimulatedFileSystem) -> None:
     log.sync()
     initial = files.begin_trace()
     for number in range(1, 6):
-        log.append(replace(STEP, number=number))
+        log.append(STEP._replace(number=number))
     first = list(crash_states(initial, files.trace, seed=2, subsets_per_prefix=4))
     seen = 0
     for state in first[:: max(1, len(first) // 12)]:
@@ -117,7 +116,7 @@ def declared(files: SimulatedFileSystem) -> Event:
         file.close()
         return record
 
-    return replace(DECLARED, images=(image("base", BASE, True), image("overlay", TOP, False)))
+    return DECLARED._replace(images=(image("base", BASE, True), image("overlay", TOP, False)))
 
 
 def test_pointers_are_void_or_pending_as_their_home_is(files: SimulatedFileSystem) -> None:
@@ -223,7 +222,7 @@ def test_hazard_22_reserve_on_a_full_simulated_disk(files: SimulatedFileSystem) 
     files.set_capacity(0)
     with pytest.raises(Exception, match="No space left"):
         for number in range(1, 10000):
-            log.append(replace(STEP, number=number))
+            log.append(STEP._replace(number=number))
     for number in range(500):
         log.append(StepApplied(number))
     log.sync()

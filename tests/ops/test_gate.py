@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -31,7 +30,7 @@ def test_what_others_settle_meanwhile_is_no_answer(
     fs = LocalFileSystem()
     lookup("qcow2").create(fs, image, 1 << 20, {})
     env = Environment(fs, MemoryHistory(), Transfer(Settings(workers=1)), arguments=("snapshot",))
-    tired = replace(env, stop=lambda: "tired")
+    tired = env._replace(stop=lambda: "tired")
     with pytest.raises(OperationPaused):
         run_alone(lambda: snapshot.create(tired, image, "one", DATE))
     begun = 0
@@ -45,7 +44,7 @@ def test_what_others_settle_meanwhile_is_no_answer(
         await settle(path, environment)
         return await resume(path, environment)
 
-    monkeypatch.setattr(gate, "resume", too_late)
+    monkeypatch.setattr("safeimg.recovery.settle.resume", too_late)
     run_alone(lambda: gate.begin_or_resume(image, env, "snapshot", begin))
     assert begun == 1
     names = [str(each["name"]) for each in map(snapshot_members, snapshot.list_snapshots(fs, image))]

@@ -185,7 +185,7 @@ def test_changes_by_others_are_on_record() -> None:
 @pytest.mark.parametrize("each", [0, 8192, 200_000])
 def test_limits(each: int) -> None:
     """What is too much is not kept, and the operation is done all the same."""
-    _, fs, history = ready("commit -d", replace(KEEPING, each=each))
+    _, fs, history = ready("commit -d", KEEPING._replace(each=each))
     words = "nothing of the commit was to be kept" if not each else "too much to keep"
     if each == 200_000:
         taken_back(fs, "/base.qcow2", history)
@@ -207,7 +207,7 @@ def test_a_full_state_directory_is_no_failure() -> None:
 def test_the_oldest_go_first() -> None:
     scenario, fs, history = ready("snapshot -c third")
     size = kept.entries(fs, KEEPING)[0].size
-    keeping = replace(KEEPING, total=int(size * 2.5))
+    keeping = KEEPING._replace(total=int(size * 2.5))
     for name in ("fourth", "fifth"):
 
         async def more(env: Environment, name: str = name) -> None:

@@ -19,7 +19,7 @@ def elsewhere(scenario: Scenario) -> Scenario:
         fs.make_directory("/logs")
 
     async def run(around: Environment) -> None:
-        await scenario.run(replace(around, journal="/logs/log"))
+        await scenario.run(around._replace(journal="/logs/log"))
 
     return replace(scenario, name=f"{scenario.name}, journal elsewhere", build=build, run=run)
 
@@ -28,7 +28,7 @@ def digested(scenario: Scenario) -> Scenario:
     """The same operation, which reads the images once more in the end."""
 
     async def run(around: Environment) -> None:
-        await scenario.run(replace(around, digest=True))
+        await scenario.run(around._replace(digest=True))
 
     return replace(scenario, name=f"{scenario.name} --digest", run=run)
 

@@ -321,7 +321,7 @@ def test_hazard_13_a_log_that_names_other_peoples_files() -> None:
     found = fs.stat("/evil.qcow2")
     assert found is not None
     log = Log.create(fs, "/evil.qcow2.safeimg", declared.operation, found)
-    log.append(replace(declared, images=tuple(records)))
+    log.append(declared._replace(images=tuple(records)))
     for event in events[1:]:
         log.append(event)
     log.sync()

@@ -20,7 +20,7 @@ KEEPING = Keeping(1 << 30, 1 << 31, FOLDER)
 
 def undoing(env: Environment, history: History, keeping: Keeping = KEEPING) -> Environment:
     """The environment with something to undo from."""
-    return replace(env, history=history, keeping=keeping)
+    return env._replace(history=history, keeping=keeping)
 
 
 def done(scenario: Scenario, fs: SimulatedFileSystem, history: History, keeping: Keeping = KEEPING) -> None:

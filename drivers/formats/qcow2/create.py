@@ -19,7 +19,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from safeimg.drivers.errors import FormatError, UsageError
 from safeimg.drivers.formats.api import Patch
@@ -75,8 +75,7 @@ VERSIONS = {"1.1": 3, "v3": 3, "0.10": 2, "v2": 2}
 _NEWER = "compatibility level 1.1 and above (use version=v3 or greater)"
 
 
-@dataclass(frozen=True, slots=True)
-class _Layout:
+class _Layout(NamedTuple):
     """Where everything goes, in clusters."""
 
     table_clusters: int
@@ -276,7 +275,7 @@ def _lay_out(path: str, header: Header, preallocate: bool, luks_bytes: int) -> _
             raise _too_large(path)
         if (blocks, table_clusters) == (layout.blocks, layout.table_clusters):
             return layout
-        layout = replace(layout, blocks=blocks, table_clusters=table_clusters)
+        layout = layout._replace(blocks=blocks, table_clusters=table_clusters)
 
 
 def _too_large(path: str) -> UsageError:

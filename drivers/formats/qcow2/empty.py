@@ -8,8 +8,7 @@ it live. """
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from safeimg.drivers.errors import FormatError, UnsupportedError, UsageError
 from safeimg.drivers.formats.api import Changes
@@ -22,8 +21,7 @@ if TYPE_CHECKING:
     from safeimg.drivers.formats.qcow2.planner import Qcow2Planner
 
 
-@dataclass(frozen=True, slots=True)
-class _Layout:
+class _Layout(NamedTuple):
     """Where new structures go: cluster numbers."""
 
     table: int

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from safeimg.drivers.errors import FormatError, UnsupportedError
 from safeimg.drivers.formats.metadata import MetadataView, Phase
@@ -18,8 +18,7 @@ _BATCH = 64 << 10  # bytes of the table that are read at a time
 _CODES = {3: "B", 4: "H", 5: "I", 6: "Q"}
 
 
-@dataclass(frozen=True, slots=True)
-class RefcountLayout:
+class RefcountLayout(NamedTuple):
     """Sizes and positions that follow from the widths of a cluster and of a count."""
 
     cluster_bits: int
