@@ -11,7 +11,8 @@ STATES ?=
 SLICES ?=
 RESULTS ?=
 REPLAY ?=
-RUNS ?= 3
+RUNS ?= 5
+GIB ?= 2
 OPERATION ?= commit
 KILLS ?= 200
 SIZE ?= 1G
@@ -28,7 +29,7 @@ help:
 	@echo "make demo        a commit killed twice: rolled back, then finished; two minutes at most"
 	@echo "make test        all tests"
 	@echo "make lint        ruff, and mypy --strict"
-	@echo "make bench       safeimg against qemu-img, wall time: RUNS=$(RUNS)"
+	@echo "make bench       safeimg against qemu-img: RUNS=$(RUNS) GIB=$(GIB) (of the disk) ONLY= (work) RESULTS=FILE"
 	@echo "make crash-soak  simulated power cuts: SECONDS=$(SECONDS) SEED=$(SEED) JOBS=$(JOBS) STATES= (enough) SLICES= (of each) ONLY= RESULTS=FILE REPLAY=STATE"
 	@echo "make mutations   the power-cut simulation on a protocol with deliberate faults: it has to catch each"
 	@echo "make kill-soak   real commands killed: OPERATION=$(OPERATION) KILLS=$(KILLS) SIZE=$(SIZE) SEED=$(SEED)"
@@ -56,7 +57,7 @@ lint: $(STAMP)
 	MYPYPATH=build/dev $(BIN)/mypy $(addprefix -p safeimg.,$(PACKAGES))
 
 bench: $(STAMP)
-	@$(BIN)/python bench/speed.py --runs $(RUNS)
+	@$(BIN)/python bench/speed.py --runs $(RUNS) --gib $(GIB) --only "$(ONLY)" $(addprefix --json ,$(RESULTS))
 
 crash-soak: $(STAMP)
 	cd tests && ../$(BIN)/python -m powercut.soak --seconds $(SECONDS) --seed $(SEED) --jobs $(JOBS) $(addprefix --states ,$(STATES)) \
