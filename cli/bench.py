@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 from typing import TYPE_CHECKING
 
 from safeimg.cli.common import filesystem, image_name, warn_image
@@ -102,16 +103,23 @@ def run(command: Command, arguments: Arguments) -> int:
     from safeimg.drivers.formats.chain import close_chain, open_chain
     from safeimg.drivers.transfer.core import Settings, sensible_workers
     from safeimg.ops.bench import Requests, bench_read, bench_write
+    from safeimg.ops.repair import open_sound
 
     requests = Requests(
         last("count", 75000), last("size", 4096), min(last("offset", 0), MAX_SIZE), last("step", 0),
         last("pattern", 0), flush,
     )  # fmt: skip
     aio = "native" if "native" in arguments.all("aio") else last("aio")
-    layers: list[Image] = open_chain(
-        filesystem(), name, format=fmt, write=writes, cache=cache, force_share=flag("force-share"), aio=aio,
+    opened = partial(
+        open_chain, filesystem(), name, format=fmt, write=writes, cache=cache, force_share=flag("force-share"), aio=aio,
         warn=warn_image,
-    )
+    )  # fmt: skip
+    layers: list[Image]
+    if writes:
+        with display(arguments) as shown:
+            layers = run_stoppable(arguments, shown, lambda around: open_sound(around, opened), image=name)
+    else:
+        layers = opened()
     try:
         print(
             f"Sending {requests.count} {'write' if writes else 'read'} requests, {requests.size} bytes each, {depth} "

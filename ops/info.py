@@ -37,8 +37,8 @@ _ORDER = (
     "format",
     "actual-size",
     "format-specific",
-    "encrypted",
     "full-backing-filename",
+    "encrypted",
     "backing-filename",
     "dirty-flag",
 )

@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 
@@ -89,6 +90,13 @@ def _onto_itself(seen: Exchange) -> bool:
     )  # fmt: skip
 
 
+def _as_raw(seen: Exchange) -> bool:
+    """The file of an image, taken for a disk."""
+    raw = "-fraw" in seen.words or ("-f", "raw") in pairwise(seen.words)
+    same = (seen.expected.code, seen.expected.stderr) == (seen.answer.code, seen.answer.stderr)
+    return raw and same and seen.rewritten and seen.words[0] in ("info", "map", "measure")
+
+
 def _holes(seen: Exchange) -> bool:
     """Zeroes in clusters that a command made: written, left as holes of the file, or marked as zeroes."""
     one, two = seen.expected, seen.answer
@@ -158,6 +166,7 @@ RULES = (
     Rule("clusters referred to twice are freed twice", _freed_twice),
     Rule("qemu-img dies of a signal", _crashed),
     Rule("an image is not emptied to be copied onto itself", _onto_itself),
+    Rule("what lies where in a file is each program's own affair", _as_raw, goes_on=True),
     Rule("zeroes are written, holes, or marked as such", _holes, goes_on=True),
 )
 

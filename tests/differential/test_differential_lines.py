@@ -59,6 +59,11 @@ FOUND = (
     "amend -o size=0 plain.qcow2",
     "amend --image-opts -o compat=1.1 driver=qcow2,file.filename=dirty.qcow2,lazy-refcounts=x",
     "dd -U if=mid.qcow2 of=mid.qcow2",
+    "resize --shrink snaps-astray.qcow2 -700k",
+    "bench -c 10 -w -f qcow2 dirty.qcow2",
+    "commit -f qcow2 mid.qcow2 ; map -f raw mid.qcow2",
+    "info --output json --image-opts --object secret,id=sec0,data=abc "
+    "driver=qcow2,file.filename=luks-top.qcow2,encrypt.key-secret=sec0",
     "bench -c 1 -n -i threads named.qcow2",
     "resize -f luks driver=qcow2,file.filename=plain.qcow2,read-only=on --image-opts 2M",
     "resize --image-opts driver=qcow2,file.filename=plain.qcow2,read-only=on 2M",

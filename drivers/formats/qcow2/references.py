@@ -31,16 +31,22 @@ Array = Any  # numpy is loaded only when something is counted
 class Counting(Protocol):
     """Where references are counted."""
 
+    def is_readable(self, offset: int, length: int, cluster_bits: int) -> bool:
+        """Whether the references that a table there makes count; reading it may raise `FormatError`."""
+        ...
+
     def add_range(self, offset: int, length: int, cluster_bits: int, times: int = 1) -> None: ...
     def add_many(self, clusters: Array, cluster_bits: int, times: int) -> None: ...
 
 
 class References:
-    """A count for each host cluster; those never added have none."""
+    """A count for each host cluster; those never added have none. Raises `FormatError` for clusters that the file has
+    not, unless `within`: then only those count that it has."""
 
-    def __init__(self, path: str, clusters: int) -> None:
+    def __init__(self, path: str, clusters: int, *, within: bool = False) -> None:
         self._path = path
         self._limit = clusters  # the file has no more
+        self._within = within
         self._pages: dict[int, Array] = {}
 
     def get(self, cluster: int) -> int:
@@ -55,12 +61,17 @@ class References:
                 number, at = divmod(first + start, PAGE)
                 self._page(number)[at:at + len(part)] = part
 
+    def is_readable(self, offset: int, length: int, cluster_bits: int) -> bool:
+        return not self._within or offset + length <= self._limit << cluster_bits
+
     def add_range(self, offset: int, length: int, cluster_bits: int, times: int = 1) -> None:
         """All clusters that the host range touches."""
         if length:
             first, last = offset >> cluster_bits, (offset + length - 1) >> cluster_bits
+            if self._within:
+                last = min(last, self._limit - 1)
             self._check(last, cluster_bits)
-            self.add_run(first, last - first + 1, times)
+            self.add_run(first, max(0, last - first + 1), times)
 
     def add_run(self, first: int, count: int, times: int = 1) -> None:
         while count:
@@ -76,6 +87,10 @@ class References:
         if not len(clusters):
             return
         clusters = numpy.sort(clusters)
+        if self._within:
+            clusters = clusters[clusters < self._limit]
+            if not len(clusters):
+                return
         self._check(int(clusters[-1]), cluster_bits)
         numbers = clusters // PAGE
         starts = numpy.flatnonzero(numpy.diff(numbers)) + 1
@@ -166,9 +181,9 @@ def encode_block(values: Array, order: int) -> bytes:
     return packed.tobytes()
 
 
-def count_everything(planner: Qcow2Planner) -> References:
-    """Every reference in the state planned so far, the refcount structures included."""
-    references = count_kept(planner)
+def count_everything(planner: Qcow2Planner, *, within: bool = False) -> References:
+    """Every reference in the state planned so far, the refcount structures included. `within`: see `References`."""
+    references = count_kept(planner, within=within)
     bits = planner.header.cluster_bits
     count_l1(planner, references, {(planner.l1_table_offset, planner.l1_size): 1})
     refcounts = planner.refcounts
@@ -178,10 +193,10 @@ def count_everything(planner: Qcow2Planner) -> References:
     return references
 
 
-def count_kept(planner: Qcow2Planner) -> References:
+def count_kept(planner: Qcow2Planner, *, within: bool = False) -> References:
     """What stays when the disk is emptied: the header, internal snapshots and bitmaps."""
     header, bits = planner.header, planner.header.cluster_bits
-    references = References(planner.path, -(-planner.view.length // header.cluster_size))
+    references = References(planner.path, -(-planner.view.length // header.cluster_size), within=within)
     references.add_range(0, 1, bits)
     count_l1(planner, references, _snapshot_tables(planner, references))
     if header.encryption is not None:
@@ -210,6 +225,8 @@ def count_below(planner: Qcow2Planner, references: Counting, tables: Mapping[tup
     bits, view = planner.header.cluster_bits, planner.view
     l2_tables: Counter[int] = Counter()
     for (offset, size), times in tables.items():
+        if not references.is_readable(offset, 8 * size, bits):
+            continue
         for position in range(0, size, L2_BATCH):
             count = min(L2_BATCH, size - position)
             data = view.read(offset + 8 * position, 8 * count)
@@ -220,7 +237,7 @@ def count_below(planner: Qcow2Planner, references: Counting, tables: Mapping[tup
             for table in (entries & numpy.uint64(OFFSET_MASK)).tolist():
                 l2_tables[table] += times
     for table, times in sorted(l2_tables.items()):
-        if not times:
+        if not times or not references.is_readable(table, planner.cluster_size, bits):
             continue
         if table % planner.cluster_size:
             raise FormatError(planner.path, "L2 table is not aligned to a cluster", offset=table)

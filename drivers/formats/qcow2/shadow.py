@@ -66,6 +66,9 @@ class Shadow:
         """Everything below L1 tables, given as (offset, entries), gets so many references more (or less)."""
         count_below(self._planner, self, tables)
 
+    def is_readable(self, offset: int, length: int, cluster_bits: int) -> bool:
+        return True
+
     def add_range(self, offset: int, length: int, cluster_bits: int, times: int = 1) -> None:
         if length:
             first, last = offset >> cluster_bits, (offset + length - 1) >> cluster_bits

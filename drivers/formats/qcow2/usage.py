@@ -1,4 +1,7 @@
-"""What of a file an image refers to: asked by recovery before it takes anything back, and before it cuts a file."""
+"""What of a file an image refers to: asked by recovery before it takes anything back, and before it cuts a file.
+
+Damaged tables that lead out of the file were there before, and say nothing of what is in it: what was begun on such an
+image can be taken back."""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ def referenced(image: Qcow2Image, ranges: Sequence[tuple[int, int]]) -> list[tup
     Parts that are not allocated yet of a cluster that has its place already do not count."""
     size = image.header.cluster_size
     planner = Qcow2Planner(image)
-    references = count_everything(planner)
+    references = count_everything(planner, within=True)
     hits = {
         cluster
         for offset, length in ranges
@@ -60,14 +63,14 @@ def _partly_used(planner: Qcow2Planner, wanted: set[int]) -> dict[int, int]:
 
 def used_end(image: Qcow2Image) -> int:
     """Where the last cluster ends that anything refers to."""
-    return count_everything(Qcow2Planner(image)).end() << image.header.cluster_bits
+    return count_everything(Qcow2Planner(image), within=True).end() << image.header.cluster_bits
 
 
 def undercounted(image: Qcow2Image, wanted: Qcow2Image, ranges: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
     """Those of the host ranges with fewer references counted in `image` than `wanted`, the same file as it will be,
     makes."""
     bits = image.header.cluster_bits
-    references = count_everything(Qcow2Planner(wanted))
+    references = count_everything(Qcow2Planner(wanted), within=True)
     refcounts = Qcow2Planner(image).refcounts
     return [
         (start, size)
