@@ -44,6 +44,7 @@ async def amend(
 
     def check(image: Image) -> None:
         amending = amendable(lookup(image.format), filename, fmt)
+        begun()
         amending.check(image, values, force=force)
         erased[:] = ([offset, length] for offset, length in amending.erased(image, values))
 
@@ -59,7 +60,6 @@ async def amend(
                     environment, filename, fmt=fmt, cache=cache, warn=None, backing=True
                 ))  # fmt: skip
                 raise
-            begun()
         size = int(values.get("size", 0)) or old  # 0 asks for nothing, as in QEMU
         resizes, others = size != old, size == old or len(values) > 1
         size_first = resizes and "data_file" in values  # it is the present data file that grows or is cut

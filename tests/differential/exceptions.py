@@ -83,9 +83,9 @@ def _crashed(seen: Exchange) -> bool:
 
 
 def _onto_itself(seen: Exchange) -> bool:
-    """With -U, nobody's lock is in the way of emptying what is then to be read."""
+    """With -U, or raw, nobody's lock is in the way of emptying what is then to be read."""
     return (
-        seen.words[0] in ("convert", "dd") and seen.has("-U") and seen.expected.code == 0 and seen.answer.code == 1
+        seen.words[0] in ("convert", "dd") and seen.expected.code == 0 and seen.answer.code == 1
         and 'Failed to get "write" lock' in seen.answer.stderr and seen.unchanged
     )  # fmt: skip
 

@@ -32,6 +32,7 @@ class Operation:
     home: str
     target: str | None = None
     undone: bool = False
+    through: tuple[str, ...] = ()  # images that show neither meanwhile, but below the top of their chain
 
 
 def _create(image: Path, size: int, *options: str) -> None:
@@ -156,7 +157,14 @@ OPERATIONS = {
             "target.qcow2",
             target="target.qcow2",
         ),
-        Operation("undo-commit", _two_bases, ("commit", "-q", "-d", "top.qcow2"), "base.qcow2", undone=True),
+        Operation(
+            "undo-commit",
+            _two_bases,
+            ("commit", "-q", "-d", "top.qcow2"),
+            "base.qcow2",
+            undone=True,
+            through=("base.qcow2",),
+        ),
         Operation(
             "undo-rebase",
             _two_bases,

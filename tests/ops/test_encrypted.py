@@ -25,7 +25,11 @@ def opts(path: Path) -> str:
 
 
 def qemu(tool: str, *words: str | Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([f"qemu-{tool}", *map(str, words)], capture_output=True, text=True, check=False)
+    for _ in range(10):
+        done = subprocess.run([f"qemu-{tool}", *map(str, words)], capture_output=True, text=True, check=False)
+        if "accurate CPU usage" not in done.stderr:  # a busy machine is too much for a new key now and then
+            break
+    return done
 
 
 def ours(*words: str | Path) -> subprocess.CompletedProcess[str]:

@@ -37,18 +37,18 @@ class Qcow2Measuring:
         cluster = size_option("", options, "cluster_size", DEFAULT_CLUSTER_SIZE)
         if not 512 <= cluster <= 2 << 20 or cluster & (cluster - 1):
             raise UsageError("Cluster size must be a power of two between 512 and 2048k")
-        preallocation = options.get("preallocation", "off")
-        if preallocation not in _PREALLOCATIONS:
-            raise UsageError(f"invalid parameter value: {preallocation}")
-        version = {"0.10": 2, "1.1": 3}.get(options.get("compat", "1.1"))  # as in qemu-img, no v2 and v3
-        if version is None:
-            raise UsageError(f"Invalid compatibility level: '{options['compat']}'")
-        refcount_bits = _refcount_bits(options, version)
         is_extended = bool_option("", options, "extended_l2")
         if is_extended and cluster < _MIN_EXTENDED_CLUSTER:
             raise UsageError(
                 f"Extended L2 entries are only supported with cluster sizes of at least {_MIN_EXTENDED_CLUSTER} bytes"
             )
+        version = {"0.10": 2, "1.1": 3}.get(options.get("compat", "1.1"))  # as in qemu-img, no v2 and v3
+        if version is None:
+            raise UsageError(f"Invalid compatibility level: '{options['compat']}'")
+        refcount_bits = _refcount_bits(options, version)
+        preallocation = options.get("preallocation", "off")
+        if preallocation not in _PREALLOCATIONS:
+            raise UsageError(f"invalid parameter value: {preallocation}")
         disk = -(-size // SECTOR) * SECTOR
         luks = _rounded(_luks_bytes(options, secrets), cluster)
         clusters = -(-disk // cluster)
