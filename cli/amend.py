@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from safeimg.cli.common import filesystem, image_name, warn_image
+from safeimg.cli.common import image_name, warn_image
 from safeimg.cli.errors import CommandError, usage
 from safeimg.cli.options import Command, Option
 from safeimg.cli.parser import Arguments
@@ -23,7 +23,6 @@ from safeimg.cli.shared import (
 )
 from safeimg.cli.values import cache_mode
 from safeimg.drivers.formats.naming import Blockdev, is_protocol
-from safeimg.drivers.secrets import Secrets
 
 COMMANDS = (
     Command(
@@ -68,13 +67,13 @@ def _amend(arguments: Arguments, options: list[str], shown: Display) -> int:
 
     helps = any(asks_for_help(text) for text in options)
     if helps and fmt is not None and not arguments.flag("image-opts"):
-        return _help(None, fmt, "writeback", arguments.secrets)
+        return _help(None, fmt, "writeback", arguments, shown)
     if len(words) != 1:
         raise CommandError("Expecting one image file name")
     cache = cache_mode(arguments.last("cache", "writeback"), "Invalid cache option")
     name, fmt = image_name(arguments, words[0], fmt)
     if helps:
-        return _help(name, fmt, cache, arguments.secrets)
+        return _help(name, fmt, cache, arguments, shown)
     from safeimg.ops.amend import amend
     from safeimg.ops.launch import Environment
     from safeimg.recovery.gate import begin_or_resume
@@ -102,7 +101,7 @@ def _amend(arguments: Arguments, options: list[str], shown: Display) -> int:
     return 0
 
 
-def _help(name: str | Blockdev | None, fmt: str | None, cache: str, secrets: Secrets) -> int:
+def _help(name: str | Blockdev | None, fmt: str | None, cache: str, arguments: Arguments, shown: Display) -> int:
     """`-o help`, for a format or for that of an image."""
     from safeimg.drivers.errors import UsageError
     from safeimg.drivers.formats.registry import lookup
@@ -110,7 +109,9 @@ def _help(name: str | Blockdev | None, fmt: str | None, cache: str, secrets: Sec
     from safeimg.ops.create_options import amend_help_lines
 
     if name is not None:
-        driver = image_driver(filesystem(), name, fmt, cache, warn_image, secrets)
+        driver = run_stoppable(
+            arguments, shown, lambda around: image_driver(around, name, fmt, cache, warn_image), image=name
+        )
     else:
         try:
             driver = lookup(fmt or "")

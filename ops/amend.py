@@ -10,13 +10,11 @@ from safeimg.drivers.formats.chain import close_chain, look_at, open_chain
 from safeimg.drivers.formats.features import Amending
 from safeimg.drivers.formats.naming import Blockdev, protocol_driver
 from safeimg.drivers.formats.registry import lookup
-from safeimg.drivers.secrets import Secrets
-from safeimg.drivers.storage.api import FileSystem
 from safeimg.ops.change import Action, Changing, Settings
 from safeimg.ops.create_options import parse_amend_options
 from safeimg.ops.errors import Conflict
 from safeimg.ops.launch import Environment
-from safeimg.ops.repair import open_to_change
+from safeimg.ops.repair import open_sound, open_to_change
 from safeimg.ops.resize import resize
 from safeimg.ops.session import refuse_pending_on
 
@@ -82,16 +80,16 @@ async def amend(
         await change_size()
 
 
-def image_driver(
-    fs: FileSystem,
-    filename: str | Blockdev,
-    fmt: str | None,
-    cache: str,
-    warn: Callable[[str], None] | None,
-    secrets: Secrets,
+async def image_driver(
+    environment: Environment, filename: str | Blockdev, fmt: str | None, cache: str, warn: Callable[[str], None] | None
 ) -> Driver:
-    """The driver of the format of an image that could be amended now."""
-    layers = open_chain(fs, filename, format=fmt, write=True, cache=cache, warn=warn, secrets=secrets)
+    """The driver of the format of an image that could be amended now; it is repaired if it was not closed properly, as
+    by qemu-img."""
+    fs, secrets = environment.fs, environment.secrets
+    layers = await open_sound(
+        environment,
+        lambda: open_chain(fs, filename, format=fmt, write=True, cache=cache, warn=warn, secrets=secrets),
+    )
     try:
         return lookup(layers[0].format)
     finally:
