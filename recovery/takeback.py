@@ -126,8 +126,8 @@ def shorten(session: Session, files: Mapping[int, File], used: Callable[[int, in
         longest = session.state.longest.get(image, 0)
         if not session.state.declared.images[image].writes:
             continue
-        if file.length() == length < longest:  # an earlier rollback may have cut it, whose sync failed
-            _cut_anew(file, length)
+        if file.length() == length < longest and image not in session.state.observed:
+            _cut_anew(file, length)  # an earlier rollback may have cut it, whose sync failed
         if file.length() <= length:
             continue
         end = used(image, length)
