@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 import shutil
 import subprocess
@@ -10,10 +9,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from demo import MIB, collect
+from demo import MIB, Stage, collect, make_disk
 
 GIB = 1 << 30
-FILES = 0.36  # of the disk: what files take of the 2 GiB disk that PEERS.md measured
+FILES = 0.36  # of the disk is what files take
 SMALL = 32 * MIB  # bytes that are not worth another copy of files
 CHANGES = 400  # writes of 1 MiB, scattered over an overlay; for 2 GiB
 SECRET = "secret,id=key,data=benchmark"
@@ -43,15 +42,12 @@ class Set:
 
 def _disk(made: Set) -> None:
     """An ext4 file system with files of this machine, as often as it takes to fill it as far as that."""
-    tree, wanted, copies = made.folder / "tree", int(made.size * FILES), 0
+    tree, wanted, copies, files = made.folder / "tree", int(made.size * FILES), 0, 0
     while wanted >= SMALL:
         copies += 1
-        wanted -= collect(tree / str(copies), wanted)[1]
-    raw = made.folder / "disk.raw"
-    with raw.open("wb") as file:
-        file.truncate(made.size)
-    words = ["mke2fs", "-q", "-F", "-t", "ext4", "-m", "0", "-d", str(tree), str(raw)]
-    subprocess.run(words, check=True, env={**os.environ, "PATH": os.environ["PATH"] + ":/usr/sbin:/sbin"})
+        count, size = collect(tree / str(copies), wanted)
+        files, wanted = files + count, wanted - size
+    make_disk(Stage(made.folder, False, "safeimg"), tree, "disk.raw", made.size, files, True)
     shutil.rmtree(tree)
 
 

@@ -82,8 +82,8 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="where the figures go")
     options = parser.parse_args()
     own = shutil.which("safeimg", path=os.path.dirname(sys.executable)) or shutil.which("safeimg")
-    path = os.environ.get("PATH", os.defpath) + ":/usr/sbin:/sbin"
-    missing = [name for name in ("qemu-img", "qemu-io", "mke2fs") if shutil.which(name, path=path) is None]
+    os.environ["PATH"] = os.environ.get("PATH", os.defpath) + ":/usr/sbin:/sbin"
+    missing = [name for name in ("qemu-img", "qemu-io", "mke2fs") if shutil.which(name) is None]
     if own is None or missing:
         print(f"bench: needs {', '.join(missing or ['safeimg'])}", file=sys.stderr)
         return 1

@@ -40,7 +40,6 @@ class Stop:
 
     def __init__(self) -> None:
         self.signal: int | None = None
-        self._cancelled = False
         self.cancel: Callable[[], bool] = lambda: False  # whether there was something to be cancelled
 
     def reason(self) -> str | None:
@@ -49,10 +48,10 @@ class Stop:
     def ask(self, number: int, frame: FrameType | None) -> None:
         if self.signal is None:
             self.signal = number
-        elif self._cancelled or not self.cancel():
+            return
+        cancel, self.cancel = self.cancel, lambda: False
+        if not cancel():
             raise KeyboardInterrupt
-        else:
-            self._cancelled = True
 
 
 @contextmanager

@@ -8,7 +8,6 @@ has accepted before: an event that could not be read back is refused before it r
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -24,6 +23,7 @@ from safeimg.journal.wire import (
     many,
     pack,
     read_bytes,
+    read_digest,
     read_digests,
     read_flag,
     read_identity,
@@ -187,9 +187,7 @@ def _read_changed(value: object, scope: Scope) -> tuple[int, float]:
 
 def _read_content(value: object, scope: Scope) -> ev.ContentRecord:
     image, format, digest = items(value, 3)
-    if not isinstance(digest, str) or not _DIGEST.fullmatch(digest):
-        raise BadEvent("expected 64 hexadecimal digits")
-    return ev.ContentRecord(read_image(image, scope), read_text(format, scope), digest)
+    return ev.ContentRecord(read_image(image, scope), read_text(format, scope), read_digest(digest, scope))
 
 
 def _read_owner(value: object, scope: Scope) -> ev.Owner:
@@ -232,8 +230,6 @@ def _read_settings(value: object, scope: Scope) -> dict[str, Any]:
     found: dict[str, Any] = read_json(value, scope)
     return found
 
-
-_DIGEST = re.compile(r"[0-9a-f]{64}")
 
 _read_patches = many(_read_patch)
 

@@ -38,7 +38,7 @@ def state_directory() -> str | None:
     """
     chosen = os.environ.get("SAFEIMG_STATE_DIR")
     if chosen:
-        return os.path.join(os.getcwd(), chosen)
+        return absolute(chosen)
     if os.geteuid() == 0:
         return "/var/lib/safeimg"
     base = os.environ.get("XDG_STATE_HOME", "")
@@ -48,6 +48,11 @@ def state_directory() -> str | None:
             return None
         base = os.path.join(home, ".local", "state")
     return os.path.join(base, "safeimg")
+
+
+def absolute(path: str) -> str:
+    """The path from the root; the current folder is asked for only where it counts, since it may be gone."""
+    return path if os.path.isabs(path) else os.path.join(os.getcwd(), path)
 
 
 def make_state_directory() -> str:
@@ -111,8 +116,9 @@ def candidates(files: FileSystem, image: str, *, explicit: str | None = None) ->
 
 def ensure_folder(path: str) -> None:
     """Makes the state directory if `path` is to lie there. Raises `JournalUnavailable`."""
-    if os.path.dirname(path) == state_directory():
-        make_state_directory()
+    directory = state_directory()
+    if directory is not None and os.path.dirname(path) == os.path.dirname(os.path.join(directory, SUFFIX)):
+        make_state_directory()  # whose name may end with a slash
 
 
 def create_log(files: FileSystem, image: str, operation: str, *, explicit: str | None = None) -> Log:

@@ -6,6 +6,7 @@ that a committed transaction survives a power cut in that mode too (the log is r
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sqlite3
@@ -20,7 +21,7 @@ from safeimg.journal.chain import EventRow, OperationRow
 from safeimg.journal.errors import HistoryError
 from safeimg.journal.events import Event, Identity
 from safeimg.journal.history import ImageRow, PendingRow, match, prepare, printable, select, settle
-from safeimg.journal.place import make_state_directory, state_directory
+from safeimg.journal.place import absolute, make_state_directory, state_directory
 from safeimg.journal.schema import SCHEMA, create_tables
 
 NAME = "history.db"
@@ -121,7 +122,7 @@ class SqliteHistory:
         """Rows; none if there is no database yet, or it does not know `image` (whose number is the first
         parameter, before `more`)."""
         path = self._path or _default_path()
-        if path is None or not os.path.exists(path):
+        if path is None or not _is_there(path):
             return []
         with _reported(path):
             connection = _connect(path, "rw")
@@ -268,8 +269,19 @@ def _default_path() -> str | None:
     return None if directory is None else os.path.join(directory, NAME)
 
 
+def _is_there(path: str) -> bool:
+    """False only if it cannot be there; a folder that may not be looked into is an error."""
+    try:
+        os.stat(path)
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+            raise
+        return False
+    return True
+
+
 def _connect(path: str, mode: str) -> sqlite3.Connection:
-    uri = f"file:{quote(os.fsencode(os.path.join(os.getcwd(), path)))}?mode={mode}"
+    uri = f"file:{quote(os.fsencode(absolute(path)))}?mode={mode}"
     connection = sqlite3.connect(
         uri, uri=True, timeout=TIMEOUT, isolation_level=None, check_same_thread=False
     )

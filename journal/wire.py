@@ -26,6 +26,7 @@ _MAX_ITEMS = 1 << 20
 _ZERO_RUN = bytes(64)  # shorter runs are not worth a piece of their own
 _ZEROES = re.compile(rb"\0+")
 _OPERATION = re.compile(r"[0-9a-f]{32}")
+_DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
 class BadEvent(JournalError):
@@ -123,6 +124,12 @@ def read_text(value: object, scope: Scope) -> str:
 def read_operation(value: object, scope: Scope) -> str:
     if not isinstance(value, str) or not _OPERATION.fullmatch(value):
         raise BadEvent("expected 32 hexadecimal digits")
+    return value
+
+
+def read_digest(value: object, scope: Scope) -> str:
+    if not isinstance(value, str) or not _DIGEST.fullmatch(value):
+        raise BadEvent("expected 64 hexadecimal digits")
     return value
 
 

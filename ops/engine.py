@@ -19,7 +19,7 @@ After a failed sync nothing more is written and nothing is recorded as applied: 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from safeimg.drivers.errors import StorageError, SyncFailed
 from safeimg.drivers.formats.api import Patch
@@ -101,7 +101,6 @@ class Engine:
                         self._transfer.digests = True
                 if reason is not None:
                     await blocking(self.pause, reason)
-                    raise OperationPaused(reason)
             await blocking(self.barrier)
         except StorageError as error:
             self._note_failure(error)
@@ -238,12 +237,13 @@ class Engine:
         if step.name == "fence" and self._session is not None:
             self._session.record(Observed(self._session.observe(self._files)))
 
-    def pause(self, reason: str) -> None:
-        """Everything applied so far is durable, and why it goes no further on record."""
+    def pause(self, reason: str) -> NoReturn:
+        """Raises `OperationPaused`, when everything applied so far is durable and the reason on record."""
         self.barrier()
         if self._session is not None:
             self._session.record(Paused(reason, now()))
             self._session.sync()
+        raise OperationPaused(reason)
 
     def _note_failure(self, error: StorageError) -> None:
         """Best effort: the reason in the log. Not after a failed sync, when nothing more is to be written."""

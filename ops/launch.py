@@ -195,7 +195,6 @@ async def _digest(job: Job, environment: Environment, engine: Engine, session: S
             digest = await digest_of(environment.fs, image, environment.secrets, environment.transfer, look_up)
         except OperationPaused as paused:
             await blocking(engine.pause, paused.reason)
-            raise
         except DriverError as error:
             environment.notice(f"{touched.path}: no digest of its content: {error}")
             continue

@@ -81,10 +81,8 @@ class Crew:
     async def each(self, work: Callable[[Argument], None], arguments: Sequence[Argument]) -> None:
         """Calls `work` in a thread for each of the arguments, and returns when all have ended. Cancelled, it lets them
         come to the end of what they are at: they see that they are `stopping`."""
-        self._away = len(arguments)
         try:
-            for argument in arguments:
-                threading.Thread(target=self._run, args=(work, argument), daemon=True).start()
+            self._start(work, arguments)
             if has_loop():
                 await self._wait()
             elif not self._home.wait(MOMENT):
@@ -93,15 +91,31 @@ class Crew:
             self.cancelled = True
             raise
 
+    def _start(self, work: Callable[[Argument], None], arguments: Sequence[Argument]) -> None:
+        """A thread that the system has no room for is a failure as if it had been raised in it: those before it end."""
+        self._away = len(arguments)
+        for number, argument in enumerate(arguments):
+            try:
+                threading.Thread(target=self._run, args=(work, argument), daemon=True).start()
+            except RuntimeError as error:
+                self._end(len(arguments) - number, error)
+                return
+
     def _run(self, work: Callable[[Argument], None], argument: Argument) -> None:
         try:
             work(argument)
         except BaseException as error:
+            self._end(1, error)
+        else:
+            self._end(1)
+
+    def _end(self, threads: int, error: BaseException | None = None) -> None:
+        if error is not None:
             self.failures.append(error)
             if self._turns is not None:
                 self._turns.abandon()
         with self.lock:
-            self._away -= 1
+            self._away -= threads
             if not self._away:
                 self._home.set()
                 self._call()

@@ -1,7 +1,8 @@
-"""The event loop: trio's, where bulk data is moved; none at all under what only changes metadata.
+"""Operations run with an event loop, trio's, or without one.
 
-To import trio takes longer than most changes of metadata take as a whole. So operations wait for disks by way of
-`blocking`, which needs no loop, and `Transfer.each` starts one where none runs yet: here alone trio is started.
+To import trio takes longer than most changes of metadata take as a whole. So the command line runs operations alone:
+they wait for disks by way of `blocking`, which needs no loop, and where much data is moved, `Crew.each` starts one for
+as long as that takes. A program that has a loop of its own awaits them there.
 """
 
 from __future__ import annotations

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -12,6 +11,7 @@ from blake3 import blake3
 from safeimg.journal import story
 from safeimg.ops import content
 from safeimg.ops.errors import OperationPaused
+from test_undo import done, qemu
 from twin import safeimg
 
 pytestmark = pytest.mark.skipif(shutil.which("qemu-io") is None, reason="qemu-img and qemu-io are not installed")
@@ -29,16 +29,6 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     qemu(tmp_path, "qemu-img", "create", "-q", "-f", "qcow2", "-b", "base.qcow2", "-F", "qcow2", "top.qcow2")
     qemu(tmp_path, "qemu-io", "-c", "write -P 2 1M 100k", "-c", "write -P 3 5M 1", "-c", "write -z 0 1M", "top.qcow2")
     return tmp_path
-
-
-def qemu(folder: Path, *words: str) -> None:
-    subprocess.run(words, cwd=folder, check=True, stdout=subprocess.DEVNULL)
-
-
-def done(folder: Path, *words: str) -> str:
-    outcome = safeimg(list(words), folder)
-    assert (outcome.code, outcome.stderr) == (0, b""), outcome
-    return outcome.stdout.decode()
 
 
 def verified(folder: Path, image: str) -> object:

@@ -30,6 +30,7 @@ from safeimg.journal.identity import ATTRIBUTE, ensure_tag, identify, read_tag, 
 from safeimg.journal.log import Log
 from safeimg.journal.owner import current_owner, liveness
 from safeimg.journal.pointer import Pointer, read_pointer, remove_pointer, write_pointer
+from safeimg.journal.sqlite import SqliteHistory
 from safeimg.journal.undo import ALIGN, UndoFile
 
 BASE, TOP = "/images/base.qcow2", "/images/top.qcow2"
@@ -377,6 +378,41 @@ def test_state_directory_of_whom(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     assert place.state_directory() == "/state/safeimg"
     monkeypatch.setenv("SAFEIMG_STATE_DIR", str(tmp_path))
     assert place.state_directory() == str(tmp_path)
+
+
+def test_a_state_directory_is_made_however_it_is_spelled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("SAFEIMG_STATE_DIR", f"{tmp_path}/state/")
+    directory = place.state_directory()
+    assert directory is not None
+    place.ensure_folder(os.path.join(directory, "log.safeimg"))
+    assert (tmp_path / "state").is_dir()
+    place.ensure_folder(str(tmp_path / "elsewhere" / "log.safeimg"))
+    assert not (tmp_path / "elsewhere").exists()
+
+
+def test_the_current_folder_may_be_gone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def gone() -> str:
+        raise FileNotFoundError
+
+    monkeypatch.setattr(os, "getcwd", gone)
+    monkeypatch.setenv("SAFEIMG_STATE_DIR", str(tmp_path))
+    assert place.make_state_directory() == str(tmp_path)
+    assert SqliteHistory().pending() == []
+    SqliteHistory().remove_pending("0" * 32)  # makes it
+    assert SqliteHistory().pending() == []
+
+
+def test_a_history_that_cannot_be_looked_at_is_not_taken_for_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    stat = os.stat
+
+    def refused(path: str, **more: object) -> os.stat_result:
+        if str(path) == "/state/history.db":
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return stat(path, **more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(os, "stat", refused)
+    with pytest.raises(PermissionError):
+        SqliteHistory("/state/history.db").pending()
 
 
 def test_a_state_directory_that_others_write_to_is_refused(

@@ -16,9 +16,8 @@ from safeimg.drivers.secrets import NO_SECRETS
 from safeimg.drivers.storage.simulated import SimulatedFileSystem
 from safeimg.journal import kept
 from safeimg.journal.errors import LogDamaged
-from safeimg.journal.events import Identity
 from safeimg.journal.history import History, MemoryHistory
-from safeimg.journal.identity import identify
+from safeimg.journal.identity import identify, identify_at
 from safeimg.journal.kept import Keeping
 from safeimg.journal.story import changed_before, changed_since, undone
 from safeimg.ops.errors import Conflict, Impossible, SomethingPending
@@ -130,21 +129,13 @@ def test_one_after_the_other_back_to_the_first() -> None:
         done(replace(scenario, run=more), fs, history)
         states.append(content(fs))
     with pytest.raises(Conflict, match="later: snapshot"):
-        taken_back(fs, "/disk.qcow2", history, history.log(_identity(fs, "/disk.qcow2"))[0].operation)
+        taken_back(fs, "/disk.qcow2", history, history.log(identify_at(fs, "/disk.qcow2"))[0].operation)
     for state in reversed(states[:-1]):
         taken_back(fs, "/disk.qcow2", history)
         assert guest.content(fs, "/disk.qcow2") == guest.content(_with(fs, state), "/disk.qcow2")
         assert len(content(fs)["disk.qcow2"]) == len(state["disk.qcow2"])
     taken_back(fs, "/disk.qcow2", history)
     refused(fs, "/disk.qcow2", history, Impossible, "no completed operation")
-
-
-def _identity(fs: SimulatedFileSystem, path: str) -> Identity:
-    file = fs.open(path)
-    try:
-        return identify(file)
-    finally:
-        file.close()
 
 
 def _with(fs: SimulatedFileSystem, state: dict[str, bytes]) -> SimulatedFileSystem:
@@ -159,7 +150,7 @@ def test_not_once_a_guest_has_written(path: str) -> None:
     _, fs, history = ready("commit -d")
     guest.write(fs, path, [(50 * 4096, data(9, 4096))])
     refused(fs, "/base.qcow2", history, Conflict, "was changed since the commit")
-    assert changed_since(history, _identity(fs, path)) is not None
+    assert changed_since(history, identify_at(fs, path)) is not None
 
 
 def test_not_while_something_is_pending() -> None:
@@ -178,8 +169,8 @@ def test_changes_by_others_are_on_record() -> None:
     guest.write(fs, "/top.qcow2", [(50 * 4096, data(9, 4096))])
     done(scenario, fs, history)
     for path, changed in (("/base.qcow2", 0), ("/top.qcow2", 1)):
-        assert len(changed_before(history.chain(_identity(fs, path)))) == changed
-        assert changed_since(history, _identity(fs, path)) is None
+        assert len(changed_before(history.chain(identify_at(fs, path)))) == changed
+        assert changed_since(history, identify_at(fs, path)) is None
 
 
 @pytest.mark.parametrize("each", [0, 8192, 200_000])
@@ -214,7 +205,7 @@ def test_the_oldest_go_first() -> None:
             await create(env, "/disk.qcow2", name, 1_800_000_000_000_000_000)
 
         done(replace(scenario, run=more), fs, history, keeping)
-    rows = history.log(_identity(fs, "/disk.qcow2"))
+    rows = history.log(identify_at(fs, "/disk.qcow2"))
     assert sorted(each.operation for each in kept.entries(fs, KEEPING)) == sorted(row.operation for row in rows[1:])
     env = undoing(environment(fs), history)
     fs.create(f"{FOLDER}/{'a' * 32}.data").close()

@@ -13,6 +13,7 @@ import trio
 from safeimg.drivers.transfer.buffers import BufferPool, Buffers
 from safeimg.drivers.transfer.core import Settings, Transfer, sensible_workers
 from safeimg.drivers.transfer.crew import Turns
+from safeimg.drivers.transfer.loop import run_alone
 from safeimg.drivers.transfer.progress import Progress
 from safeimg.drivers.transfer.rate import TokenBucket
 
@@ -154,6 +155,27 @@ def test_cancelled_by_a_signal_handler() -> None:
         run(transfer, range(1000), work)
     assert 5 in finished and len(finished) < 10
     assert not transfer.cancel()
+
+
+def test_a_thread_that_cannot_be_started_ends_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After the one that could has come to the end of its item."""
+    start, ended = threading.Thread.start, []
+
+    def start_one(thread: threading.Thread) -> None:
+        monkeypatch.setattr(threading.Thread, "start", no_room)
+        start(thread)
+
+    def no_room(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    def work(item: int, buffers: BufferPool) -> None:
+        time.sleep(0.05)
+        ended.append(item)
+
+    monkeypatch.setattr(threading.Thread, "start", start_one)
+    with pytest.raises(RuntimeError, match="new thread"):
+        run_alone(lambda: Transfer(Settings(workers=3)).each(range(1000), work))
+    assert ended == [0] or not ended
 
 
 def test_what_takes_a_moment_starts_no_loop() -> None:
