@@ -109,6 +109,7 @@ def _help(name: str | Blockdev | None, fmt: str | None, cache: str, arguments: A
     from safeimg.ops.create_options import amend_help_lines
 
     if name is not None:
+        shown.hold()
         driver = run_stoppable(
             arguments, shown, lambda around: image_driver(around, name, fmt, cache, warn_image), image=name
         )

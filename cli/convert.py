@@ -132,7 +132,6 @@ def run(command: Command, arguments: Arguments) -> int:
     cache: str = arguments.last("cache", _default_cache())
 
     from safeimg.cli.main import program_name
-    from safeimg.drivers.formats.options import split_options
     from safeimg.drivers.transfer.core import Settings, sensible_workers
     from safeimg.ops.convert import Options, convert
     from safeimg.ops.errors import Unanswered
@@ -144,7 +143,7 @@ def run(command: Command, arguments: Arguments) -> int:
         target=target,
         source_format=fmt,
         target_format=target_format,
-        create_options=dict(split_options(",".join(options))),
+        create_options=options,
         backing=arguments.last("backing"),
         backing_format=arguments.last("backing-format"),
         create=not arguments.flag("no-create"),

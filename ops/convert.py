@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import stat
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from safeimg.drivers.errors import DriverError, LockError, StorageError, UsageError
@@ -64,7 +63,7 @@ class Options(NamedTuple):
     target: str | Blockdev
     source_format: str | None = None  # -f
     target_format: str | None = None  # -O; raw if None (with -n, too), unless the target is a `Blockdev`
-    create_options: Mapping[str, str] = MappingProxyType({})  # -o
+    create_options: Sequence[str] = ()  # -o, as given
     backing: str | None = None  # -B
     backing_format: str | None = None  # -F
     create: bool = True  # not -n
@@ -163,7 +162,7 @@ def open_job(
             part = found or (0, 0)
         _check_chain(options, several=len(chains) > 1)
         existing = _writes_existing(fs, options)
-        creation = None if existing else _creation(options, several=len(chains) > 1)
+        creation = None if existing else _creation(options, several=len(chains) > 1, warn=warn)
         if options.bitmaps:
             check_source(chains, options.skip_broken_bitmaps, warn)
         if creation is None:
@@ -329,14 +328,15 @@ def _unlocking(options: Options, driver: Driver, asked: Mapping[str, str]) -> Op
     return options._replace(target=named._replace(options={**named.options, **opening}))
 
 
-def _creation(options: Options, *, several: bool) -> tuple[Driver, dict[str, str]]:
+def _creation(
+    options: Options, *, several: bool, warn: Callable[[str], None]
+) -> tuple[Driver, dict[str, str]]:
     """The target's driver and the options it creates with, if it can make what is asked for."""
     if options.command == "dd" and options.format not in names():
         raise UsageError("Unknown file format")  # without its name
     driver = format_driver(options.format)
     local_path(options.target_name)  # what protocol it is comes first
-    given = [f"{name}={value.replace(',', ',,')}" for name, value in options.create_options.items()]
-    values = parse_options(driver.create_options, given)
+    values = parse_options(driver.create_options, options.create_options, warn)
     known = {option.name for option in driver.create_options}
     for wanted, name, what in (
         (options.backing, "backing_file", "file"),

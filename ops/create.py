@@ -10,6 +10,7 @@ from typing import NamedTuple
 from safeimg.drivers.errors import DriverError, FormatError, FormatNotSaid, StorageError, UsageError
 from safeimg.drivers.formats.api import Driver
 from safeimg.drivers.formats.chain import OpenError, backing_filename, close_chain, local_path, open_chain
+from safeimg.drivers.formats.naming import notices
 from safeimg.drivers.formats.registry import lookup, names
 from safeimg.drivers.secrets import NO_SECRETS, Secrets
 from safeimg.drivers.storage.api import FileSystem, look
@@ -88,7 +89,7 @@ def _create(
     if request.size is not None:
         values["size"] = str(request.size)
     if "backing_file" in values:
-        backing_size = _look_at_backing(fs, request, path, values["backing_file"], values.get("backing_fmt"))
+        backing_size = _look_at_backing(fs, request, path, values["backing_file"], values.get("backing_fmt"), warn)
         if backing_size is not None:
             values.setdefault("size", str(backing_size))
     if "size" not in values or int(values["size"]) == _NO_SIZE:
@@ -118,7 +119,12 @@ def settle_pending(fs: FileSystem, path: str, supersede: Callable[[str], None]) 
 
 
 def _look_at_backing(
-    fs: FileSystem, request: Request, path: str, backing: str, backing_format: str | None
+    fs: FileSystem,
+    request: Request,
+    path: str,
+    backing: str,
+    backing_format: str | None,
+    warn: Callable[[str], None] | None,
 ) -> int | None:
     """The backing image's virtual size; None where it is not to be looked at."""
     if not backing:
@@ -130,6 +136,9 @@ def _look_at_backing(
             raise UsageError("Backing file specified without backing format")
         return None
     name = backing_filename(request.filename, backing)
+    if warn is not None:
+        for notice in notices(name):
+            warn(notice)
     try:
         layers = open_chain(fs, name, format=backing_format, force_share=True, inspect=True)
     except OpenError as error:

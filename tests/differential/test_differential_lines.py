@@ -134,6 +134,12 @@ FOUND = (
     """info 'json:{"driver":"qcow2","file.filename":"missing","discard":"x"}'""",
     """info 'json:{"driver":"qcow2","file.filename":"plain.qcow2","node-name":"1","discard":"x"}'""",
     "convert -c -n -O qcow2 plain.qcow2 meta.qcow2",
+    "amend -o compat=0.10 snaps-astray.qcow2 ; check snaps-astray.qcow2",
+    "convert -Oqcow2 -ocluster_size=4096,, -ocluster_size=0 top.qcow2 small.qcow2",
+    "convert -O qcow2 -o cluster_size=0x1k top.qcow2 small.qcow2",
+    "amend -o '?' -p all.qcow2",
+    "rebase -b empty.qcow2 top.qcow2 ; check --output json top.qcow2",
+    """create -f qcow2 -F qcow2 -b 'json:{"driver":"qcow2","file.filename":"top.qcow2","backing":""}' new.qcow2""",
 )
 
 

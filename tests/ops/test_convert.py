@@ -9,7 +9,7 @@ import os
 import random
 import shutil
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -154,10 +154,17 @@ def patchwork(path: Path, size: int, seed: int = 1) -> bytes:
     return bytes(made)
 
 
-def to(target: Path, *sources: Path, format: str = "qcow2", **more: Any) -> Options:
+def to(
+    target: Path, *sources: Path, format: str = "qcow2", create_options: Mapping[str, str] | None = None, **more: Any
+) -> Options:
     """With steps small enough that there are several."""
     more.setdefault("step_bytes", 512 * KIB)
-    return Options(tuple(map(str, sources)), str(target), target_format=format, **more)
+    options = spelled(create_options or {})
+    return Options(tuple(map(str, sources)), str(target), target_format=format, create_options=options, **more)
+
+
+def spelled(options: Mapping[str, str]) -> list[str]:
+    return [f"{name}={value}" for name, value in options.items()]
 
 
 @pytest.mark.parametrize("workers", [1, 3])
@@ -385,7 +392,7 @@ def test_a_step_ends_when_its_time_is_up(tmp_path: Path) -> None:
     ({"compress": True, "copy_offload": True}, "Cannot enable copy offloading when -c is used"),
     ({"sparse": 4096, "copy_offload": True}, "Cannot enable copy offloading when -S is used"),
     ({"target_is_zero": True}, "--target-is-zero requires use of -n flag"),
-    ({"create": False, "create_options": {"size": "3"}}, "-o has no effect when skipping image creation"),
+    ({"create": False, "create_options": ["size=3"]}, "-o has no effect when skipping image creation"),
     ({"target_format": "foo"}, "Unknown file format 'foo'"),
     ({"source_format": "foo"}, "Could not open 'a.raw': Unknown driver 'foo'"),
     ({"sources": ("nope",)}, "Could not open 'nope': Could not open 'nope': No such file or directory"),
@@ -397,12 +404,12 @@ def test_a_step_ends_when_its_time_is_up(tmp_path: Path) -> None:
     ({"backing": "a.raw", "backing_format": "raw"}, "Backing file not supported for file format 'raw'"),
     ({"backing": "a.raw", "backing_format": "raw", "target_format": "qcow2", "sources": ("a.raw", "a.raw")},
      "Having a backing file for the target makes no sense when concatenating multiple input images"),
-    ({"create_options": {"foo": "1"}}, "Invalid parameter 'foo'"),
+    ({"create_options": ["foo=1"]}, "Invalid parameter 'foo'"),
     ({"target": "no/x"},
      "no/x: error while converting raw: Could not create 'no/x': No such file or directory"),
     ({"target": "a.raw"}, 'a.raw: error while converting raw: Failed to get "write" lock\n'
                           "Is another process using the image [a.raw]?"),
-    ({"compress": True, "target_format": "qcow2", "create_options": {"preallocation": "full"}},
+    ({"compress": True, "target_format": "qcow2", "create_options": ["preallocation=full"]},
      "Compression and preallocation not supported at the same time"),
 ])
 def test_refused_in_qemu_imgs_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any],
@@ -426,7 +433,7 @@ def _words(options: dict[str, Any]) -> list[str]:
     flags: dict[str, Callable[[Any], Sequence[str]]] = {
         "compress": lambda _: ["-c"], "copy_offload": lambda _: ["-C"], "sparse": lambda size: [f"-S{size}"],
         "target_is_zero": lambda _: ["--target-is-zero"], "create": lambda _: ["-n"],
-        "create_options": lambda asked: [f"-o{name}={value}" for name, value in asked.items()],
+        "create_options": lambda asked: [f"-o{text}" for text in asked],
         "target_format": lambda name: ["-O", name], "source_format": lambda name: ["-f", name],
         "backing": lambda name: ["-B", name], "backing_format": lambda name: ["-F", name],
     }

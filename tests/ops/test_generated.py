@@ -121,7 +121,7 @@ def test_convert(tmp_path: Path, seed: int) -> None:
     target = tmp_path / "target"
     trio.run(convert, environment(), Options(
         (str(source),), str(target), source_format="qcow2", target_format="qcow2", compress=compress,
-        create_options=made.options(),
+        create_options=[f"{name}={value}" for name, value in made.options().items()],
     ))
     qemu("qemu-img", "check", "-q", "-f", "qcow2", target)
     qemu("qemu-img", "compare", "-q", "-f", "qcow2", "-F", "qcow2", source, target)

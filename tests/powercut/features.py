@@ -268,7 +268,7 @@ async def _several(env: Environment) -> None:
         env,
         Options(
             ("/source.qcow2", "/other.raw", "/source.qcow2"), "/target.qcow2", target_format="qcow2",
-            create_options={"cluster_size": "4096"}, step_bytes=STEP_BYTES, defer=0.0,
+            create_options=["cluster_size=4096"], step_bytes=STEP_BYTES, defer=0.0,
         ),
     )
 

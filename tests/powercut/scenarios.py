@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 
 from powercut import guest
 from powercut.judge import STEP_BYTES, Scenario
@@ -208,13 +208,18 @@ COMMITS = [
 ]
 
 
-def convert_to(source: str, target: str, fmt: str, **options: object) -> Callable[[Environment], Awaitable[None]]:
+def convert_to(
+    source: str, target: str, fmt: str, create_options: Mapping[str, str] | None = None, **options: object
+) -> Callable[[Environment], Awaitable[None]]:
     told = fmt if isinstance(target, str) or options.get("create", True) else None
+    given = [f"{name}={value}" for name, value in (create_options or {}).items()]
 
     async def run(env: Environment) -> None:
         await convert(
             env,
-            Options((source,), target, target_format=told, step_bytes=STEP_BYTES, defer=0.0, **options),  # type: ignore[arg-type]
+            Options(  # type: ignore[arg-type]
+                (source,), target, target_format=told, create_options=given, step_bytes=STEP_BYTES, defer=0.0, **options
+            ),
         )
 
     return run

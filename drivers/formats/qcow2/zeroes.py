@@ -93,7 +93,8 @@ def _expand(planner: Qcow2Planner, table: int, marked: dict[int, int]) -> dict[i
 
 
 def _l2_tables(planner: Qcow2Planner) -> dict[int, int]:
-    """The L2 tables of the disk and of its snapshots: offset, and the guest offset of what each begins with."""
+    """The L2 tables of the disk and of its snapshots: offset, and the guest offset of what each begins with. Tables
+    behind the end of the file read as zeroes: nothing is marked there."""
     tables = [(planner.l1_table_offset, planner.l1_size)]
     tables += [
         (snapshot.l1_table_offset, snapshot.l1_size) for snapshot in read_snapshots(planner.file, planner.header)
@@ -101,14 +102,15 @@ def _l2_tables(planner: Qcow2Planner) -> dict[int, int]:
     covered = planner.header.l2.entries * planner.cluster_size
     found: dict[int, int] = {}
     for offset, size in tables:
-        for start in range(0, size, L1_ENTRIES):
-            count = min(L1_ENTRIES, size - start)
+        within = min(size, -(-max(0, planner.view.length - offset) // 8))
+        for start in range(0, within, L1_ENTRIES):
+            count = min(L1_ENTRIES, within - start)
             data = planner.view.read(offset + 8 * start, 8 * count)
             for index, entry in enumerate(struct.unpack(f">{count}Q", data), start):
                 table = entry & OFFSET_MASK
                 if table and found.setdefault(table, index * covered) != index * covered:
                     raise FormatError(planner.path, "L2 table is in use at two places", offset=table)
     for table in found:
-        if table % planner.cluster_size or table >= planner.view.length:
+        if table % planner.cluster_size:
             raise FormatError(planner.path, "L2 table is not where a table can be", offset=table)
-    return found
+    return {table: guest for table, guest in found.items() if table < planner.view.length}
