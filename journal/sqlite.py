@@ -14,7 +14,6 @@ import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
-from urllib.parse import quote
 
 from safeimg.journal import chain
 from safeimg.journal.chain import EventRow, OperationRow
@@ -27,6 +26,7 @@ from safeimg.journal.schema import SCHEMA, create_tables
 NAME = "history.db"
 BESIDE = ".safeimg-history"  # of the image's path: the history of this image alone (`beside.py`)
 _EVENTS = "select position, operation, sequence, kind, body, previous, hash from events"
+_PLAIN = frozenset(b"/-._~" + bytes(range(48, 58)) + bytes(range(65, 91)) + bytes(range(97, 123)))  # in a URI
 TIMEOUT = 20.0  # seconds to wait for another process's transaction
 
 
@@ -281,7 +281,8 @@ def _is_there(path: str) -> bool:
 
 
 def _connect(path: str, mode: str) -> sqlite3.Connection:
-    uri = f"file:{quote(os.fsencode(absolute(path)))}?mode={mode}"
+    name = "".join(chr(byte) if byte in _PLAIN else f"%{byte:02x}" for byte in os.fsencode(absolute(path)))
+    uri = f"file:{name}?mode={mode}"
     connection = sqlite3.connect(
         uri, uri=True, timeout=TIMEOUT, isolation_level=None, check_same_thread=False
     )

@@ -8,7 +8,6 @@ steps in flux are always the newest ones, since steps are applied in order and t
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from typing import Any
 
 from safeimg.journal.errors import JournalError
@@ -21,7 +20,6 @@ from safeimg.journal.events import (
     Digested,
     Event,
     GivenUp,
-    Identity,
     Observed,
     Paused,
     PointOfNoReturn,
@@ -43,14 +41,16 @@ class UnlikelyEvents(JournalError):
         super().__init__(f"event {sequence} of the log: {problem}")
 
 
-@dataclass(slots=True)
 class LiveStep:
     """A step that has not been taken back."""
 
-    prepared: StepPrepared
-    applied: bool = False
-    taking_back: bool = False
-    digests: tuple[bytes, ...] = ()  # of the in-place moves that are `digested`; empty until applied
+    __slots__ = ("applied", "digests", "prepared", "taking_back")
+
+    def __init__(self, prepared: StepPrepared, *, applied: bool = False, taking_back: bool = False) -> None:
+        self.prepared = prepared
+        self.applied = applied
+        self.taking_back = taking_back
+        self.digests: tuple[bytes, ...] = ()  # of the in-place moves that are `digested`; empty until applied
 
     @property
     def in_flux(self) -> bool:
@@ -62,25 +62,26 @@ class LiveStep:
         return not self.in_flux and self.prepared.cursor is not None
 
 
-@dataclass(slots=True)
 class OperationState:
     """What the log says of an operation so far."""
 
-    declared: Declared
-    events: int = 1
-    started: Started | None = None
-    identities: dict[int, Identity] = field(default_factory=dict)  # by image index; as declared or observed later
-    observed: set[int] = field(default_factory=set)  # images observed since the operation last wrote to them
-    steps: list[LiveStep] = field(default_factory=list)  # oldest first
-    last_number: int = 0
-    longest: dict[int, int] = field(default_factory=dict)  # by image: the greatest file length any step asked for
-    cut: dict[int, int] = field(default_factory=dict)  # by image: the least file length any step has cut it to
-    no_return: int | None = None
-    paused: str | None = None
-    recovery: RecoveryStarted | None = None
-    given_up: dict[int, tuple[BeforeRecord, ...]] = field(default_factory=dict)  # by step: kept for `undo`
-    outcome: Completed | RolledBack | Abandoned | None = None
-    settled: Settled | None = None
+    def __init__(self, declared: Declared) -> None:
+        self.declared = declared
+        self.events = 1
+        self.started: Started | None = None
+        # by image index; as declared or observed later
+        self.identities = {index: image.identity for index, image in enumerate(declared.images)}
+        self.observed: set[int] = set()  # images observed since the operation last wrote to them
+        self.steps: list[LiveStep] = []  # oldest first
+        self.last_number = 0
+        self.longest: dict[int, int] = {}  # by image: the greatest file length any step asked for
+        self.cut: dict[int, int] = {}  # by image: the least file length any step has cut it to
+        self.no_return: int | None = None
+        self.paused: str | None = None
+        self.recovery: RecoveryStarted | None = None
+        self.given_up: dict[int, tuple[BeforeRecord, ...]] = {}  # by step: kept for `undo`
+        self.outcome: Completed | RolledBack | Abandoned | None = None
+        self.settled: Settled | None = None
 
     def apply(self, event: Event) -> None:
         """One more event. Raises `UnlikelyEvents` if it cannot follow."""
@@ -118,7 +119,7 @@ def fold(events: Iterable[Event]) -> OperationState:
     first = next(iterator, None)
     if not isinstance(first, Declared):
         raise UnlikelyEvents(1, "the first event does not declare an operation")
-    state = OperationState(first, identities={index: image.identity for index, image in enumerate(first.images)})
+    state = OperationState(first)
     for event in iterator:
         state.apply(event)
     return state

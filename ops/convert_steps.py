@@ -37,7 +37,7 @@ from safeimg.ops.steps import Move, Step
 STEP_BYTES = 256 << 20
 STEP_SECONDS = 1.0
 STEP_CLUSTERS = 1 << 16  # bounds a step's metadata where clusters are small
-WINDOW = 1 << 20  # bytes that a worker takes at once: with 2 MiB, writing was slower now and then
+WINDOW = 2 << 20  # bytes that a worker takes at once
 MANY_RANGES = 1 << 17  # that are kept for bitmaps
 PAGE = 4096  # blocks of a raw target that are tested for zeroes
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 from safeimg.drivers.formats.api import Changes, Image, Placement
@@ -21,13 +20,13 @@ ENTRY_BYTES = 16  # of metadata for a cluster, at most
 STEP_CLUSTERS = 1 << 16  # bounds the metadata of a step where clusters are tiny
 
 
-@dataclass
 class Batch:
     """What one step collects before it is yielded."""
 
-    moves: list[Move] = field(default_factory=list)
-    fresh: list[Placement] = field(default_factory=list)
-    cost: int = 0
+    def __init__(self) -> None:
+        self.moves: list[Move] = []
+        self.fresh: list[Placement] = []
+        self.cost = 0
 
     def in_place(self, move: Move) -> None:
         last = self.moves[-1] if self.moves else None

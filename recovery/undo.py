@@ -10,7 +10,8 @@ from __future__ import annotations
 import os
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from copy import copy
+from dataclasses import dataclass
 
 from safeimg.drivers.storage.api import File, FileSystem
 from safeimg.drivers.storage.patched import PatchedFile
@@ -216,7 +217,8 @@ def _finish(record: Record) -> LiveStep:
 
 def _check_content(record: Record, job: Job) -> None:
     """Raises `Conflict` unless every range that the operation wrote holds what it wrote."""
-    state = replace(record.state, steps=[*record.state.steps, _finish(record)])
+    state = copy(record.state)
+    state.steps = [*record.state.steps, _finish(record)]
     written = [index for index, image in enumerate(state.declared.images) if image.writes]
     restored: dict[int, File] = {
         index: _Restored(file, record, index) for index, file in zip(written, job.files, strict=True)

@@ -299,11 +299,13 @@ class _Opener(NamedTuple):
             access, wrong = error.access, error
         own = options.text("driver")
         name = own if layer.format is None else layer.format
-        file_options = _file_options(options, name)
         driver = None if name is None else lookup("raw" if name in (*FILE_DRIVERS, *PROTOCOLS) else name)
+        file_options = _file_options(options, name)
         if wrong is not None and (name in FILE_DRIVERS or name in PROTOCOLS):
             raise wrong
         if not file_options:
+            if wrong is not None and not isinstance(wrong, ReadOnly):
+                raise wrong
             raise UsageError('A block device must be specified for "file"')
         file = open_file(self.fs, file_options, access, seen=lambda found: self._note(layer.name, found))
         try:

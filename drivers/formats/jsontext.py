@@ -9,19 +9,18 @@ MAX_DEPTH = 400  # QEMU takes 1024: more than any name needs
 
 _ESCAPES = {"b": "\b", "f": "\f", "n": "\n", "r": "\r", "t": "\t", "/": "/", "\\": "\\", '"': '"', "'": "'"}
 _KEYWORDS = {"true": True, "false": False, "null": None}
-_SPACE = re.compile(r"[ \t\r\n]*")
+# Compiled where they are needed: that takes longer than all else that `info` does of an image with a plain name.
+_SPACE = r"[ \t\r\n]*"
 # A whole token, or as much of one as there is before what does not fit
-_TOKEN = re.compile(
-    r"""(?P<mark>[{}\[\],:])
+_TOKEN = r"""
+    (?P<mark>[{}\[\],:])
     |(?P<string>"(?:[^\x00-\x1f\udc80-\udcff"\\]|\\.)*"|'(?:[^\x00-\x1f\udc80-\udcff'\\]|\\.)*')
     |(?P<number>-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][-+]?[0-9]+)?)(?![0-9.eE])
     |(?P<word>[a-z]+)
     |(?P<stray>(?:"(?:[^\x00-\x1f\udc80-\udcff"\\]|\\.)*|'(?:[^\x00-\x1f\udc80-\udcff'\\]|\\.)*
-        |-?(?:0|[1-9][0-9]*)?(?:\.[0-9]*)?(?:[eE][-+]?)?)(?s:.?))""",
-    re.VERBOSE,
-)
-
-_UNICODE = re.compile(r"\\u([0-9a-fA-F]{4})(?:(?<=\\u[dD][89abAB]..)\\u([dD][c-fC-F][0-9a-fA-F]{2}))?")
+        |-?(?:0|[1-9][0-9]*)?(?:\.[0-9]*)?(?:[eE][-+]?)?)(?s:.?))
+"""
+_UNICODE = r"\\u([0-9a-fA-F]{4})(?:(?<=\\u[dD][89abAB]..)\\u([dD][c-fC-F][0-9a-fA-F]{2}))?"
 
 
 class JsonError(Exception):
@@ -50,16 +49,17 @@ def _wrong(what: str) -> JsonError:
 
 def _tokens(text: str) -> tuple[list[_Token], bool]:
     """The tokens of the first value, as far as brackets tell where it ends, and whether anything follows."""
+    spaces, a_token = re.compile(_SPACE), re.compile(_TOKEN, re.VERBOSE)
     tokens: list[_Token] = []
     at = braces = brackets = 0
     while True:
-        space = _SPACE.match(text, at)
+        space = spaces.match(text, at)
         at = space.end() if space else at
         if at == len(text):
             return tokens, False
         if tokens and (min(braces, brackets) < 0 or braces == brackets == 0):
             return tokens, True
-        match = _TOKEN.match(text, at)
+        match = a_token.match(text, at)
         if match is None or match.lastgroup == "stray":
             raise _wrong(f"stray '{match.group() if match else text[at]}'")
         token = _Token(str(match.lastgroup), match.group())
@@ -143,7 +143,7 @@ def _string(token: str) -> str:
             continue
         escape = token[at + 1]
         if escape == "u":
-            match = _UNICODE.match(token, at)
+            match = re.compile(_UNICODE).match(token, at)
             code = _code_point(match) if match is not None else None
             if match is None or code is None:
                 raise _wrong(f"{token[at : at + 6]} is not a valid Unicode character")

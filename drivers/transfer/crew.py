@@ -17,7 +17,7 @@ from safeimg.drivers.transfer.loop import has_loop
 
 Argument = TypeVar("Argument")
 
-MOMENT = 0.02  # seconds: what takes less is not worth an event loop
+MOMENT = 2.0  # seconds: what takes less is not worth an event loop
 SWITCH = 0.0002  # seconds that a worker waits for the interpreter while the main thread imports
 
 

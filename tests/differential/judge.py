@@ -43,6 +43,7 @@ _PLACES = (
     (r"\d+\.\d\d% fragmented", "N% fragmented"),
     (r',\s*"fragmented-clusters": \d+', ""),  # the first member is another
 )
+CLUSTER = 65536  # bytes, of the images with data files
 
 
 class Bench:
@@ -147,7 +148,12 @@ class Bench:
     def _image(self, name: str) -> str:
         """What qemu-img finds different in the two files of a name."""
         both = [side / name for side in self.sides]
-        texts = [self._mask(json.dumps(_info(path), indent=1, sort_keys=True), True) for path in both]
+        found = [_info(path) for path in both]
+        if name.endswith(".data"):  # qemu-img fills the last cluster up (docs/design.md)
+            for info in found:
+                if isinstance(info, dict):
+                    info["virtual-size"] = -(-info["virtual-size"] // CLUSTER)
+        texts = [self._mask(json.dumps(info, indent=1, sort_keys=True), True) for info in found]
         if texts[0] != texts[1]:
             return f"info of qemu-img's:\n{texts[0]}\ninfo of safeimg's:\n{texts[1]}"
         checks = [_check(path) for path in both]

@@ -138,6 +138,9 @@ FOUND = (
     "convert -Oqcow2 -ocluster_size=4096,, -ocluster_size=0 top.qcow2 small.qcow2",
     "convert -O qcow2 -o cluster_size=0x1k top.qcow2 small.qcow2",
     "amend -o '?' -p all.qcow2",
+    "resize outraw.qcow2 +1k",
+    "snapshot --image-opts -U driver=qcow2",
+    """compare -f foo 'json:{"driver":"raw","file":"tiny.raw"}' mid.qcow2""",
     "rebase -b empty.qcow2 top.qcow2 ; check --output json top.qcow2",
     """create -f qcow2 -F qcow2 -b 'json:{"driver":"qcow2","file.filename":"top.qcow2","backing":""}' new.qcow2""",
 )

@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
 MAX_MESSAGES = 100_000
 
 
-@dataclass(slots=True)
 class Findings:
     """`leaks` and `corruptions` are those that stay; a repair moves them to the `…_fixed` ones."""
 
-    corruptions: int = 0
-    leaks: int = 0
-    check_errors: int = 0
-    corruptions_fixed: int = 0
-    leaks_fixed: int = 0
-    allocated_clusters: int = 0
-    fragmented_clusters: int = 0
-    compressed_clusters: int = 0
-    messages: list[str] = field(default_factory=list)
+    def __init__(self) -> None:
+        self.corruptions = self.leaks = self.check_errors = 0
+        self.corruptions_fixed = self.leaks_fixed = 0
+        self.allocated_clusters = self.fragmented_clusters = self.compressed_clusters = 0
+        self.messages: list[str] = []
 
     def say(self, message: str) -> None:
         if len(self.messages) < MAX_MESSAGES:
