@@ -219,8 +219,9 @@ def _is_on_server(options: Options) -> bool:
 def _open_target(fs: FileSystem, options: Options, secrets: Secrets, *, unfinished: bool) -> list[Image]:
     format = options.format if isinstance(options.target, str) or unfinished else options.target_format
     return open_chain(
-        fs, options.target, format=format, write=True, cache=options.cache, repair=unfinished, secrets=secrets
-    )
+        fs, options.target, format=format, write=True, cache=options.cache,
+        repair=lambda depth: unfinished and depth == 0, secrets=secrets,
+    )  # fmt: skip
 
 
 def _into_existing(

@@ -233,6 +233,7 @@ def _next_layer(layer: _Layer, image: Image, wanted: bool) -> _Layer | None:
         raise UsageError(f"Could not open backing file: Cannot find device='{node}' nor node-name='{node}'")
     if image.backing_file is None and not replaced:
         return None
+    format = image.backing_format if "driver" not in replaced else None  # of more weight than what the name says
     name = ""
     elsewhere = replaced.get("file.driver", "file") not in (*FILE_DRIVERS, "null-co", "null-aio")
     if not ("file" in replaced or "file.filename" in replaced or elsewhere) and image.backing_file is not None:
@@ -241,7 +242,6 @@ def _next_layer(layer: _Layer, image: Image, wanted: bool) -> _Layer | None:
             replaced = {**from_filename(name).options, **replaced}
         except UsageError as error:
             raise UsageError(f"Could not open backing file: {error}") from error
-    format = image.backing_format if "driver" not in replaced else None
     return _Layer(name or str(replaced.get("file.filename", "")), Options(replaced), format)
 
 

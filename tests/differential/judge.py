@@ -43,7 +43,7 @@ _PLACES = (
     (r"\d+\.\d\d% fragmented", "N% fragmented"),
     (r',\s*"fragmented-clusters": \d+', ""),  # the first member is another
 )
-CLUSTER = 65536  # bytes, of the images with data files
+CLUSTER = 65536  # bytes, or less, of the images with data files
 
 
 class Bench:

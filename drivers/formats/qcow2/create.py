@@ -145,8 +145,8 @@ def create(fs: FileSystem, path: str, size: int, options: Mapping[str, str], *, 
         first_cluster = _first_cluster(path, header, unfinished)
         ready()
         if data is not None:
-            allocated = layout.data_clusters << header.cluster_bits
-            fill_anew(data, allocated or header.size, preallocation)
+            unit = header.l2.subcluster_size if layout.data_clusters else 1
+            fill_anew(data, -(-header.size // unit) * unit, preallocation)
         empty(file)
         _write_refcounts(file, header, layout)
         _write_tables(file, header, layout)
