@@ -14,10 +14,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
 
 from safeimg.cli.errors import CommandError
 from safeimg.cli.values import POLICIES
+from safeimg.drivers.records import NamedTuple
 
 FILE = "/etc/safeimg.conf"
 CHOSEN = "SAFEIMG_CONFIG"  # the variable that names another file; empty: none

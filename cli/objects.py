@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 from safeimg.cli.errors import Answer, CommandError
 from safeimg.drivers.errors import UsageError
+from safeimg.drivers.records import NamedTuple
 from safeimg.drivers.secrets import Secrets, decode_base64, decrypt
 
 MAX_SECRET = 16 << 20  # bytes that a secret's file may hold

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from blake3 import blake3
+from safeimg.drivers.records import NamedTuple
 from safeimg.journal.errors import JournalError
 from safeimg.journal.events import (
     Abandoned,

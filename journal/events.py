@@ -6,7 +6,9 @@ Offsets and lengths are bytes, in the image's file unless called guest offsets. 
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
+
+from safeimg.drivers.records import NamedTuple
 
 
 class Identity(NamedTuple):

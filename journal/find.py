@@ -6,8 +6,9 @@ import errno
 import os
 import stat
 from collections.abc import Callable, Iterable, Iterator
-from typing import Literal, NamedTuple
+from typing import Literal
 
+from safeimg.drivers.records import NamedTuple
 from safeimg.journal import frames, place
 from safeimg.journal.errors import JournalError, LogLost, LogVoid
 from safeimg.journal.events import (

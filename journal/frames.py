@@ -19,9 +19,9 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
-from typing import NamedTuple
 
 from blake3 import blake3
+from safeimg.drivers.records import NamedTuple
 from safeimg.journal.codec import MAX_PAYLOAD
 from safeimg.journal.errors import LogDamaged, LogForeign, LogVoid
 from safeimg.journal.files import File

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Container, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
+from safeimg.drivers.records import NamedTuple
 from safeimg.journal import chain
 from safeimg.journal.chain import EventRow, OperationRow
 from safeimg.journal.errors import JournalError

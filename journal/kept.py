@@ -10,8 +10,8 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
 
+from safeimg.drivers.records import NamedTuple
 from safeimg.journal.clock import now
 from safeimg.journal.errors import JournalError, JournalUnavailable
 from safeimg.journal.events import BeforeRecord

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from typing import Literal, NamedTuple
+from typing import Literal
 
+from safeimg.drivers.records import NamedTuple
 from safeimg.journal.events import Owner
 
 Liveness = Literal["alive", "dead", "unknown"]

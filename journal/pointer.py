@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import os
 import struct
-from typing import NamedTuple
 
 from blake3 import blake3
+from safeimg.drivers.records import NamedTuple
 from safeimg.journal.errors import LogBusy, LogDamaged, LogForeign
 from safeimg.journal.events import Identity
 from safeimg.journal.files import File, FileStat, FileSystem, Lockable, system_error

@@ -7,8 +7,9 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import Any, NamedTuple
+from typing import Any
 
+from safeimg.drivers.records import NamedTuple
 from safeimg.journal.chain import CHANGED, DIGESTED, OUTCOME_KINDS, PARTICIPATED, SETTLED, EventRow
 from safeimg.journal.events import Identity
 from safeimg.journal.history import UNDO, UNDOES, History

@@ -6,12 +6,12 @@ if one is refused, none is done."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 from safeimg.drivers.errors import UsageError
 from safeimg.drivers.formats.api import Image
 from safeimg.drivers.formats.features import BitmapBits, BitmapState, WantedBitmap, inconsistent
 from safeimg.drivers.formats.registry import lookup
+from safeimg.drivers.records import NamedTuple
 
 KINDS = ("add", "remove", "clear", "enable", "disable", "merge")
 NODE = "#block100"  # what QEMU calls the first image that it opens; it makes the last two digits up

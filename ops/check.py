@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 from safeimg.drivers.errors import UnsupportedError
 from safeimg.drivers.formats.api import CheckResult, Image
 from safeimg.drivers.formats.chain import OpenError, close_chain, open_chain, refuse_locked
 from safeimg.drivers.formats.naming import Blockdev, text_of
 from safeimg.drivers.formats.registry import lookup
+from safeimg.drivers.records import NamedTuple
 from safeimg.drivers.secrets import NO_SECRETS, Secrets
 from safeimg.drivers.storage.api import FileSystem
 

@@ -11,10 +11,10 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from enum import Enum
-from typing import NamedTuple
 
 from safeimg.drivers.errors import DriverError
 from safeimg.drivers.formats.api import Image, Kind
+from safeimg.drivers.records import NamedTuple
 from safeimg.drivers.transfer.buffers import Buffers
 from safeimg.drivers.transfer.same import same
 from safeimg.drivers.transfer.view import LayerExtent, View

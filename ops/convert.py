@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import stat
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from safeimg.drivers.errors import DriverError, LockError, StorageError, UsageError
 from safeimg.drivers.formats.api import Driver, Image, Kind
@@ -25,6 +25,7 @@ from safeimg.drivers.formats.naming import (
 )
 from safeimg.drivers.formats.registry import lookup, names
 from safeimg.drivers.formats.snapshots import load
+from safeimg.drivers.records import NamedTuple
 from safeimg.drivers.secrets import NO_SECRETS, Secrets
 from safeimg.drivers.storage.api import CACHE_MODES, FileSystem, look
 from safeimg.drivers.transfer.core import Transfer

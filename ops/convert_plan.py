@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from enum import Enum
-from typing import NamedTuple
 
 from safeimg.drivers.errors import StorageError
 from safeimg.drivers.formats.api import Kind
+from safeimg.drivers.records import NamedTuple
 from safeimg.drivers.transfer.view import LayerExtent, Source
 
 

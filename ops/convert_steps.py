@@ -16,10 +16,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from safeimg.drivers.formats.api import Changes, Image, Patch
 from safeimg.drivers.formats.registry import lookup
+from safeimg.drivers.records import NamedTuple
 from safeimg.drivers.transfer.buffers import BufferPool
 from safeimg.drivers.transfer.copy import join
 from safeimg.drivers.transfer.core import Transfer

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 from safeimg.drivers.errors import StorageError
 from safeimg.drivers.formats.api import Placement, Planner
+from safeimg.drivers.records import NamedTuple
 from safeimg.drivers.storage.api import File
 from safeimg.drivers.transfer.buffers import BufferPool
 from safeimg.drivers.transfer.copy import zero_tail

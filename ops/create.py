@@ -5,13 +5,13 @@ from __future__ import annotations
 import errno
 import posixpath
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
 
 from safeimg.drivers.errors import DriverError, FormatError, FormatNotSaid, StorageError, UsageError
 from safeimg.drivers.formats.api import Driver
 from safeimg.drivers.formats.chain import OpenError, backing_filename, close_chain, local_path, open_chain
 from safeimg.drivers.formats.naming import notices
 from safeimg.drivers.formats.registry import lookup, names
+from safeimg.drivers.records import NamedTuple
 from safeimg.drivers.secrets import NO_SECRETS, Secrets
 from safeimg.drivers.storage.api import FileSystem, look
 from safeimg.journal.find import find, follow

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
 
 from safeimg.drivers.formats.api import Extent, Image, Kind
+from safeimg.drivers.records import NamedTuple
 
 
 class Entry(NamedTuple):

@@ -13,12 +13,13 @@ The home image is the overlay; both backing chains are only read.
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from safeimg.drivers.errors import UnsupportedError, UsageError
 from safeimg.drivers.formats.api import Changes, Image, Kind, Patch, Planner
 from safeimg.drivers.formats.features import Rebasing
 from safeimg.drivers.formats.registry import lookup
+from safeimg.drivers.records import NamedTuple
 from safeimg.drivers.transfer.buffers import BufferPool
 from safeimg.drivers.transfer.core import CHUNK, Transfer
 from safeimg.drivers.transfer.same import same

@@ -10,7 +10,7 @@ The image tells nothing that could be relied on, so recovery checks what the rep
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 from safeimg.drivers.errors import DriverError, NotClosed, UnsupportedError
 from safeimg.drivers.formats.api import CheckResult, Image, Patch
@@ -18,6 +18,7 @@ from safeimg.drivers.formats.chain import OpenError, close_chain, look_at, open_
 from safeimg.drivers.formats.features import Repair, Repairing
 from safeimg.drivers.formats.naming import Blockdev, are_options, lasting, text_of, without_backing
 from safeimg.drivers.formats.registry import lookup
+from safeimg.drivers.records import NamedTuple
 from safeimg.drivers.secrets import Secrets
 from safeimg.drivers.storage.api import FileSystem
 from safeimg.drivers.transfer.loop import blocking

@@ -10,10 +10,11 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from typing import Any, NamedTuple
+from typing import Any
 
 from safeimg.drivers.errors import StorageError, SyncFailed
 from safeimg.drivers.formats.api import Cipher, Image
+from safeimg.drivers.records import NamedTuple
 from safeimg.drivers.storage.api import File, FileSystem
 from safeimg.journal import find, kept, place
 from safeimg.journal.clock import now

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 from safeimg.drivers.formats.api import Changes, Patch
+from safeimg.drivers.records import NamedTuple
 from safeimg.drivers.transfer.digest import Written as Written
 
 

@@ -15,10 +15,11 @@ from __future__ import annotations
 import os
 from bisect import bisect_right
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from safeimg.drivers.formats.api import Changes, Image, Patch
 from safeimg.drivers.formats.registry import lookup
+from safeimg.drivers.records import NamedTuple
 from safeimg.drivers.secrets import Secrets
 from safeimg.drivers.storage.api import FileSystem
 from safeimg.drivers.transfer.loop import blocking

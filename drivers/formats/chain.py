@@ -6,7 +6,7 @@ import posixpath
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 from safeimg.drivers.errors import (
     DriverError,
@@ -40,6 +40,7 @@ from safeimg.drivers.formats.protocols import (
     take_access,
 )
 from safeimg.drivers.formats.registry import lookup, names, probe
+from safeimg.drivers.records import NamedTuple
 from safeimg.drivers.secrets import NO_SECRETS, Secrets
 from safeimg.drivers.storage import locks
 from safeimg.drivers.storage.api import File, FileStat, FileSystem

@@ -9,9 +9,10 @@ same end, so that an interrupted command can start over. What loses its last ref
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 from safeimg.drivers.formats.api import Changes, CheckResult, CreateOption, Image, Patch, Planner
+from safeimg.drivers.records import NamedTuple
 from safeimg.drivers.secrets import Secrets
 
 

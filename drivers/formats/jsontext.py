@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
-from typing import Any, NamedTuple
+from typing import Any
+
+from safeimg.drivers.records import NamedTuple
 
 MAX_DEPTH = 400  # QEMU takes 1024: more than any name needs
 

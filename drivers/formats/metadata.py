@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from enum import Enum
-from typing import NamedTuple
 
 from safeimg.drivers.errors import FormatError
 from safeimg.drivers.formats.api import Patch
+from safeimg.drivers.records import NamedTuple
 from safeimg.drivers.storage.api import File
 
 PAGE_BYTES = 4096  # or a cluster, where that is smaller: a page never holds two structures

@@ -11,11 +11,12 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import import_module
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 from safeimg.drivers.errors import UsageError
 from safeimg.drivers.formats.jsontext import JsonError, json_text, parse_json
 from safeimg.drivers.formats.options import is_off, is_on, parse_size, split_options
+from safeimg.drivers.records import NamedTuple
 
 Value = str | int | float | bool | None
 

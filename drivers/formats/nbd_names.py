@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 from urllib.parse import unquote
 
 from safeimg.drivers.errors import UsageError
 from safeimg.drivers.formats.addresses import take_socket
 from safeimg.drivers.formats.naming import Options, Value
+from safeimg.drivers.records import NamedTuple
 from safeimg.drivers.storage.address import Address, Inet, Unix
 from safeimg.drivers.storage.nbd.wire import MAX_STRING
 

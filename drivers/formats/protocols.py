@@ -10,7 +10,6 @@ import re
 import stat
 from collections.abc import Callable, Mapping
 from importlib.util import find_spec
-from typing import NamedTuple
 
 from safeimg.drivers.errors import UnsupportedError, UsageError
 from safeimg.drivers.formats.naming import (
@@ -23,6 +22,7 @@ from safeimg.drivers.formats.naming import (
     from_filename,
     shown,
 )
+from safeimg.drivers.records import NamedTuple
 from safeimg.drivers.storage.api import File, FileStat, FileSystem, look
 
 _OPENED = ("blkdebug", *FILE_DRIVERS, "nbd", "null-aio", "null-co", "quorum")

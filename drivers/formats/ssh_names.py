@@ -6,12 +6,13 @@ from __future__ import annotations
 import getpass
 import re
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 from urllib.parse import unquote
 
 from safeimg.drivers.errors import UsageError
 from safeimg.drivers.formats.addresses import refuse_left, required, take_inet
 from safeimg.drivers.formats.naming import Options, Value
+from safeimg.drivers.records import NamedTuple
 from safeimg.drivers.storage.address import Inet
 from safeimg.drivers.storage.ssh import HASHES, HostKeyCheck
 

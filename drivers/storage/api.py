@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Iterator
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 from safeimg.drivers.errors import StorageError
+from safeimg.drivers.records import NamedTuple
 
 Buffer = bytes | bytearray | memoryview
 

@@ -6,6 +6,10 @@ import errno
 import os
 from typing import Protocol
 
+# Bytes of one write call. For larger ones newer Linux looks for 2 MiB of memory in one piece, to cache them in, which
+# can take ten times as long as the write.
+AT_ONCE = 1 << 20
+
 
 class PositionalIO(Protocol):
     """Whole requests: short and interrupted system calls are continued. Raises `OSError`."""
@@ -39,8 +43,7 @@ class BufferedIO:
     def write(self, offset: int, view: memoryview) -> None:
         done = 0
         while done < len(view):
-            # Linux moves at most 2 GiB - 4 KiB a call
-            count = os.pwrite(self._fd, view[done:], offset + done)
+            count = os.pwrite(self._fd, view[done : done + AT_ONCE], offset + done)
             if count == 0:
                 raise OSError(errno.EIO, "nothing written")
             done += count

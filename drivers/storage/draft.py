@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from bisect import insort
 from collections.abc import Iterator
-from typing import NamedTuple
 
 from safeimg.drivers.errors import UnsupportedError
+from safeimg.drivers.records import NamedTuple
 from safeimg.drivers.storage.api import Buffer, File
 from safeimg.drivers.storage.patched import PatchedFile
 

@@ -35,8 +35,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
+from safeimg.drivers.records import NamedTuple
 from safeimg.drivers.storage.sparse import SparseBytes
 
 SECTOR = 512

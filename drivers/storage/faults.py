@@ -23,9 +23,9 @@ import errno
 import os
 import threading
 from collections.abc import Callable, Collection, Iterator
-from typing import NamedTuple
 
 from safeimg.drivers.errors import StorageError, SyncFailed
+from safeimg.drivers.records import NamedTuple
 from safeimg.drivers.storage import locks
 from safeimg.drivers.storage.api import Buffer, File, FileStat, FileSystem, Span
 from safeimg.drivers.storage.layer import FileLayer

@@ -20,9 +20,10 @@ from __future__ import annotations
 import errno
 import fcntl
 import struct
-from typing import Final, NamedTuple, Protocol, runtime_checkable
+from typing import Final, Protocol, runtime_checkable
 
 from safeimg.drivers.errors import LockError, NoLocks
+from safeimg.drivers.records import NamedTuple
 
 CONSISTENT_READ: Final = 0
 WRITE: Final = 1

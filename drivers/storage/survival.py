@@ -10,8 +10,8 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import NamedTuple
 
+from safeimg.drivers.records import NamedTuple
 from safeimg.drivers.storage.durability import (
     SECTOR,
     TICK,

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 from safeimg.drivers.formats.api import Placement
+from safeimg.drivers.records import NamedTuple
 from safeimg.drivers.transfer.buffers import BufferPool
 from safeimg.drivers.transfer.core import CHUNK, Transfer
 from safeimg.drivers.transfer.digest import BLOCK, Written, digests

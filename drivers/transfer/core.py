@@ -17,8 +17,9 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterable
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
+from safeimg.drivers.records import NamedTuple
 from safeimg.drivers.storage.api import File
 from safeimg.drivers.transfer.buffers import BufferPool, Buffers
 from safeimg.drivers.transfer.crew import Crew, Stopped, Turns

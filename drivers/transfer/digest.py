@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import NamedTuple
 
+from safeimg.drivers.records import NamedTuple
 from safeimg.drivers.storage.api import Buffer
 
 BLOCK = 64 * 1024  # bytes each digest covers; the last one of a range covers what is left

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 from safeimg.drivers.formats.api import Cipher
+from safeimg.drivers.records import NamedTuple
 from safeimg.drivers.storage.api import File
 from safeimg.drivers.transfer.buffers import BufferPool
 from safeimg.drivers.transfer.zero import fill_zero, zeroes

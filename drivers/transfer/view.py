@@ -10,10 +10,11 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 from safeimg.drivers.errors import FormatError
 from safeimg.drivers.formats.api import Extent, Image, Kind
+from safeimg.drivers.records import NamedTuple
 from safeimg.drivers.storage.api import File
 from safeimg.drivers.transfer.zero import fill_zero
 

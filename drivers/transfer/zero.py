@@ -7,7 +7,7 @@ those.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from safeimg.drivers.records import NamedTuple
 
 _ZEROES = bytes(1024 * 1024)
 

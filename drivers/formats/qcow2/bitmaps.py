@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import struct
 from array import array
-from typing import NamedTuple
 
 from safeimg.drivers.errors import FormatError
 from safeimg.drivers.formats.qcow2.entries import decode_table
 from safeimg.drivers.formats.qcow2.header import MAX_BITMAPS, Header
+from safeimg.drivers.records import NamedTuple
 from safeimg.drivers.storage.api import File
 
 IN_USE = 1 << 0

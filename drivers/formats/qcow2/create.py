@@ -19,7 +19,6 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
-from typing import NamedTuple
 
 from safeimg.drivers.errors import FormatError, UsageError
 from safeimg.drivers.formats.api import Patch
@@ -63,6 +62,7 @@ from safeimg.drivers.formats.qcow2.header import (
 )
 from safeimg.drivers.formats.qcow2.l2 import EXTENDED_MIN_CLUSTER_BITS
 from safeimg.drivers.formats.registry import names
+from safeimg.drivers.records import NamedTuple
 from safeimg.drivers.secrets import NO_SECRETS, Secrets
 from safeimg.drivers.storage.api import File, FileSystem
 

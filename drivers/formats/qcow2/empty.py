@@ -8,7 +8,7 @@ it live. """
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from safeimg.drivers.errors import FormatError, UnsupportedError, UsageError
 from safeimg.drivers.formats.api import Changes
@@ -16,6 +16,7 @@ from safeimg.drivers.formats.qcow2.header import DIRTY, MAX_REFCOUNT_TABLE_BYTES
 from safeimg.drivers.formats.qcow2.refcounts import RefcountLayout
 from safeimg.drivers.formats.qcow2.references import References, count_everything, count_kept
 from safeimg.drivers.formats.qcow2.tables import REPAIR
+from safeimg.drivers.records import NamedTuple
 
 if TYPE_CHECKING:
     from safeimg.drivers.formats.qcow2.planner import Qcow2Planner

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from safeimg.drivers.errors import FormatError, SecretMissing, UsageError
 from safeimg.drivers.formats.api import Cipher
@@ -14,6 +14,7 @@ from safeimg.drivers.formats.encryption import GuestSectors, HostSectors, named
 from safeimg.drivers.formats.options import bool_option
 from safeimg.drivers.formats.qcow2.extensions import EncryptionHeader
 from safeimg.drivers.formats.qcow2.header import AES, LUKS, Header
+from safeimg.drivers.records import NamedTuple
 from safeimg.drivers.secrets import Secrets
 from safeimg.drivers.storage.api import File
 

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import sys
 from array import array
-from typing import NamedTuple
+
+from safeimg.drivers.records import NamedTuple
 
 COPIED = 1 << 63  # refcount is exactly one; only accurate in active tables
 COMPRESSED = 1 << 62  # L2 only

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import os
 import struct
-from typing import NamedTuple
 
 from safeimg.drivers.errors import FormatError
+from safeimg.drivers.records import NamedTuple
 
 MAX_BACKING_FORMAT = 15
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import struct
-from typing import NamedTuple
 
 from safeimg.drivers.errors import FormatError, UnsupportedError
 from safeimg.drivers.formats.qcow2.extensions import (
@@ -30,6 +29,7 @@ from safeimg.drivers.formats.qcow2.extensions import (
     unsupported_features,
 )
 from safeimg.drivers.formats.qcow2.l2 import EXTENDED_MIN_CLUSTER_BITS, L2Layout, l2_layout
+from safeimg.drivers.records import NamedTuple
 from safeimg.drivers.storage.api import File
 
 MAGIC = b"QFI\xfb"

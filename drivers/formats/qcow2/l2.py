@@ -16,9 +16,9 @@ from __future__ import annotations
 import struct
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import NamedTuple
 
 from safeimg.drivers.formats.qcow2.entries import COMPRESSED, COPIED, OFFSET_MASK, ZERO
+from safeimg.drivers.records import NamedTuple
 
 SUBCLUSTERS = 32  # of a cluster with an extended entry
 EXTENDED_MIN_CLUSTER_BITS = 14

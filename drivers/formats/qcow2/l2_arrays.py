@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import numpy as np
 from numpy.typing import NDArray
 from safeimg.drivers.formats.qcow2.entries import COMPRESSED, COPIED, L2_STANDARD_RESERVED, OFFSET_MASK, ZERO
 from safeimg.drivers.formats.qcow2.l2 import EVERY, SUBCLUSTERS, L2Layout
+from safeimg.drivers.records import NamedTuple
 
 Words = NDArray[np.uint64]
 Clusters = NDArray[np.int64]  # host clusters by number

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
 
 from safeimg.drivers.errors import FormatError, UnsupportedError
 from safeimg.drivers.formats.metadata import MetadataView, Phase
 from safeimg.drivers.formats.qcow2.entries import REFCOUNT_BLOCK_MASK
+from safeimg.drivers.records import NamedTuple
 
 _BATCH = 64 << 10  # bytes of the table that are read at a time
 _CODES = {3: "B", 4: "H", 5: "I", 6: "Q"}

@@ -5,13 +5,12 @@ Spec: docs/interop/qcow2, "Snapshots". Too much of anything is discarded; what v
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 from safeimg.drivers.errors import CheckFailed, FormatError
 from safeimg.drivers.formats.qcow2.findings import Findings
 from safeimg.drivers.formats.qcow2.header import MAX_SNAPSHOTS
 from safeimg.drivers.formats.qcow2.image import Qcow2Image
 from safeimg.drivers.formats.qcow2.snapshots import MAX_EXTRA_DATA, Snapshot, TooMuch, read_snapshots
+from safeimg.drivers.records import NamedTuple
 
 _TOO_LARGE = "File too large"
 _REMEDY = "You can force-remove {} with qemu-img check -r all"

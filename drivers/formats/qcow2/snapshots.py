@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import struct
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 from safeimg.drivers.errors import FormatError
 from safeimg.drivers.formats.qcow2.header import MAX_SNAPSHOTS, Header
+from safeimg.drivers.records import NamedTuple
 from safeimg.drivers.storage.api import File
 
 MAX_EXTRA_DATA = 1024

@@ -9,9 +9,9 @@ and what qemu-img writes and refuses. Offsets and lengths are bytes.
 from __future__ import annotations
 
 import struct
-from typing import NamedTuple
 
 from safeimg.drivers.errors import FormatError, UnsupportedError
+from safeimg.drivers.records import NamedTuple
 from safeimg.drivers.storage.api import File
 
 SECTOR = 512

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from safeimg.drivers.errors import RemoteError
+from safeimg.drivers.records import NamedTuple
 from safeimg.drivers.storage.nbd import wire
 from safeimg.drivers.storage.nbd.wire import Channel
 
