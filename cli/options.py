@@ -41,6 +41,7 @@ class Command(NamedTuple):
     examples: tuple[tuple[str, str], ...]  # what it does, the command line
     details: str = ""
     new: bool = False  # safeimg's own; qemu-img has none of that name
+    alone: str = ""  # the letters of options of which there may be one, once
     takes_last: bool = False  # the last word is an argument, whatever it looks like (`resize disk -10G`)
 
     @property

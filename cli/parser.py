@@ -128,7 +128,7 @@ def parse(
                 return arguments, "help"
             raise usage("Not enough arguments")
         words, last = words[:-1], [words[-1]]
-    scanner = _Scanner(words, permute)
+    scanner, chosen = _Scanner(words, permute), False
     while (word := scanner.option()) is not None:
         value: str | None = None
         if word.startswith("--"):
@@ -147,14 +147,18 @@ def parse(
                 raise usage(f"unrecognized option '{scanner.current}'")
             if option.argument is not None:
                 value = scanner.argument()
+        if option.argument is not None and value is None:
+            raise usage(f"missing argument for option '{scanner.current}'")
+        if option.short is not None and option.short in command.alone:
+            if chosen:
+                raise usage("Cannot mix " + ", ".join(f"'-{letter}'" for letter in command.alone))
+            chosen = True
         if option.argument is None:
             if option.ends:
                 return arguments, option.name
             arguments.add(option.name, option.constant)
-        elif value is None:
-            raise usage(f"missing argument for option '{scanner.current}'")
         else:
-            arguments.add(option.name, value if option.check is None else option.check(value))
+            arguments.add(option.name, value if option.check is None or value is None else option.check(value))
     arguments.positional = scanner.words[scanner.next :] + last
     return arguments, None
 

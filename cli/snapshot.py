@@ -42,14 +42,13 @@ COMMANDS = (
         ),
         "Each change is one switch of the image's header: killed, `safeimg resume IMAGE` finishes it and "
         "`safeimg rollback IMAGE` takes it back.",
+        alone="lacd",
     ),
 )
 
 
 def run(command: Command, arguments: Arguments) -> int:
     chosen = [name for name in _ACTIONS for _ in arguments.all(name)]
-    if len(chosen) > 1:
-        raise usage("Cannot mix '-l', '-a', '-c', '-d'")
     if len(arguments.positional) != 1:
         raise usage("Expecting one image file name")
     words = arguments.positional

@@ -60,8 +60,8 @@ async def amend(
                 raise
         size = int(values.get("size", 0)) or old  # 0 asks for nothing, as in QEMU
         resizes, others = size != old, size == old or len(values) > 1
-        # It is the present data file that grows or is cut, and the bitmaps that there are say whether that can be.
-        size_first = resizes and ("data_file" in values or "compat" in values)
+        # It is the present data file that grows or is cut, and the bitmaps that version 2 has no place for have a say.
+        size_first = resizes and ("data_file" in values or values.get("compat") in ("0.10", "v2"))
     finally:
         close_chain(layers)
 
