@@ -43,9 +43,9 @@ class Settings(NamedTuple):
 
 
 def sensible_workers(asked: int) -> int:
-    """How many loops to run when `asked` coroutines were (-m): with local files, no more than there are
-    processors, and two at least (one reads while the other writes)."""
-    return max(1, min(asked, max(2, len(os.sched_getaffinity(0)))))
+    """How many loops to run when `asked` coroutines were (-m): with local files, no more than one for each processor,
+    and one, so that none is idle while a loop waits for the interpreter."""
+    return max(1, min(asked, len(os.sched_getaffinity(0)) + 1))
 
 
 class Transfer:

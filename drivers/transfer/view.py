@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Protocol
 
 from safeimg.drivers.errors import FormatError
 from safeimg.drivers.formats.api import Extent, Image, Kind
 from safeimg.drivers.records import NamedTuple
-from safeimg.drivers.storage.api import File
+from safeimg.drivers.storage.api import Buffer, File
 from safeimg.drivers.transfer.zero import fill_zero
 
 SECTOR = 512  # bytes that are encrypted as one
+STORED_AT_ONCE = 1 << 20  # bytes of compressed clusters
 
 
 class LayerExtent(NamedTuple):
@@ -136,7 +138,9 @@ class View:
 
     def read_pieces(self, pieces: Iterable[LayerExtent], start: int, buffer: memoryview) -> None:
         end = start + len(buffer)
-        for layer, extent in pieces:
+        held = list(pieces)
+        stored = _Stored(self.layers, held)
+        for number, (layer, extent) in enumerate(held):
             low, high = max(extent.start, start), min(extent.start + extent.length, end)
             if low >= high:
                 continue
@@ -145,13 +149,14 @@ class View:
                 assert extent.offset is not None
                 _read_data(self.layers[layer], extent.offset + (low - extent.start), low, part)
             elif extent.kind is Kind.COMPRESSED:
-                whole, content = self._cluster(layer, extent)
+                whole, content = self._cluster(layer, extent, partial(stored.read, number))
                 part[:] = memoryview(content)[low - whole : high - whole]
             else:
                 fill_zero(part)
 
-    def _cluster(self, layer: int, extent: Extent) -> tuple[int, bytes]:
-        """The guest offset and the content of the compressed cluster that `extent` is (a part of)."""
+    def _cluster(self, layer: int, extent: Extent, stored: Callable[[], Buffer]) -> tuple[int, bytes]:
+        """The guest offset and the content of the compressed cluster that `extent` is (a part of). `stored` gives the
+        bytes that are stored."""
         image = self.layers[layer]
         assert extent.offset is not None
         first = extent.start - extent.start % image.cluster_size
@@ -161,8 +166,7 @@ class View:
             length = min(image.cluster_size, image.size - first)
             whole = extent if (extent.start, extent.length) == (first, length) else extent._replace(
                 start=first, length=length)
-            stored = image.file.pread(extent.offset, extent.stored)
-            content = image.decompress(whole, stored)
+            content = image.decompress(whole, stored())
             if len(content) < length:
                 raise FormatError(image.file.path, f"a compressed cluster holds {len(content)} bytes, "
                                   f"expected {length}", offset=extent.offset)
@@ -217,6 +221,43 @@ class ConcatenatedView:
                 at = high
         if at < end:
             fill_zero(buffer[at - start :])
+
+
+class _Stored:
+    """The stored bytes of compressed pieces. Those that were written one after the other are read at once."""
+
+    def __init__(self, layers: Sequence[Image], pieces: Sequence[LayerExtent]) -> None:
+        self._layers, self._pieces = layers, pieces
+        self._layer, self._start, self._end = -1, 0, 0  # where `_data` is from
+        self._data = memoryview(b"")
+
+    def read(self, number: int) -> Buffer:
+        layer, extent = self._pieces[number]
+        start, end = _place(extent)
+        if layer != self._layer or not self._start <= start <= end <= self._end:
+            self._layer, self._start, self._end = layer, start, self._together(number)
+            self._data = memoryview(self._layers[layer].file.pread(start, self._end - start))
+        return self._data[start - self._start : end - self._start]
+
+    def _together(self, number: int) -> int:
+        """Where the pieces end that lie in the file as they follow one another here, from `number` on."""
+        layer, first = self._pieces[number]
+        start, end = _place(first)
+        for at in range(number + 1, len(self._pieces)):
+            other, extent = self._pieces[at]
+            if other != layer or extent.kind is not Kind.COMPRESSED:
+                break
+            low, high = _place(extent)
+            if not start <= low <= end or high - start > STORED_AT_ONCE:
+                break
+            end = max(end, high)
+        return end
+
+
+def _place(extent: Extent) -> tuple[int, int]:
+    """Where a compressed extent lies in its file."""
+    assert extent.offset is not None
+    return extent.offset, extent.offset + extent.stored
 
 
 class _ClusterCache:
