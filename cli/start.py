@@ -15,6 +15,7 @@ def main() -> None:
     """The program."""
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     gc.set_threshold(GARBAGE, 10, 10)
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy starts threads, which nobody here has work for
     from safeimg.cli.main import main as run
 
     try:

@@ -64,6 +64,7 @@ class Commit:
         self._top = layers[0]
         self._drop = drop
         self.view = View(layers, size=max(self._top.size, self._base.size), floor=base)
+        self._upper = View(layers[:base])
         self.images: tuple[Image, ...] = (self._base, *layers[:base])
         self._filler = Filler(self.images, transfer, unlinked=unlinked, step_bytes=step_bytes)
         self._planner = self._filler.planner
@@ -150,8 +151,8 @@ class Commit:
     def _above(self, start: int) -> Iterator[tuple[int, int, bool]]:
         """Guest ranges that the layers above the base hold: start, length, and whether they read as zeroes."""
         held: tuple[int, int, bool] | None = None
-        for layer, extent in self.view.extents(start, self._top.size - start):
-            if layer >= self._base_index or extent.kind is Kind.UNALLOCATED:
+        for layer, extent in self._upper.extents(start, self._top.size - start):
+            if layer >= self._base_index:  # none of them has it
                 continue
             zero = extent.kind is Kind.ZERO
             if held is not None and held[0] + held[1] == extent.start and held[2] is zero:

@@ -138,6 +138,10 @@ FOUND = (
     "convert -Oqcow2 -ocluster_size=4096,, -ocluster_size=0 top.qcow2 small.qcow2",
     "convert -O qcow2 -o cluster_size=0x1k top.qcow2 small.qcow2",
     "amend -o '?' -p all.qcow2",
+    "resize broken-bitmaps.qcow2 1e",
+    "resize bitmaps.qcow2 1e",
+    "convert -O qcow2 -o encrypt.format=luks,encrypt.iter-time=10,encrypt.key-secret=sec0,data_file=plain.qcow2 "
+    "--object secret,id=sec0,data=abc top.qcow2 new.raw",
     "amend -o compat=0.10,size=2M,compat=1.1,size=2M old-state.qcow2",
     "snapshot -a2 -dx -f",
     "snapshot -l -l plain.qcow2",

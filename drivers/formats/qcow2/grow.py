@@ -32,11 +32,11 @@ def prepare_resize(planner: Qcow2Planner, size: int) -> Sequence[Changes]:
     if size < planner.size:
         raise ValueError(f"{planner.path}: {size} bytes are less than {planner.size}")
     changes: list[Changes] = []
+    _check_consistent(planner.bitmaps)
     entries = -(-size // header.l2_coverage)
     if 8 * entries > MAX_L1_BYTES:
         raise UsageError("Failed to grow the L1 table: File too large")
-    for bitmap in planner.bitmaps:
-        _check_bitmap(planner, bitmap, size)
+    _check_bitmaps(planner, size)
     if entries > planner.l1_size:
         clusters = -(-8 * entries // planner.cluster_size)
         changes += _reserve_run(planner, clusters)
@@ -81,8 +81,8 @@ def shrink(planner: Qcow2Planner, size: int) -> Sequence[Changes]:
     """The virtual size becomes smaller by the last of the changes, each a step of its own. What lay behind is still
     mapped: see `forget`."""
     _check(planner, size)
-    for bitmap in planner.bitmaps:
-        _check_bitmap(planner, bitmap, size)
+    _check_consistent(planner.bitmaps)
+    _check_bitmaps(planner, size)
     planner.size = size
     return resize(planner, size)
 
@@ -163,10 +163,15 @@ def _check(planner: Qcow2Planner, size: int) -> None:
         raise UnsupportedError("Can't resize a v2 image which has snapshots")
 
 
-def _check_bitmap(planner: Qcow2Planner, bitmap: Bitmap, size: int) -> None:
-    if bitmap.in_use:
-        raise UsageError(inconsistent(bitmap.name))
-    if -(-size >> bitmap.granularity_bits) > 8 * MAX_BITMAP_BYTES:
-        raise UnsupportedError(
-            f"{planner.path}: bitmap '{bitmap.name}' cannot grow to {size} bytes: remove it first"
-        )
+def _check_consistent(bitmaps: Sequence[Bitmap]) -> None:
+    for bitmap in bitmaps:
+        if bitmap.in_use:
+            raise UsageError(inconsistent(bitmap.name))
+
+
+def _check_bitmaps(planner: Qcow2Planner, size: int) -> None:
+    for bitmap in planner.bitmaps:
+        if -(-size >> bitmap.granularity_bits) > 8 * MAX_BITMAP_BYTES:
+            raise UnsupportedError(
+                f"{planner.path}: bitmap '{bitmap.name}' cannot grow to {size} bytes: remove it first"
+            )
