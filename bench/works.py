@@ -27,7 +27,7 @@ class Work:
     target: float | None = None
     ours: Sequence[str] = ()
     size_target: float | None = None  # of the result, as a part of what qemu-img's takes
-    killed: bool = False  # measured is what `resume` takes after a kill at nine tenths
+    killed: bool = False  # measured is what the same command takes after a kill at nine tenths
 
 
 def _convert(name: str, *words: str, image: str = "disk.raw", target: float, killed: bool = False,
@@ -63,8 +63,10 @@ WORKS = (
         "convert chain to qcow2, writeback", ("convert", "-t", "writeback", "-O", "qcow2", "top.qcow2", OUT),
         ("top.qcow2", "disk.qcow2"), same=(OUT, "top.qcow2"), target=0.75,
     ),
-    _convert("-c zlib", "-c", "-O", "qcow2", target=0.08, size_target=1.04),
-    _convert("-c zstd", "-c", "-O", "qcow2", "-o", "compression_type=zstd", target=0.30, size_target=1.02),
+    _convert("-c zlib", "-t", "unsafe", "-c", "-O", "qcow2", target=0.08, size_target=1.04),
+    _convert(
+        "-c zstd", "-t", "unsafe", "-c", "-O", "qcow2", "-o", "compression_type=zstd", target=0.30, size_target=1.02
+    ),
     _convert("zlib to raw", "-t", "unsafe", "-O", "raw", image="zlib.qcow2", target=0.35),
     _convert("zstd to raw", "-t", "unsafe", "-O", "raw", image="zstd.qcow2", target=0.35),
     _convert(

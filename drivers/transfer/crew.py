@@ -1,7 +1,8 @@
 """The worker threads of one call, and who watches over them.
 
-They are at work before trio is there: to import it takes as long as moving 300 MB does, which go by meanwhile. Then
-trio waits for them, and passes cancellation on. What is done within a moment never meets trio.
+They are at work before trio is there: to import it takes as long as moving 300 MB does. Signals ask them to stop
+without it (`Transfer.cancel`), so what is done within a moment never meets trio; then it is imported while they go on,
+waits for them, and passes cancellation on.
 """
 
 from __future__ import annotations
