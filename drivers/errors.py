@@ -10,7 +10,10 @@ class DriverError(Exception):
 
 
 class StorageError(DriverError):
-    """A system call on a file failed. `errno` holds the operating system's number."""
+    """A system call on a file failed. `errno` holds the operating system's number, `guest` the guest offset where
+    reading failed, as far as that is known."""
+
+    guest: int | None = None
 
     def __init__(self, path: str, action: str, error: OSError) -> None:
         self.path = path

@@ -39,6 +39,7 @@ STEP_BYTES = 256 << 20
 STEP_SECONDS = 1.0
 STEP_CLUSTERS = 1 << 16  # bounds a step's metadata where clusters are small
 WINDOW = 2 << 20  # bytes that a worker takes at once
+SLOW_WINDOW = 64 << 10  # the least with a rate limit
 MANY_RANGES = 1 << 17  # that are kept for bitmaps
 PAGE = 4096  # blocks of a raw target that are tested for zeroes
 
@@ -80,7 +81,7 @@ class Convert:
         self._zero_budget = 4 * self._budget
         self._rules = Rules(
             unit=unit,
-            window=max(unit, min(WINDOW, policy.step_bytes) // unit * unit),
+            window=max(unit, min(WINDOW, policy.step_bytes, _at_rate(transfer)) // unit * unit),
             everything=policy.sparse == 0,
             zero_below=min(policy.zero_below, source.size),
             skip_below=min(policy.skip_below, source.size),
@@ -223,6 +224,12 @@ class Convert:
             zero += sum(end - start for start, end in chunk.zero)
             if data >= self._budget or zero >= self._zero_budget or time.monotonic() >= deadline:
                 return
+
+
+def _at_rate(transfer: Transfer) -> int:
+    """What a worker takes at once with a rate limit: what goes through in a quarter of a second, whole pages of it."""
+    rate = transfer.settings.rate
+    return WINDOW if rate is None else max(SLOW_WINDOW, rate // 4 // PAGE * PAGE)
 
 
 def _granularity(policy: Policy, unit: int) -> int:

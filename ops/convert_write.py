@@ -117,7 +117,7 @@ class Writer(NamedTuple):
             try:
                 self.source.read_pieces(chunk.pieces, span.start, _of(window, chunk, span))
             except StorageError as error:
-                raise CopyFailed(error, "reading", span.start) from error
+                raise CopyFailed(error, "reading", span.start if error.guest is None else error.guest) from error
             found, blank = self._sift(chunk, span, _of(window, chunk, span))
             data += found
             zero += blank

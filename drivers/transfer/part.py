@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
+from safeimg.drivers.errors import StorageError
 from safeimg.drivers.formats.api import Extent, Kind
 from safeimg.drivers.transfer.view import SECTOR, LayerExtent, Source
 from safeimg.drivers.transfer.zero import fill_zero
@@ -41,7 +42,11 @@ class PartialView:
             if extent.start < self._length
         ]
         if inside:
-            self._source.read_pieces(own, self._offset + start, buffer[:inside])
+            try:
+                self._source.read_pieces(own, self._offset + start, buffer[:inside])
+            except StorageError as error:
+                error.guest = start if error.guest is None else error.guest - self._offset
+                raise
         fill_zero(buffer[inside:])
 
     def read_into(self, start: int, buffer: memoryview) -> None:

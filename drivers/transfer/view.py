@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Protocol
 
-from safeimg.drivers.errors import FormatError
+from safeimg.drivers.errors import FormatError, StorageError
 from safeimg.drivers.formats.api import Extent, Image, Kind
 from safeimg.drivers.records import NamedTuple
 from safeimg.drivers.storage.api import Buffer, File
@@ -145,14 +145,18 @@ class View:
             if low >= high:
                 continue
             part = buffer[low - start : high - start]
-            if extent.kind is Kind.DATA:
-                assert extent.offset is not None
-                _read_data(self.layers[layer], extent.offset + (low - extent.start), low, part)
-            elif extent.kind is Kind.COMPRESSED:
-                whole, content = self._cluster(layer, extent, partial(stored.read, number))
-                part[:] = memoryview(content)[low - whole : high - whole]
-            else:
-                fill_zero(part)
+            try:
+                if extent.kind is Kind.DATA:
+                    assert extent.offset is not None
+                    _read_data(self.layers[layer], extent.offset + (low - extent.start), low, part)
+                elif extent.kind is Kind.COMPRESSED:
+                    whole, content = self._cluster(layer, extent, partial(stored.read, number))
+                    part[:] = memoryview(content)[low - whole : high - whole]
+                else:
+                    fill_zero(part)
+            except StorageError as error:
+                error.guest = low
+                raise
 
     def _cluster(self, layer: int, extent: Extent, stored: Callable[[], Buffer]) -> tuple[int, bytes]:
         """The guest offset and the content of the compressed cluster that `extent` is (a part of). `stored` gives the
@@ -209,7 +213,11 @@ class ConcatenatedView:
             if low < high:
                 own = [LayerExtent(layer, extent._replace(start=extent.start - first))
                        for layer, extent in held if first <= extent.start < first + part.size]
-                part.read_pieces(own, low - first, buffer[low - start : high - start])
+                try:
+                    part.read_pieces(own, low - first, buffer[low - start : high - start])
+                except StorageError as error:
+                    error.guest = low if error.guest is None else first + error.guest
+                    raise
 
     def read_into(self, start: int, buffer: memoryview) -> None:
         at = start

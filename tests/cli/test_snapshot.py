@@ -144,10 +144,11 @@ def test_what_meets_damage_is_taken_back(tmp_path: Path) -> None:
     qemu_io(tmp_path, "-c", "write 0 512", "i")
     assert qemu_img(["snapshot", "-c", "s", "i"], tmp_path).code == 0
     data = bytearray((tmp_path / "i").read_bytes())
-    struct.pack_into(">Q", data, ENTRY, 1 << 30)  # behind the end of the file
+    (table,) = struct.unpack_from(">Q", data, ENTRY)
+    struct.pack_into(">Q", data, table, (1 << 63) + 512)  # of the snapshot: no place for an L2 table
     (tmp_path / "i").write_bytes(data)
     found = safeimg(words("amend -o compat=0.10 i"), tmp_path)
     assert (found.code, found.stderr.splitlines()[1:]) == (1, [])
-    assert b"past the end of the file" in found.stderr
+    assert b"L2 table is not where a table can be" in found.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["i"]
     assert (tmp_path / "i").read_bytes() == data
