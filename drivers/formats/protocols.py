@@ -150,20 +150,18 @@ def _local(
     refuse_unknown(options, driver, protocol=True)
     found = look(fs, path)
     if found is not None:
-        if driver != "file" and not (found.is_device or stat.S_ISCHR(found.mode)):
-            raise UsageError(f"'{driver}' driver requires '{path}' to be either a character or block device")
         if access.write and stat.S_ISDIR(found.mode):
             raise UsageError(f"Could not open '{path}': {os.strerror(errno.EISDIR)}")
+        if aio == "native" and access.cache not in ("none", "directsync"):
+            raise UsageError("aio=native was specified, but it requires cache.direct=on, which was not specified.")
+        if driver != "file" and not (found.is_device or stat.S_ISCHR(found.mode)):
+            raise UsageError(f"'{driver}' driver requires '{path}' to be either a character or block device")
         if not found.is_device and not stat.S_ISREG(found.mode):
             raise UsageError(f"'{driver}' driver requires '{path}' to be a regular file")
         seen(found)
-    file = fs.open(
+    return fs.open(
         path, write=access.write, cache=access.cache, locking=locking != "off", force_share=access.force_share
     )
-    if aio == "native" and access.cache not in ("none", "directsync"):
-        file.close()
-        raise UsageError("aio=native was specified, but it requires cache.direct=on, which was not specified.")
-    return file
 
 
 def _window(fs: FileSystem, options: Options, access: Access, seen: Callable[[FileStat], object]) -> File:

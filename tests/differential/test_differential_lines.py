@@ -138,6 +138,10 @@ FOUND = (
     "convert -Oqcow2 -ocluster_size=4096,, -ocluster_size=0 top.qcow2 small.qcow2",
     "convert -O qcow2 -o cluster_size=0x1k top.qcow2 small.qcow2",
     "amend -o '?' -p all.qcow2",
+    "snapshot -d first snaps-astray.qcow2",
+    "bench -n host_device:long.qcow2",
+    "bench -n host_device:missing",
+    "bench -n -t none host_device:long.qcow2",
     "resize broken-bitmaps.qcow2 1e",
     "resize bitmaps.qcow2 1e",
     "convert -O qcow2 -o encrypt.format=luks,encrypt.iter-time=10,encrypt.key-secret=sec0,data_file=plain.qcow2 "
