@@ -67,8 +67,8 @@ def run(command: Command, arguments: Arguments) -> int:
     if len(arguments.positional) != 1:
         raise usage("Expecting one image file name")
     output = output_format(arguments.last("output"))
-    name, fmt = image_name(arguments, arguments.positional[0], arguments.last("format"))
     cache = cache_mode(arguments.last("source-cache", "writeback"), "Invalid source cache option")
+    name, fmt = image_name(arguments, arguments.positional[0], arguments.last("format"))
     from safeimg.drivers.errors import CheckFailed
 
     try:

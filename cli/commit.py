@@ -65,8 +65,8 @@ COMMANDS = (
 def run(command: Command, arguments: Arguments) -> int:
     if len(arguments.positional) != 1:
         raise usage("Expecting one image file name")
-    name, fmt = image_name(arguments, arguments.positional[0], arguments.last("format"))
     cache = cache_mode(arguments.last("cache", "writeback"), "Invalid cache option")
+    name, fmt = image_name(arguments, arguments.positional[0], arguments.last("format"))
     from safeimg.drivers.errors import StorageError
     from safeimg.drivers.transfer.core import Settings
     from safeimg.ops.commit_job import commit

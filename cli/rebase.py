@@ -73,9 +73,9 @@ def run(command: Command, arguments: Arguments) -> int:
 
 
 def _rebase(arguments: Arguments, backing: str | None, unsafe: bool, shown: Display) -> None:
-    name, fmt = image_name(arguments, arguments.positional[0], arguments.last("format"))
     cache = cache_mode(arguments.last("cache", "writeback"), "Invalid cache option")
     cache_mode(arguments.last("source-cache", "writeback"), "Invalid source cache option")
+    name, fmt = image_name(arguments, arguments.positional[0], arguments.last("format"))
     backing_format = arguments.last("backing-format")
     from safeimg.drivers.transfer.core import Settings
     from safeimg.ops.launch import Environment

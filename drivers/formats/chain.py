@@ -92,7 +92,7 @@ def open_chain(
             depth = len(images)
             try:
                 if layer is None:
-                    named = from_argument(filename, format) if isinstance(filename, str) else filename
+                    named = _named(filename, format)
                     plain_name = "" if named is filename or named.text.startswith("json:") else named.text
                     layer = _Layer(named.text, Options(_below_format(named.options)), format, plain_name)
                 image = opener.open(layer, writes(depth, layer.name), repairs(depth))
@@ -209,6 +209,20 @@ class _Layer(NamedTuple):
     plain: str = ""  # its file name, if that is how it was named
 
 
+def _named(filename: str | Blockdev, format: str | None) -> Blockdev:
+    """What a file name means; that there is no such format comes first."""
+    if not isinstance(filename, str):
+        return filename
+    if format is not None and not filename.startswith("json:"):
+        _driver(format)
+    return from_argument(filename, format)
+
+
+def _driver(name: str) -> Driver:
+    """Of the format that images of a format, a file or a protocol are opened as. `UsageError` if it is unknown."""
+    return lookup("raw" if name in (*FILE_DRIVERS, *PROTOCOLS) else name)
+
+
 def _below_format(options: Mapping[str, Value]) -> Mapping[str, Value]:
     """Options that put blkdebug on top of an image of some format, with blkdebug below the format instead: what it
     watches is the same, and what is asked of the image reaches its format."""
@@ -300,7 +314,7 @@ class _Opener(NamedTuple):
             access, wrong = error.access, error
         own = options.text("driver")
         name = own if layer.format is None else layer.format
-        driver = None if name is None else lookup("raw" if name in (*FILE_DRIVERS, *PROTOCOLS) else name)
+        driver = None if name is None else _driver(name)
         file_options = _file_options(options, name)
         if wrong is not None and (name in FILE_DRIVERS or name in PROTOCOLS):
             raise wrong
