@@ -105,11 +105,11 @@ def _crashed(seen: Exchange) -> bool:
 
 
 def _onto_itself(seen: Exchange) -> bool:
-    """With -U, or raw, nobody's lock is in the way of emptying what is then to be read."""
-    return (
-        seen.words[0] in ("convert", "dd") and seen.expected.code == 0 and seen.answer.code == 1
-        and 'Failed to get "write" lock' in seen.answer.stderr and seen.unchanged
-    )  # fmt: skip
+    """With -U, or raw, nobody's lock is in the way of emptying what is then to be read, or of an endless chain."""
+    copied = seen.words[0] in ("convert", "dd") and seen.expected.code == 0
+    rebased = seen.words[0] == "rebase" and seen.has("-U")
+    locked = re.search(r'Failed to get (shared )?"write" lock', seen.answer.stderr) is not None
+    return (copied or rebased) and locked and seen.answer.code == 1 and seen.unchanged
 
 
 def _as_raw(seen: Exchange) -> bool:
@@ -186,6 +186,14 @@ def _mapped(text: str) -> dict[str, set[int]]:
         start, length = (int(number, 16) for number in match.groups()[:2])
         found.setdefault(match[3], set()).update(range(start // 512, (start + length + 511) // 512))
     return found
+
+
+MIXED = "what convert -B takes a part of a cluster from, where the new backing image shows something else"
+
+
+def is_mixed(words: Sequence[str]) -> bool:
+    """Whether the line puts a copy on a backing image that may not be the source's."""
+    return words[0] == "convert" and any(re.match(r"-[a-zA-Z]*B|--backing|.*backing_file=", word) for word in words)
 
 
 RULES = (

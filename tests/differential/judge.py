@@ -93,7 +93,11 @@ class Bench:
                 elif wrong:
                     return f"{line}\n{wrong}"
             changed = changed or bool(self._changed())
-        return self.files()
+        wrong = self.files()
+        if "Content mismatch" in wrong and any(exceptions.is_mixed(line.words) for line in case):
+            self.excuse = exceptions.MIXED
+            return ""
+        return wrong
 
     def shrunk(self, case: Sequence[Line]) -> list[Line]:
         """The case without what it differs without, each line and each part tried once."""
