@@ -188,12 +188,14 @@ def _mapped(text: str) -> dict[str, set[int]]:
     return found
 
 
-MIXED = "what convert -B takes a part of a cluster from, where the new backing image shows something else"
-
-
-def is_mixed(words: Sequence[str]) -> bool:
-    """Whether the line puts a copy on a backing image that may not be the source's."""
-    return words[0] == "convert" and any(re.match(r"-[a-zA-Z]*B|--backing|.*backing_file=", word) for word in words)
+def other_content(words: Sequence[str]) -> str:
+    """The rule by which what an image shows after this line may be something else."""
+    if words[0] == "convert" and any(re.match(r"-[a-zA-Z]*B|--backing|.*backing_file=", word) for word in words):
+        return "what convert -B takes the rest of a cluster from, where the backing image is another one"
+    encrypted = any("encrypt." in word or "key-secret" in word for word in words)
+    if words[0] == "resize" and encrypted and any(word.startswith("--prealloc") for word in words):
+        return "noise in what an encrypted image has been preallocated"
+    return ""
 
 
 RULES = (

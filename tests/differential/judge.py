@@ -94,8 +94,9 @@ class Bench:
                     return f"{line}\n{wrong}"
             changed = changed or bool(self._changed())
         wrong = self.files()
-        if "Content mismatch" in wrong and any(exceptions.is_mixed(line.words) for line in case):
-            self.excuse = exceptions.MIXED
+        rules = [rule for line in case if (rule := exceptions.other_content(line.words))]
+        if "Content mismatch" in wrong and rules:
+            self.excuse = rules[0]
             return ""
         return wrong
 
