@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from safeimg.drivers.errors import DriverError, NotClosed, UnsupportedError
 from safeimg.drivers.formats.api import CheckResult, Image, Patch
-from safeimg.drivers.formats.chain import OpenError, close_chain, look_at, open_chain, refuse_locked
+from safeimg.drivers.formats.chain import OpenError, close_chain, look_at, open_chain, refuse_locked, try_open
 from safeimg.drivers.formats.features import Repair, Repairing
 from safeimg.drivers.formats.naming import Blockdev, are_options, lasting, text_of, without_backing
 from safeimg.drivers.formats.registry import lookup
@@ -97,7 +97,11 @@ async def repair(
 
     Raises what opening raises, `CheckFailed`, `SomethingPending`, `OperationPaused`."""
     fs, secrets = environment.fs, environment.secrets
-    layers = open_chain(fs, filename, format=fmt, cache=cache, force_share=True, repair=only_top, secrets=secrets)
+    try:
+        layers = open_chain(fs, filename, format=fmt, cache=cache, force_share=True, repair=only_top, secrets=secrets)
+    except OpenError:
+        try_open(fs, filename, format=fmt, cache=cache, secrets=secrets)  # what is wrong with that comes first
+        raise
     try:
         refuse_locked(layers[0], filename, secrets)
         refuse_pending_on(fs, layers[0].file.path)
