@@ -112,6 +112,14 @@ def _onto_itself(seen: Exchange) -> bool:
     return (copied or rebased) and locked and seen.answer.code == 1 and seen.unchanged
 
 
+def _endless(seen: Exchange) -> bool:
+    """A chain that leads back to an image that is to be written, whose lock is in the way of opening it again."""
+    return (
+        'Failed to get shared "write" lock' in seen.expected.stderr and seen.expected.code == seen.answer.code == 1
+        and "creates an infinite loop" in seen.answer.stderr and seen.unchanged
+    )  # fmt: skip
+
+
 def _as_raw(seen: Exchange) -> bool:
     """The file of an image, taken for a disk."""
     raw = "-fraw" in seen.words or ("-f", "raw") in pairwise(seen.words)
@@ -209,6 +217,7 @@ RULES = (
     Rule("sizes like 0x1k are warned of once", _warned_again, goes_on=True),
     Rule("qemu-img dies of a signal", _crashed),
     Rule("an image is not emptied to be copied onto itself", _onto_itself),
+    Rule("a chain that leads back to itself is called that", _endless),
     Rule("what lies where in a file is each program's own affair", _as_raw, goes_on=True),
     Rule("zeroes are written, holes, or marked as such", _holes, goes_on=True),
 )

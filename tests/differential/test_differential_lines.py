@@ -138,6 +138,7 @@ FOUND = (
     "convert -Oqcow2 -ocluster_size=4096,, -ocluster_size=0 top.qcow2 small.qcow2",
     "convert -O qcow2 -o cluster_size=0x1k top.qcow2 small.qcow2",
     "amend -o '?' -p all.qcow2",
+    "rebase -u -b on-raw.qcow2 -F qcow2 on-raw.qcow2 ; commit on-raw.qcow2",
     """check -r leaks 'json:{"driver":"qcow2","file.filename":"version.qcow2","force-share":true}'""",
     "check -r leaks version.qcow2",
     "bench -s 0 zero.qcow2",
