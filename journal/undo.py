@@ -166,10 +166,11 @@ class UndoFile:
 
 
 def remove_undo(files: FileSystem, path: str) -> None:
-    """Removes the undo file at `path`, durably, if there is one."""
+    """Removes the undo file at `path`, durably; if there is none, a process before this one may have removed it, and
+    been killed before that was durable."""
     if files.stat(path) is not None:
         files.unlink(path)
-        files.sync_directory(os.path.dirname(path) or ".")
+    files.sync_directory(os.path.dirname(path) or ".")
 
 
 def _up(offset: int) -> int:
