@@ -147,18 +147,16 @@ def parse(
                 raise usage(f"unrecognized option '{scanner.current}'")
             if option.argument is not None:
                 value = scanner.argument()
+        if option.ends:
+            return arguments, option.name
         if option.argument is not None and value is None:
             raise usage(f"missing argument for option '{scanner.current}'")
         if option.short is not None and option.short in command.alone:
             if chosen:
                 raise usage("Cannot mix " + ", ".join(f"'-{letter}'" for letter in command.alone))
             chosen = True
-        if option.argument is None:
-            if option.ends:
-                return arguments, option.name
-            arguments.add(option.name, option.constant)
-        else:
-            arguments.add(option.name, value if option.check is None or value is None else option.check(value))
+        found = option.constant if value is None else value
+        arguments.add(option.name, found if option.check is None else option.check(found))
     arguments.positional = scanner.words[scanner.next :] + last
     return arguments, None
 

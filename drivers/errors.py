@@ -22,6 +22,11 @@ class StorageError(DriverError):
         self.strerror = error.strerror or str(error)
         super().__init__(f"{path}: {action}: {self.strerror}")
 
+    def shift(self, by: int) -> None:
+        """`guest` as it is seen from a disk in which this one begins at `by`."""
+        if self.guest is not None:
+            self.guest += by
+
 
 class SyncFailed(StorageError):
     """A sync did not succeed: what was written since the last one may be lost although it reads back well."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Protocol, runtime_checkable
 
 Buffer = bytes | bytearray | memoryview
@@ -72,3 +73,11 @@ def system_error(error: BaseException) -> int | None:
     """The `errno` of a failed system call (storage errors carry it as `OSError` does), else None."""
     number = getattr(error, "errno", None)
     return number if isinstance(number, int) else None
+
+
+def remove_durably(files: FileSystem, path: str) -> None:
+    """Removes the file at `path`; if it is not there, a process before this one may have removed it, and been killed
+    before that was durable."""
+    if files.stat(path) is not None:
+        files.unlink(path)
+    files.sync_directory(os.path.dirname(path) or ".")

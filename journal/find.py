@@ -22,14 +22,13 @@ from safeimg.journal.events import (
     RolledBack,
     Started,
 )
-from safeimg.journal.files import FileStat, FileSystem, system_error
+from safeimg.journal.files import FileStat, FileSystem, remove_durably, system_error
 from safeimg.journal.history import PendingRow
 from safeimg.journal.identity import identify_at, same_file
 from safeimg.journal.log import read_log, remove_void
 from safeimg.journal.owner import current_owner, liveness
-from safeimg.journal.pointer import NEW_SUFFIX, Pointer, read_pointer, remove_pointer
+from safeimg.journal.pointer import NEW_SUFFIX, Pointer, read_pointer
 from safeimg.journal.undo import SUFFIX as UNDO_SUFFIX
-from safeimg.journal.undo import remove_undo
 
 
 class LogFound(NamedTuple):
@@ -140,9 +139,9 @@ def clear_void(files: FileSystem, void: VoidFound, *, image_owner: int | None = 
     if files.stat(void.path) is not None:
         remove_void(files, void.path, image_owner=image_owner)
     if files.stat(void.path) is None:
-        remove_undo(files, void.path + UNDO_SUFFIX)
+        remove_durably(files, void.path + UNDO_SUFFIX)
         if files.stat(void.path + NEW_SUFFIX) is not None:
-            remove_pointer(files, void.path + NEW_SUFFIX)
+            remove_durably(files, void.path + NEW_SUFFIX)
 
 
 def resolve_pointer(

@@ -99,13 +99,6 @@ def read_pointer(files: FileSystem, path: str, *, image_owner: int | None = None
         file.close()
 
 
-def remove_pointer(files: FileSystem, path: str) -> None:
-    """Removes the pointer at `path`, durably, if it is there."""
-    if files.stat(path) is not None:
-        files.unlink(path)
-    files.sync_directory(os.path.dirname(path) or ".")
-
-
 def remove_quietly(files: FileSystem, path: str) -> None:
     """Removes `path` if that works."""
     try:

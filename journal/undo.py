@@ -13,7 +13,7 @@ import threading
 
 from blake3 import blake3
 from safeimg.journal.errors import JournalError, LogDamaged, LogForeign
-from safeimg.journal.files import Buffer, File, FileStat, FileSystem
+from safeimg.journal.files import Buffer, File, FileStat, FileSystem, remove_durably
 from safeimg.journal.trust import check_trusted, sidecar_stat
 
 UNDO_MAGIC = b"safeimg und\r\n\x1a\n\0"
@@ -159,18 +159,10 @@ class UndoFile:
 
     def remove(self) -> None:
         """Takes its name away, durably, and gives the space back on `close`."""
-        remove_undo(self._files, self.path)
+        remove_durably(self._files, self.path)
 
     def close(self) -> None:
         self._file.close()
-
-
-def remove_undo(files: FileSystem, path: str) -> None:
-    """Removes the undo file at `path`, durably; if there is none, a process before this one may have removed it, and
-    been killed before that was durable."""
-    if files.stat(path) is not None:
-        files.unlink(path)
-    files.sync_directory(os.path.dirname(path) or ".")
 
 
 def _up(offset: int) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from safeimg.drivers.errors import UnsupportedError
 from safeimg.drivers.formats.api import CheckResult, Image
-from safeimg.drivers.formats.chain import OpenError, close_chain, open_chain, refuse_locked
+from safeimg.drivers.formats.chain import OpenError, close_chain, only_top, open_chain, refuse_locked
 from safeimg.drivers.formats.naming import Blockdev, text_of
 from safeimg.drivers.formats.registry import lookup
 from safeimg.drivers.records import NamedTuple
@@ -45,8 +45,3 @@ def checked(image: Image, filename: str | Blockdev) -> CheckResult | None:
         return lookup(image.format).check(image)
     except UnsupportedError as error:
         raise OpenError(f"Could not open '{text_of(filename)}': {error}") from error
-
-
-def only_top(depth: int) -> bool:
-    """Which layers may be broken: the image that is checked."""
-    return depth == 0

@@ -12,7 +12,7 @@ from typing import Any
 
 from safeimg.drivers.errors import DriverError, LockError, StorageError, UsageError
 from safeimg.drivers.formats.api import Driver, Image, Kind
-from safeimg.drivers.formats.chain import OpenError, close_chain, local_path, open_chain
+from safeimg.drivers.formats.chain import OpenError, close_chain, local_path, only_top, open_chain
 from safeimg.drivers.formats.naming import (
     NBD,
     Blockdev,
@@ -220,8 +220,8 @@ def _is_on_server(options: Options) -> bool:
 def _open_target(fs: FileSystem, options: Options, secrets: Secrets, *, unfinished: bool) -> list[Image]:
     format = options.format if isinstance(options.target, str) or unfinished else options.target_format
     return open_chain(
-        fs, options.target, format=format, write=True, cache=options.cache,
-        repair=lambda depth: unfinished and depth == 0, secrets=secrets,
+        fs, options.target, format=format, write=True, cache=options.cache, repair=unfinished and only_top,
+        secrets=secrets,
     )  # fmt: skip
 
 

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from safeimg.drivers.errors import DriverError, NotClosed, UnsupportedError
 from safeimg.drivers.formats.api import CheckResult, Image, Patch
-from safeimg.drivers.formats.chain import OpenError, close_chain, look_at, open_chain, refuse_locked, try_open
+from safeimg.drivers.formats.chain import OpenError, close_chain, look_at, only_top, open_chain, refuse_locked
 from safeimg.drivers.formats.features import Repair, Repairing
 from safeimg.drivers.formats.naming import Blockdev, are_options, lasting, text_of, without_backing
 from safeimg.drivers.formats.registry import lookup
@@ -23,7 +23,6 @@ from safeimg.drivers.secrets import Secrets
 from safeimg.drivers.storage.api import FileSystem
 from safeimg.drivers.transfer.loop import blocking
 from safeimg.journal.state import OperationState
-from safeimg.ops.check import only_top
 from safeimg.ops.errors import Conflict
 from safeimg.ops.launch import Environment, Job, launch
 from safeimg.ops.reopening import reopen_home, started_settings
@@ -97,11 +96,7 @@ async def repair(
 
     Raises what opening raises, `CheckFailed`, `SomethingPending`, `OperationPaused`."""
     fs, secrets = environment.fs, environment.secrets
-    try:
-        layers = open_chain(fs, filename, format=fmt, cache=cache, force_share=True, repair=only_top, secrets=secrets)
-    except OpenError:
-        try_open(fs, filename, format=fmt, cache=cache, secrets=secrets)  # what is wrong with that comes first
-        raise
+    layers = look_at(fs, filename, format=fmt, cache=cache, repair=only_top, secrets=secrets)
     try:
         refuse_locked(layers[0], filename, secrets)
         refuse_pending_on(fs, layers[0].file.path)

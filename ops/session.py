@@ -29,15 +29,16 @@ from safeimg.journal.events import (
     Settled,
     Started,
 )
+from safeimg.journal.files import remove_durably
 from safeimg.journal.history import UNDO, UNDOES, History, PendingRow
 from safeimg.journal.identity import identify
 from safeimg.journal.kept import Keeping
 from safeimg.journal.log import Log
 from safeimg.journal.owner import current_owner
-from safeimg.journal.pointer import NEW_SUFFIX, Pointer, remove_pointer, write_pointer
+from safeimg.journal.pointer import NEW_SUFFIX, Pointer, write_pointer
 from safeimg.journal.state import OperationState, fold
 from safeimg.journal.story import changed_since
-from safeimg.journal.undo import SUFFIX, UndoFile, remove_undo
+from safeimg.journal.undo import SUFFIX, UndoFile
 from safeimg.journal.version import VERSION
 from safeimg.ops.errors import SomethingPending
 
@@ -102,7 +103,7 @@ def refuse_pending_on(fs: FileSystem, path: str) -> None:
     if isinstance(found, find.PointerFound):
         resolved = find.resolve_pointer(fs, found)
         if resolved.kind == "settled":
-            remove_pointer(fs, found.path)
+            remove_durably(fs, found.path)
             return
         if resolved.log is None:
             raise LogForeign(f"{found.path}: takes part in an operation of {resolved.home} that cannot be found")
@@ -282,7 +283,7 @@ class Session:
         self._remove_pointers()
         if self.undo is not None:
             self.undo.close()
-        remove_undo(self.fs, self.log.path + SUFFIX)
+        remove_durably(self.fs, self.log.path + SUFFIX)
         self.log.remove()
 
     def _forget_undone(self) -> None:
@@ -313,11 +314,11 @@ class Session:
         for path in self._pointer_places():
             found = find.look(self.fs, path)
             if isinstance(found, find.PointerFound) and found.operation == self.state.declared.operation:
-                remove_pointer(self.fs, path)
+                remove_durably(self.fs, path)
             elif isinstance(found, find.VoidFound):
                 find.clear_void(self.fs, found)
             if self.fs.stat(path + NEW_SUFFIX) is not None:
-                remove_pointer(self.fs, path + NEW_SUFFIX)
+                remove_durably(self.fs, path + NEW_SUFFIX)
 
     def _pointer_places(self) -> Iterator[str]:
         """Where pointers to this operation may be: of all images that it writes; the home's last, by which the others

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from safeimg.drivers.storage.api import FileSystem
 from safeimg.journal import find, kept, place
 from safeimg.journal.errors import JournalError
+from safeimg.journal.files import remove_durably
 from safeimg.journal.undo import SUFFIX as UNDO_SUFFIX
-from safeimg.journal.undo import remove_undo
 from safeimg.ops.launch import Environment
 
 
@@ -60,7 +60,7 @@ def _orphans(fs: FileSystem, dry: bool) -> Iterator[Dropped]:
         try:
             if path.endswith(place.SUFFIX + UNDO_SUFFIX) and fs.stat(path.removesuffix(UNDO_SUFFIX)) is None:
                 if not dry:
-                    remove_undo(fs, path)
+                    remove_durably(fs, path)
                 yield Dropped((path,), "", there.size, "orphaned")
             elif path.endswith(place.SUFFIX):
                 found = find.look(fs, path)

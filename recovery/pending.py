@@ -14,9 +14,9 @@ from safeimg.drivers.storage.locks import try_lock
 from safeimg.journal import find
 from safeimg.journal.errors import LogBusy, LogDamaged, LogLost
 from safeimg.journal.events import Abandoned, Completed, FinishRecord, RolledBack
+from safeimg.journal.files import remove_durably
 from safeimg.journal.identity import identify, same_file
 from safeimg.journal.owner import current_owner, liveness
-from safeimg.journal.pointer import remove_pointer
 from safeimg.journal.state import OperationState
 from safeimg.journal.undo import SUFFIX
 from safeimg.ops.errors import Conflict, Impossible, OperationError, OwnerAlive
@@ -210,7 +210,7 @@ def _locate(path: str, environment: Environment) -> tuple[str, str]:
         return _unlinked(environment.fs, path), found.path
     resolved = find.resolve_pointer(environment.fs, found)
     if resolved.log is None:
-        remove_pointer(environment.fs, found.path)
+        remove_durably(environment.fs, found.path)
         raise NothingPending(f"{path}: nothing is pending (a pointer to a settled operation was cleared away)")
     return resolved.home, resolved.log.path
 

@@ -11,28 +11,24 @@ import pytest
 from safeimg.drivers import records
 
 
-class Theirs(typing.NamedTuple):
-    """One of typing's."""
+def record_of(base: Any, name: str) -> Any:
+    class Made(base):  # type: ignore[misc]
+        """One of its own."""
 
-    one: int
-    two: str | None = None
-    three: tuple[int, ...] = ()
+        one: int
+        two: str | None = None
+        three: tuple[int, ...] = ()
 
-    @property
-    def more(self) -> int:
-        return self.one + 1
+        @property
+        def more(self) -> int:
+            return self.one + 1
+
+    Made.__name__ = Made.__qualname__ = name  # where pickle looks for it
+    return Made
 
 
-class Ours(records.NamedTuple):
-    """One of ours."""
-
-    one: int
-    two: str | None = None
-    three: tuple[int, ...] = ()
-
-    @property
-    def more(self) -> int:
-        return self.one + 1
+Theirs = record_of(typing.NamedTuple, "Theirs")
+Ours = record_of(records.NamedTuple, "Ours")
 
 
 class Empty(records.NamedTuple):

@@ -119,16 +119,24 @@ def look_at(
     format: str | None = None,
     cache: str = "writeback",
     backing: bool = True,
+    repair: bool | Callable[[int], bool] = False,
     warn: Callable[[str], None] | None = None,
     secrets: Secrets = NO_SECRETS,
 ) -> list[Image]:
     """Opens an image that is to be written, to read and next to whoever has it open. What cannot be opened is refused
     in the words of opening it for writing."""
     try:
-        return open_chain(fs, filename, format=format, backing=backing, force_share=True, secrets=secrets)
+        return open_chain(
+            fs, filename, format=format, backing=backing, force_share=True, repair=repair, secrets=secrets
+        )
     except OpenError:
         try_open(fs, filename, format=format, cache=cache, backing=backing, warn=warn, secrets=secrets)
         raise
+
+
+def only_top(depth: int) -> bool:
+    """Which layers may be broken: the image that is checked, or was just made."""
+    return depth == 0
 
 
 def try_open(

@@ -11,7 +11,7 @@ MAX_DEPTH = 400  # QEMU takes 1024: more than any name needs
 
 _ESCAPES = {"b": "\b", "f": "\f", "n": "\n", "r": "\r", "t": "\t", "/": "/", "\\": "\\", '"': '"', "'": "'"}
 _KEYWORDS = {"true": True, "false": False, "null": None}
-# Compiled where they are needed: that takes longer than all else that `info` does of an image with a plain name.
+# Compiled where they are needed: that takes 3 ms, and most images have plain names.
 _SPACE = r"[ \t\r\n]*"
 # A whole token, or as much of one as there is before what does not fit
 _TOKEN = r"""

@@ -45,7 +45,7 @@ class PartialView:
             try:
                 self._source.read_pieces(own, self._offset + start, buffer[:inside])
             except StorageError as error:
-                error.guest = start if error.guest is None else error.guest - self._offset
+                error.shift(-self._offset)
                 raise
         fill_zero(buffer[inside:])
 

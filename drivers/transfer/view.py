@@ -216,7 +216,7 @@ class ConcatenatedView:
                 try:
                     part.read_pieces(own, low - first, buffer[low - start : high - start])
                 except StorageError as error:
-                    error.guest = low if error.guest is None else first + error.guest
+                    error.shift(first)
                     raise
 
     def read_into(self, start: int, buffer: memoryview) -> None:

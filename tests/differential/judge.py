@@ -94,8 +94,9 @@ class Bench:
                     return f"{line}\n{wrong}"
             changed = changed or bool(self._changed())
         wrong = self.files()
-        rules = [rule for line in case if (rule := exceptions.other_content(line.words))]
-        if "Content mismatch" in wrong and rules:
+        name, _, mismatch = wrong.partition(": Content mismatch")
+        rules = [rule for line in case if (rule := exceptions.other_content(line.words, name))]
+        if mismatch and rules:
             self.excuse = rules[0]
             return ""
         return wrong

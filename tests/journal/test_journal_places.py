@@ -16,6 +16,7 @@ from safeimg.drivers.storage.file import LocalFileSystem
 from safeimg.journal import place
 from safeimg.journal.errors import JournalError, JournalUnavailable, LogBusy, LogDamaged, LogForeign, LogLost
 from safeimg.journal.events import Completed, ImageRecord
+from safeimg.journal.files import remove_durably
 from safeimg.journal.find import (
     LogFound,
     PointerFound,
@@ -29,7 +30,7 @@ from safeimg.journal.find import (
 from safeimg.journal.identity import ATTRIBUTE, ensure_tag, identify, read_tag, same_file, unchanged
 from safeimg.journal.log import Log
 from safeimg.journal.owner import current_owner, liveness
-from safeimg.journal.pointer import Pointer, read_pointer, remove_pointer, write_pointer
+from safeimg.journal.pointer import Pointer, read_pointer, write_pointer
 from safeimg.journal.sqlite import SqliteHistory
 from safeimg.journal.undo import ALIGN, UndoFile
 
@@ -193,8 +194,8 @@ def test_pointer_round_trip_and_removal(files: MemoryFiles) -> None:
     assert found.pointer == pointer_to_base(files, log="/elsewhere/x.safeimg", home_path="../\udcff")
     assert files.nodes[found.path].mode & 0o777 == 0o600
     assert TOP + ".safeimg-new" not in files.nodes
-    remove_pointer(files, found.path)
-    remove_pointer(files, found.path)
+    remove_durably(files, found.path)
+    remove_durably(files, found.path)
     assert find(files, TOP) is None
 
 
@@ -282,7 +283,7 @@ def test_a_log_kept_by_another_machine_is_not_settled(files: MemoryFiles) -> Non
     found = put_pointer(files, log="/var/lib/safeimg/7-101.safeimg")
     with pytest.raises(LogForeign, match="another machine"):
         resolve_pointer(files, found, alive=dead)
-    remove_pointer(files, found.path)
+    remove_durably(files, found.path)
     here = put_pointer(files, log="/elsewhere/log.safeimg", machine=current_owner().machine)
     with pytest.raises(LogLost, match=r"/elsewhere/log\.safeimg is not there \(is its disk mounted"):
         resolve_pointer(files, here, alive=dead)

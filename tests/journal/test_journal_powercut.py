@@ -13,10 +13,11 @@ from safeimg.drivers.storage.powercut import crash_states, power_cut
 from safeimg.drivers.storage.simulated import SimulatedFileSystem
 from safeimg.journal.errors import LogBusy, LogVoid
 from safeimg.journal.events import Completed, Event, ImageRecord, StepApplied
+from safeimg.journal.files import remove_durably
 from safeimg.journal.find import LogFound, PointerFound, VoidFound, clear_void, find, resolve_pointer
 from safeimg.journal.identity import identify
 from safeimg.journal.log import Log, read_events
-from safeimg.journal.pointer import Pointer, remove_pointer, write_pointer
+from safeimg.journal.pointer import Pointer, write_pointer
 from safeimg.journal.undo import UndoFile
 
 BASE, TOP = "/images/base.qcow2", "/images/top.qcow2"
@@ -140,7 +141,7 @@ def test_pointers_are_void_or_pending_as_their_home_is(files: SimulatedFileSyste
     files.mark("completing")
     log.sync()
     files.mark("completed")
-    remove_pointer(files, TOP + ".safeimg")
+    remove_durably(files, TOP + ".safeimg")
     files.mark("pointer removed")
     log.remove()
     files.mark("removed")

@@ -166,7 +166,7 @@ def _log_removed_first(self: Session, files: Mapping[int, File]) -> None:
     self._remove_pointers()
     if self.undo is not None:
         self.undo.close()
-    session.remove_undo(self.fs, self.log.path + "-undo")
+    session.remove_durably(self.fs, self.log.path + "-undo")
 
 
 def _refcounts_before_tables(self: Shadow, **fields: int) -> Iterator[Changes]:
@@ -258,7 +258,7 @@ _sync_images = Engine._sync_images
 
 def _undo_file_removed_first(active: Session | None, *rest: Any) -> None:
     if active is not None and active.undo is not None:
-        session.remove_undo(active.fs, active.log.path + "-undo")
+        session.remove_durably(active.fs, active.log.path + "-undo")
     tidy.complete(active, *rest)
 
 
