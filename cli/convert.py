@@ -133,7 +133,8 @@ def run(command: Command, arguments: Arguments) -> int:
 
     from safeimg.cli.main import program_name
     from safeimg.drivers.transfer.core import Settings, sensible_workers
-    from safeimg.ops.convert import Options, convert
+    from safeimg.ops.convert import convert
+    from safeimg.ops.convert_options import Options
     from safeimg.ops.errors import Unanswered
     from safeimg.ops.launch import Environment
     from safeimg.recovery.gate import resumed, supersede

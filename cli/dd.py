@@ -51,7 +51,8 @@ def run(command: Command, arguments: Arguments) -> int:
     target_format: str = arguments.last("target-format", "raw")
     source, target = str(operands["if"]), str(operands["of"])
     from safeimg.drivers.transfer.core import Settings, sensible_workers
-    from safeimg.ops.convert import Blocks, Options, convert
+    from safeimg.ops.convert import convert
+    from safeimg.ops.convert_options import Blocks, Options
     from safeimg.ops.launch import Environment
     from safeimg.recovery.gate import resumed, supersede
 

@@ -40,6 +40,7 @@ class Stop:
 
     def __init__(self) -> None:
         self.signal: int | None = None
+        self.over = False  # nothing is left to be stopped
         self.cancel: Callable[[], bool] = lambda: False  # whether there was something to be cancelled
 
     def reason(self) -> str | None:
@@ -48,6 +49,8 @@ class Stop:
     def ask(self, number: int, frame: FrameType | None) -> None:
         if self.signal is None:
             self.signal = number
+            return
+        if self.over:
             return
         cancel, self.cancel = self.cancel, lambda: False
         if not cancel():
@@ -92,11 +95,14 @@ def run_stoppable(
 
     path = local_name(image)
     with stoppable() as stop:
-        around = environment(arguments, settings, stop)
         try:
-            with shown.watching(around.transfer.progress):
-                stop.cancel = around.transfer.cancel
-                return run_alone(partial(patient(work, arguments.last("wait", 0.0)), around))
+            try:
+                around = environment(arguments, settings, stop)
+                with shown.watching(around.transfer.progress):
+                    stop.cancel = around.transfer.cancel
+                    return run_alone(partial(patient(work, arguments.last("wait", 0.0)), around))
+            finally:
+                stop.over = True  # how to go on is told whatever comes
         except (OperationPaused, KeyboardInterrupt) as error:
             raise paused(path, error, stop, own) from error
         except (DriverError, HistoryError) as error:

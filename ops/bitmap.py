@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterable, Sequence
 
 from safeimg.drivers.formats.api import Changes, Image, Planner
 from safeimg.drivers.formats.features import WantedBitmap
-from safeimg.drivers.formats.naming import Blockdev
+from safeimg.drivers.formats.naming import Blockdev, protocol_driver
 from safeimg.drivers.formats.registry import lookup
-from safeimg.ops.bitmap_plan import KINDS, NODE, BitmapAction, listed, plan
+from safeimg.ops.bitmap_plan import FILE_NODE, KINDS, NODE, BitmapAction, listed, plan
 from safeimg.ops.change import Action, Changing, Settings
 from safeimg.ops.errors import Conflict
 from safeimg.ops.launch import Environment
@@ -33,9 +33,10 @@ async def change_bitmaps(
     Raises `ActionRefused`, and what `Changing.run` raises."""
 
     def check(image: Image, *sources: Image) -> bool:
-        wanted = plan(image, actions, *sources)
+        node = NODE if protocol_driver(filename, fmt) is None else FILE_NODE
+        wanted = plan(image, actions, *sources, node=node)
         if not image.size and any(not bitmap.kept for bitmap in wanted):
-            complain(f"Lost persistent bitmaps during inactivation of node '{NODE}': No memory")
+            complain(f"Lost persistent bitmaps during inactivation of node '{node}': No memory")
             return False
         if wanted == [WantedBitmap(state, True) for state in listed(image)]:
             return False

@@ -13,8 +13,9 @@ from safeimg.drivers.formats.features import BitmapBits, BitmapState, WantedBitm
 from safeimg.drivers.formats.registry import lookup
 from safeimg.drivers.records import NamedTuple
 
+NODE = "#block100"  # what QEMU calls an image, which it opens after its file; it makes the last two digits up
+FILE_NODE = "#block000"  # …and a file that it opens without a format
 KINDS = ("add", "remove", "clear", "enable", "disable", "merge")
-NODE = "#block100"  # what QEMU calls the first image that it opens; it makes the last two digits up
 
 
 class BitmapAction(NamedTuple):
@@ -41,15 +42,18 @@ def listed(image: Image) -> Sequence[BitmapState]:
     return () if feature is None else feature.listed(image)
 
 
-def plan(image: Image, actions: Sequence[BitmapAction], source: Image | None = None) -> list[WantedBitmap]:
+def plan(
+    image: Image, actions: Sequence[BitmapAction], source: Image | None = None, *, node: str = NODE
+) -> list[WantedBitmap]:
     """The bitmaps of `image` once `actions` are done. `source`: the image whose bitmaps are merged, if not this one.
+    `node`: what QEMU would call the image.
 
     Raises `ActionRefused`, and `FormatError` for damaged bitmaps."""
     steps: dict[str, Callable[[_Plan, BitmapAction], None]] = {
         "add": _Plan.add, "remove": _Plan.remove, "clear": _Plan.clear, "enable": _Plan.enable,
         "disable": _Plan.disable, "merge": _Plan.merge,
     }  # fmt: skip
-    result = _Plan(image, source)
+    result = _Plan(image, source, node)
     for action in actions:
         steps[action.kind](result, action)
     return list(result.wanted.values())
@@ -58,9 +62,10 @@ def plan(image: Image, actions: Sequence[BitmapAction], source: Image | None = N
 class _Plan:
     """`wanted`: the bitmaps by name, after the actions so far."""
 
-    def __init__(self, image: Image, source: Image | None) -> None:
+    def __init__(self, image: Image, source: Image | None, node: str) -> None:
         self._image = image
         self._source = source
+        self._node = node
         self.wanted = {state.name: WantedBitmap(state, True) for state in listed(image)}
 
     def add(self, action: BitmapAction) -> None:
@@ -72,13 +77,13 @@ class _Plan:
             raise ActionRefused(action, "Granularity must be power of 2 and at least 512")
         feature = lookup(self._image.format).bitmaps
         if feature is None:
-            reason = f"Can't store persistent bitmaps to {NODE}: Operation not supported"
+            reason = f"Can't store persistent bitmaps to {self._node}: Operation not supported"
             raise ActionRefused(action, reason)
         if name in self.wanted:
             raise ActionRefused(action, f"Bitmap already exists: {name}")
         refusal = feature.refusal(self._image, name, granularity)
         if refusal is not None:
-            raise ActionRefused(action, f"Can't make bitmap '{name}' persistent in '{NODE}': {refusal}")
+            raise ActionRefused(action, f"Can't make bitmap '{name}' persistent in '{self._node}': {refusal}")
         self.wanted[name] = WantedBitmap(BitmapState(name, granularity, True, False), False)
 
     def remove(self, action: BitmapAction) -> None:

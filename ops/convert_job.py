@@ -58,7 +58,7 @@ def open_layers(fs: FileSystem, home: str, state: OperationState, secrets: Secre
             path = os.path.join(os.path.dirname(home), paths[top])
             chain = open_chain(
                 fs, recalled(options, path), format=format, cache=settings["source_cache"],
-                force_share=settings["force_share"], secrets=secrets,
+                force_share=settings["force_share"], steady=True, secrets=secrets,
             )  # fmt: skip
             found += chain
             _check_depth(path, len(chain), depth)

@@ -103,7 +103,7 @@ def _open_new(
     """The new backing chain, found from where the overlay is."""
     name = backing_filename(overlay, backing)
     try:
-        return open_chain(environment.fs, name, format=backing_format, secrets=environment.secrets)
+        return open_chain(environment.fs, name, format=backing_format, steady=True, secrets=environment.secrets)
     except DriverError as error:
         reason = str(error).removeprefix(f"Could not open '{name}': ")
         raise UsageError(f"Could not open new backing file '{backing}': {reason}") from error
@@ -155,7 +155,7 @@ def open_layers(fs: FileSystem, home: str, state: OperationState, secrets: Secre
             if count:
                 record = state.declared.images[len(layers)]
                 path = os.path.join(os.path.dirname(home), record.path)
-                chain = open_chain(fs, path, format=record.format, secrets=secrets)
+                chain = open_chain(fs, path, format=record.format, steady=True, secrets=secrets)
                 layers += chain
                 if len(chain) != count:
                     raise Conflict(f"{path}: its backing chain is not as it was when the rebase began")

@@ -99,7 +99,8 @@ def parse(data: bytes, path: str, *, unfinished: bool = False) -> Luks:
     `FormatError` for what QEMU refuses."""
 
     def wrong(problem: str) -> FormatError:
-        return FormatError(path, problem)
+        """In one line, whatever names the header has."""
+        return FormatError(path, "".join("?" if letter < " " else letter for letter in problem))
 
     data = data.ljust(HEADER_BYTES, b"\0")
     if data[: len(MAGIC)] != MAGIC:

@@ -308,6 +308,7 @@ class Driver(Protocol):
     bitmaps: Bitmapping | None
 
     repairing: Repairing | None
+    shared: bool  # others may write to the file while it is read: it holds guest data, and no tables
 
     @property
     def amending(self) -> Amending | None: ...

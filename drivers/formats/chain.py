@@ -11,6 +11,7 @@ from typing import Any
 from safeimg.drivers.errors import (
     DriverError,
     FormatError,
+    LockError,
     NotClosed,
     SecretMissing,
     StorageError,
@@ -68,6 +69,7 @@ def open_chain(
     secrets: Secrets = NO_SECRETS,
     inspect: bool = False,
     aio: str | None = None,
+    steady: bool = False,
 ) -> list[Image]:
     """The image and its backing images, top first.
 
@@ -78,6 +80,8 @@ def open_chain(
     guessed to be raw. `secrets`: of encrypted images; without theirs, guest data cannot be read or written, which is
     refused here already unless `repair` is set. `inspect`: only metadata is looked at, which needs neither secrets nor
     external data files. `aio`: how files are to be accessed, checked as QEMU does; all are done by threads here.
+    `steady`: nobody may write to any of the images meanwhile, as where one is opened for writing; else those of formats
+    that hold guest data alone are read next to whoever writes to them, as by QEMU.
 
     Raises `OpenError` with QEMU's message; everything opened so far is closed then.
     """
@@ -100,16 +104,28 @@ def open_chain(
                 found = _next_layer(layer, image, backing)
                 refuse_unknown(layer.options, image.format)
                 if found is None:
-                    return images
+                    break
                 layer = found
             except OpenError:
                 raise
             except DriverError as error:
                 context = f"Could not open '{text}': " + depth * "Could not open backing file: "
                 raise OpenError(context + _reason(error)) from error
+        if steady or any(image.file.writable for image in images):
+            _keep_writers_out(images, text)
+        return images
     except BaseException:
         close_chain(images)
         raise
+
+
+def _keep_writers_out(images: Sequence[Image], text: str) -> None:
+    try:
+        for image in images:
+            if not image.file.writable:
+                locks.lock(image.file, locks.READER)
+    except DriverError as error:
+        raise OpenError(f"Could not open '{text}': {_reason(error)}") from error
 
 
 def look_at(
@@ -130,7 +146,13 @@ def look_at(
             fs, filename, format=format, backing=backing, force_share=True, repair=repair, secrets=secrets
         )
     except OpenError:
-        try_open(fs, filename, format=format, cache=cache, backing=backing, warn=warn, secrets=secrets)
+        try:
+            try_open(
+                fs, filename, format=format, cache=cache, backing=backing, repair=repair, warn=warn, secrets=secrets
+            )
+        except OpenError as error:
+            if not isinstance(error.__cause__, NotClosed):  # QEMU repairs that, and goes on
+                raise
         raise
 
 
@@ -147,6 +169,7 @@ def try_open(
     cache: str = "writeback",
     backing: bool = True,
     force_share: bool = False,
+    repair: bool | Callable[[int], bool] = False,
     warn: Callable[[str], None] | None = None,
     secrets: Secrets = NO_SECRETS,
 ) -> None:
@@ -154,8 +177,8 @@ def try_open(
     reading, which shows where QEMU finds out."""
     close_chain(
         open_chain(
-            fs, filename, format=format, write=True, cache=cache, backing=backing, force_share=force_share, warn=warn,
-            secrets=secrets,
+            fs, filename, format=format, write=True, cache=cache, backing=backing, force_share=force_share,
+            repair=repair, warn=warn, secrets=secrets,
         )
     )
 
@@ -314,7 +337,7 @@ class _Opener(NamedTuple):
     seen: set[tuple[int, int]]
 
     def open(self, layer: _Layer, write: bool, repair: bool) -> Image:
-        options = layer.options
+        options, untaken = layer.options, layer.options.copy()
         access, wrong = Access(write, self.cache, self.force_share, self.aio), None
         try:
             access = take_access(options, access)
@@ -330,7 +353,13 @@ class _Opener(NamedTuple):
             if wrong is not None and not isinstance(wrong, ReadOnly):
                 raise wrong
             raise UsageError('A block device must be specified for "file"')
-        file = open_file(self.fs, file_options, access, seen=lambda found: self._note(layer.name, found))
+        try:
+            file = open_file(self.fs, file_options, access, seen=lambda found: self._note(layer.name, found))
+        except LockError:
+            if write and driver is not None and driver.shared:  # QEMU locks such a file when the image is open
+                looking = self._replace(force_share=True, seen=set())
+                looking.open(layer._replace(options=untaken), False, repair).close()
+            raise
         try:
             if wrong is not None and not isinstance(wrong, ReadOnly):
                 raise wrong
@@ -343,6 +372,8 @@ class _Opener(NamedTuple):
                         "write operations on block 0 will be restricted.\n"
                         "         Specify the 'raw' format explicitly to remove the restrictions."
                     )
+            if not (access.write or driver.shared):
+                locks.lock(file, locks.READER)
             beside = None if self.inspect else partial(self._open_beside, access)
             try:
                 given = _given(options, driver.runtime_options, self.secrets, beside)

@@ -323,6 +323,9 @@ class Options:
     def __init__(self, values: Mapping[str, Value]) -> None:
         self._left = dict(values)
 
+    def copy(self) -> Options:
+        return Options(self._left)
+
     def take(self, name: str) -> Value:
         """The value, or None if it was not given."""
         return self._left.pop(name, None)

@@ -12,16 +12,14 @@ SECTOR = 512
 
 
 @contextmanager
-def new_file(
-    fs: FileSystem, path: str, *, cache: str, locking: bool = True, doomed: bool = False
-) -> Iterator[File]:
-    """The file at `path`, open, with what it holds: made if it is not there, and gone again if the body fails; with
-    `doomed` gone then even if it was there, unless it is a device.
+def new_file(fs: FileSystem, path: str, *, cache: str, doomed: bool = False) -> Iterator[File]:
+    """The file at `path`, open and locked, with what it holds: made if it is not there, and gone again if the body
+    fails; with `doomed` gone then even if it was there, unless it is a device.
 
     As in QEMU, it comes before everything else: where it cannot be made, that is what is wrong, whatever is asked for
     besides. Raises `StorageError`, `LockError`."""
     is_new = look(fs, path) is None
-    file = fs.create(path, truncate=False, cache=cache, locking=locking)
+    file = fs.create(path, truncate=False, cache=cache, locking=True)
     try:
         yield file
     except DriverError:

@@ -165,6 +165,7 @@ class PlainDriver:
     runtime_options: Sequence[RuntimeOption] = ()
     snapshots: Snapshotting | None = None
     repairing: Repairing | None = None
+    shared = False
 
     @property
     def amending(self) -> Amending | None:

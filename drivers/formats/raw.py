@@ -124,6 +124,7 @@ class RawDriver(PlainDriver):
     """Implements `api.Driver`."""
 
     name = "raw"
+    shared = True
     measuring: Measuring | None = RawMeasuring()
     create_options: Sequence[CreateOption] = (
         CreateOption("size", "size", "Virtual disk size"),
@@ -167,7 +168,7 @@ class RawDriver(PlainDriver):
         block is there in any case, as with QEMU: what alignment O_DIRECT needs shows only where there is data."""
         preallocation = storage_preallocation(path, options)
         length = _sectors(size)
-        with new_file(fs, path, cache=cache, locking=False) as file:
+        with new_file(fs, path, cache=cache) as file:
             if length >> 63:
                 raise StorageError(path, "truncate", OSError(EINVAL, os.strerror(EINVAL)))
             refuse_metadata(path, preallocation)

@@ -148,9 +148,6 @@ class FaultyFile(FileLayer):
         self._check_change("sync_all")
         self._file.sync_all()
 
-    def lock(self, claim: locks.Claim) -> None:
-        locks.lock(self._file, claim)
-
     def try_lock(self) -> bool:
         return locks.try_lock(self._file)
 

@@ -84,6 +84,7 @@ class LocalFile:
         self._buffered = buffered
         self._writable = writable
         self._is_device = is_device
+        self.locking = False  # see `locks.Lockable`
         self._through = cache in ("writethrough", "directsync")
         self._unsafe = cache == "unsafe"
         self._sync_error: OSError | None = None
@@ -313,11 +314,13 @@ class LocalFileSystem:
 
     def open(self, path: str, *, write: bool = False, cache: str = "writeback", locking: bool = False,
              force_share: bool = False) -> LocalFile:
-        """With `locking` as a reader or writer of an image with metadata; `locks.lock` changes that once the
-        format is known. `UsageError` (QEMU's words) if there is neither a regular file nor a block device."""
+        """With `locking` as the writer of an image, or as a reader who minds no writers, which `locks.lock` changes
+        once the format is known (but for `force_share`). `UsageError` (QEMU's words) if there is neither a regular file
+        nor a block device."""
         file = self._open(path, os.O_RDWR if write else os.O_RDONLY, "open", cache=cache)
         if locking:
-            self._lock(file, locks.RAW_READER if force_share else locks.WRITER if write else locks.READER)
+            self._lock(file, locks.WRITER if write and not force_share else locks.RAW_READER)
+            file.locking = not force_share
         return file
 
     def create(self, path: str, *, mode: int = 0o644, exclusive: bool = False, truncate: bool = True,
@@ -326,6 +329,7 @@ class LocalFileSystem:
         file = self._open(path, flags, "create", mode=mode, cache=cache)
         if locking:
             self._lock(file, locks.WRITER)
+            file.locking = True
         if truncate and file.length():  # only now that nobody else can be using it
             try:
                 file.truncate(0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from safeimg.drivers.storage import locks
 from safeimg.drivers.storage.api import Buffer, File, FileStat, Span
 
 
@@ -24,6 +25,13 @@ class FileLayer:
     @property
     def alignment(self) -> int:
         return self._file.alignment
+
+    @property
+    def locking(self) -> bool:
+        return isinstance(self._file, locks.Lockable) and self._file.locking
+
+    def lock(self, claim: locks.Claim) -> None:
+        locks.lock(self._file, claim)
 
     def length(self) -> int:
         return self._file.length()

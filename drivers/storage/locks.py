@@ -53,7 +53,8 @@ INSPECTOR: Final = Claim((), (WRITE, RESIZE))
 """`info`: looks at metadata, never at guest data. (`info` of a raw image takes no locks: `NOTHING`.)"""
 
 RAW_READER: Final = Claim((CONSISTENT_READ,), ())
-"""Reading a raw image as compare, map, dd or a backing file do; with any format, `-U` (force share)."""
+"""Reading an image that is nothing but guest data, as compare, map, dd or a backing file do; with any format, `-U`
+(force share)."""
 
 RAW_WRITER: Final = Claim((CONSISTENT_READ, WRITE), ())
 """Writing into a raw image that may be shared, as `convert -n` and `commit` do."""
@@ -72,15 +73,17 @@ NOTHING: Final = Claim()
 
 @runtime_checkable
 class Lockable(Protocol):
-    """A `File` whose storage has QEMU's locks. Others (simulated, patched, network) have nothing to lock."""
+    """A `File` whose storage has QEMU's locks. Others (patched, network) have nothing to lock."""
+
+    locking: bool  # opened with locks, and not to put up with whatever others do
 
     def lock(self, claim: Claim) -> None: ...
 
 
 def lock(file: object, claim: Claim) -> None:
     """Changes what `file` is locked for, once its format is known. `LockError` if somebody is in the way;
-    the claim held before stays then. Does nothing for files that have no locks."""
-    if isinstance(file, Lockable):
+    the claim held before stays then. Does nothing for files that have no locks, or were opened without."""
+    if isinstance(file, Lockable) and file.locking:
         file.lock(claim)
 
 

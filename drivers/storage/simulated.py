@@ -31,7 +31,7 @@ from pathlib import Path
 from safeimg.drivers.errors import LockError, StorageError, UsageError
 from safeimg.drivers.storage.api import CACHE_MODES, Buffer, FileStat
 from safeimg.drivers.storage.durability import Attributes, Entry, Model, Name, Node
-from safeimg.drivers.storage.locks import NOTHING, RAW_READER, READER, WRITER, Claim
+from safeimg.drivers.storage.locks import NOTHING, RAW_READER, WRITER, Claim
 from safeimg.drivers.storage.lookup import find, find_directory, joined, locate, named
 from safeimg.drivers.storage.recorder import Killed, Recorder, Trace, failure
 from safeimg.drivers.storage.simulated_file import SimulatedFile
@@ -210,8 +210,10 @@ class SimulatedFileSystem:
             if not write and not locate(self.model, path, "open")[1]:
                 raise UsageError(f"'file' driver requires '{path}' to be a regular file")
             node = find(self.model, path, "open")
-            claim = RAW_READER if force_share else WRITER if write else READER
-            return self._opened(node, path, write, cache, claim if locking else NOTHING)
+            claim = WRITER if write and not force_share else RAW_READER
+            file = self._opened(node, path, write, cache, claim if locking else NOTHING)
+            file.locking = file.locking and not force_share
+            return file
 
     def create(
         self,
@@ -354,4 +356,5 @@ class SimulatedFileSystem:
         except LockError:
             file.close()
             raise
+        file.locking = claim != NOTHING
         return file

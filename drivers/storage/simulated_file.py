@@ -22,7 +22,7 @@ class SimulatedFile:
     Unlike a `LocalFile`, which refuses to write after a failed sync, it goes on, so that a test sees what a
     program loses that does."""
 
-    __slots__ = ("_cache", "_closed", "_node", "_opened", "_path", "_recorder", "_writable")
+    __slots__ = ("_cache", "_closed", "_node", "_opened", "_path", "_recorder", "_writable", "locking")
 
     def __init__(self, recorder: Recorder, node: Node, path: str, writable: bool, cache: str) -> None:
         self._recorder = recorder
@@ -31,6 +31,7 @@ class SimulatedFile:
         self._writable = writable
         self._cache = cache
         self._closed = False
+        self.locking = False  # see `locks.Lockable`
         self._opened = Opened(node)
         recorder.opened.append(self._opened)
 

@@ -174,6 +174,24 @@ FOUND = (
     """compare -f foo 'json:{"driver":"raw","file":"tiny.raw"}' mid.qcow2""",
     "rebase -b empty.qcow2 top.qcow2 ; check --output json top.qcow2",
     """create -f qcow2 -F qcow2 -b 'json:{"driver":"qcow2","file.filename":"top.qcow2","backing":""}' new.qcow2""",
+    "bitmap --merge nope -b bitmaps.qcow2 -F luks bitmaps.qcow2 ''",
+    "convert -O qcow2 -B ./lost-data.qcow2 -F qcow2 disk.raw cut.qcow2",
+    "rebase -b static.vdi on-raw.qcow2 ; map on-raw.qcow2",
+    "bitmap --image-opts --add driver=file,filename=bitmaps.qcow2 b0",
+    "amend --object secret,id=sec0,data=abc --image-opts -o data_file=x,encrypt.state=inactive,encrypt.keyslot=0 "
+    "driver=qcow2,file.filename=luks.qcow2,encrypt.key-secret=sec0",
+    "amend --object secret,id=sec0,data=abc --image-opts -o refcount_bits=7,encrypt.state=inactive,encrypt.keyslot=0 "
+    "driver=qcow2,file.filename=luks.qcow2,encrypt.key-secret=sec0",
+    """bitmap --merge b1 'json:{"driver":"qcow2","file.filename":"bitmaps.qcow2"} x' b1""",
+    "bitmap --enable foo:all.qcow2 new",
+    "dd -O luks if=odd.raw of=odd.raw",
+    "convert -O luks odd.raw odd.raw",
+    "convert named.qcow2 named.qcow2 -n -O luks",
+    "resize --image-opts driver=qcow2,file.filename=dirty.qcow2,foo=bar 512",
+    "amend -o size=1M --image-opts driver=qcow2,file.filename=dirty.qcow2,foo=bar",
+    "bitmap --add --image-opts driver=qcow2,file.filename=dirty.qcow2,foo=bar b",
+    "check --image-opts -r leaks driver=qcow2,file.filename=corrupt-bit.qcow2,foo=bar",
+    "check --image-opts -r all driver=qcow2,file.filename=dirty.qcow2,foo=bar",
 )
 
 

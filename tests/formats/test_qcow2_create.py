@@ -11,6 +11,7 @@ from safeimg.drivers.formats.chain import OpenError, open_chain
 from safeimg.drivers.formats.options import parse_size
 from safeimg.drivers.formats.qcow2.create import create, finish_patch
 from safeimg.drivers.formats.qcow2.driver import driver
+from safeimg.drivers.storage.simulated import SimulatedFileSystem
 
 CLUSTER_SIZES = ("512", "1k", "2k", "4k", "8k", "64k", "2M")
 OPTIONS: tuple[dict[str, str], ...] = (
@@ -244,3 +245,14 @@ def test_a_name_that_does_not_fit_leaves_no_file(tmp_path: Path) -> None:
     with pytest.raises(UsageError):
         create(FS, str(path), 1 << 20, {"cluster_size": "512", "backing_file": "x" * 400})
     assert not os.path.lexists(path)
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_the_first_sector_comes_last(options: dict[str, str]) -> None:
+    """The header may be longer; a power cut never leaves a header without what it tells of."""
+    fs = SimulatedFileSystem()
+    fs.begin_trace()
+    create(fs, "/new.qcow2", 5 << 20, options)
+    *before, synced, last = fs.trace.entries
+    assert (synced.kind, last.kind, last.offset, len(last.data)) == ("sync", "write", 0, 512)
+    assert all(entry.kind != "write" or entry.offset >= 512 for entry in before)

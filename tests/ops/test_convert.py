@@ -24,8 +24,9 @@ from safeimg.drivers.storage.file import LocalFileSystem
 from safeimg.drivers.transfer.core import Settings, Transfer
 from safeimg.drivers.transfer.digest import digests
 from safeimg.drivers.transfer.view import LayerExtent, View
-from safeimg.ops.convert import Options, open_job
+from safeimg.ops.convert import open_job
 from safeimg.ops.convert_job import job_of
+from safeimg.ops.convert_options import Options
 from safeimg.ops.convert_plan import Rules, chunks
 from safeimg.ops.convert_steps import join_moves
 from safeimg.ops.launch import Job

@@ -8,7 +8,8 @@ from powercut import guest
 from powercut.judge import environment
 from powercut.scenarios import MIB
 from safeimg.drivers.storage.simulated import SimulatedFileSystem
-from safeimg.ops.convert import Options, convert
+from safeimg.ops.convert import convert
+from safeimg.ops.convert_options import Options
 from safeimg.ops.errors import Impossible, OperationPaused
 from safeimg.ops.launch import Environment
 from safeimg.recovery.settle import resume, rollback

@@ -15,7 +15,8 @@ from safeimg.drivers.storage.file import LocalFileSystem
 from safeimg.drivers.transfer.core import Settings, Transfer
 from safeimg.drivers.transfer.view import View
 from safeimg.journal.sqlite import SqliteHistory
-from safeimg.ops.convert import Options, convert
+from safeimg.ops.convert import convert
+from safeimg.ops.convert_options import Blocks, Options
 from safeimg.ops.errors import Conflict, OperationPaused, SomethingPending
 from safeimg.ops.launch import Environment
 from safeimg.recovery.settle import abandon, resume, rollback
@@ -158,6 +159,26 @@ def test_a_source_that_changed_meanwhile(tmp_path: Path, around: Callable[..., E
         trio.run(resume, str(target), around())
     trio.run(rollback, str(target), around())
     assert not target.exists()
+
+
+@pytest.mark.parametrize("blocks", [None, Blocks()], ids=["convert", "dd"])
+def test_onto_itself_what_is_pending_stays(
+    tmp_path: Path, around: Callable[..., Environment], blocks: Blocks | None
+) -> None:
+    """It is refused, so nothing is given up for it."""
+    source, target = tmp_path / "a.raw", tmp_path / "c.raw"
+    expected = make(source, 2 * MIB, 1)
+    paused(around(1), to(target, source, format="raw"))
+    given_up: list[str] = []
+
+    async def onto_itself() -> None:
+        await convert(around(), to(target, target, format="raw")._replace(blocks=blocks), supersede=given_up.append)
+
+    with pytest.raises(SomethingPending):
+        trio.run(onto_itself)
+    assert not given_up
+    assert trio.run(resume, str(target), around()) == "convert finished"
+    assert content(target, "raw") == expected
 
 
 def test_replaced_wholly_what_was_pending_is_given_up(

@@ -20,7 +20,8 @@ from safeimg.drivers.transfer.core import Settings, Transfer
 from safeimg.drivers.transfer.view import View
 from safeimg.journal.history import MemoryHistory
 from safeimg.ops.commit_job import commit
-from safeimg.ops.convert import Options, convert
+from safeimg.ops.convert import convert
+from safeimg.ops.convert_options import Options
 from safeimg.ops.launch import Environment
 
 COUNT = int(os.environ.get("SAFEIMG_GENERATED", "12"))

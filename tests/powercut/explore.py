@@ -38,21 +38,24 @@ def slice_of(judge: Judge, seed: int, folder: Path) -> None:
             _failed_run(judge, seed, rng)
         return
     killed = [state for state in first if state.kind == "kill"]
-    _second(judge, rng.choice(killed if rng.random() < 0.5 else first), seed, rng)
+    many = judge.counter.repeated > judge.counter.states  # what is new lies deeper then
+    _second(judge, rng.choice(killed if rng.random() < 0.5 else first), seed, rng, crashes=4 if many else 1)
     if rng.random() < 0.5:
         _deeper(judge, rng.choice(first), rng)
     else:
         _failed(judge, rng.choice(first), seed, rng)
 
 
-def _second(judge: Judge, state: CrashState, seed: int, rng: random.Random) -> None:
+def _second(judge: Judge, state: CrashState, seed: int, rng: random.Random, *, crashes: int) -> None:
+    """`crashes`: of either recovery."""
     leg = Leg("run", 0, state.description)
     for action in ("resume", "rollback"):
         trace = recovered(judge, state.fs, [leg], action)[1]
         if len(trace):
             again = crash_states(
-                state.fs, trace, seed=seed, prefixes=[rng.randrange(1, len(trace) + 1)], subsets_per_prefix=1,
-                singles_per_prefix=1,
+                state.fs, trace, seed=seed,
+                prefixes=sorted(rng.sample(range(1, len(trace) + 1), min(crashes, len(trace)))),
+                subsets_per_prefix=1, singles_per_prefix=1,
             )
             for second in again:
                 judge.counter.second += judge.judged(second.fs, [leg, Leg(action, 0, second.description)])

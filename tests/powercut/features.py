@@ -18,7 +18,8 @@ from safeimg.ops.amend import amend
 from safeimg.ops.bitmap import change_bitmaps
 from safeimg.ops.bitmap_plan import BitmapAction
 from safeimg.ops.commit_job import commit
-from safeimg.ops.convert import Options, convert
+from safeimg.ops.convert import convert
+from safeimg.ops.convert_options import Options
 from safeimg.ops.launch import Environment
 from safeimg.ops.rebase import rebase, rebase_unsafe
 from safeimg.ops.repair import repair

@@ -159,6 +159,12 @@ def save(path: Path, tallies: Mapping[str, Tally]) -> None:
     path.write_text(json.dumps({name: tally.to_json() for name, tally in tallies.items()}, indent=1) + "\n")
 
 
+def add_up(file: Path, tallies: dict[str, Tally]) -> None:
+    """Adds the results of a run."""
+    for name, found in json.loads(file.read_text()).items():
+        tallies.setdefault(name, Tally()).add_json(found)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="+", type=Path, help="what `soak --json` has written")
@@ -166,8 +172,7 @@ def main() -> int:
     options = parser.parse_args()
     tallies: dict[str, Tally] = {}
     for file in options.files:
-        for name, found in json.loads(file.read_text()).items():
-            tallies.setdefault(name, Tally()).add_json(found)
+        add_up(file, tallies)
     print(table(tallies))
     if options.json is not None:
         save(options.json, tallies)

@@ -12,7 +12,8 @@ from safeimg.drivers.storage.simulated import SimulatedFileSystem
 from safeimg.ops import snapshot
 from safeimg.ops.amend import amend
 from safeimg.ops.commit_job import commit
-from safeimg.ops.convert import Blocks, Options, convert
+from safeimg.ops.convert import convert
+from safeimg.ops.convert_options import Blocks, Options
 from safeimg.ops.launch import Environment
 from safeimg.ops.rebase import rebase_unsafe
 

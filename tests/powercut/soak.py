@@ -27,7 +27,7 @@ from powercut.explore import judge_again, parse, slice_of
 from powercut.judge import Counter, Judge
 from powercut.look import Violation
 from powercut.mutations import MUTATIONS, broken
-from powercut.report import Tally, features_of, operation_of, save, table
+from powercut.report import Tally, add_up, features_of, operation_of, save, table
 from powercut.shrink import shrunk
 
 TELL_EVERY = 10.0  # seconds
@@ -98,6 +98,9 @@ class Soak:
             if options.only in scenario.name
         }
         names = random.Random(options.seed).sample(list(self.tallies), len(self.tallies))  # if time is short
+        if options.after is not None:
+            add_up(options.after, self.tallies)
+        self._earlier = self.states
         self._slices = dict.fromkeys(names, 0)
         self._spent = dict.fromkeys(names, 0.0)
         self._started = self._told = time.monotonic()
@@ -161,7 +164,8 @@ class Soak:
         minutes = (time.monotonic() - self._started) / 60
         begun = sum(bool(tally.seen) for tally in self.tallies.values())
         return (
-            f"{minutes:6.1f} minutes: {self.states} states of {begun} scenarios, {self.states / minutes:.0f} a minute; "
+            f"{minutes:6.1f} minutes: {self.states} states of {begun} scenarios, "
+            f"{(self.states - self._earlier) / minutes:.0f} a minute; "
             f"{sum(tally.counter.repeated for tally in self.tallies.values())} repeated"
         )
 
@@ -201,6 +205,7 @@ def main() -> int:
     parser.add_argument("--only", default="", help="scenarios whose name contains this")
     parser.add_argument("--go-on", action="store_true", help="with the other scenarios after a violation")
     parser.add_argument("--json", type=Path, help="where the results go, for `powercut.report` to add up")
+    parser.add_argument("--after", type=Path, help="goes on where the run ended whose results these are")
     parser.add_argument("--replay", metavar="STATE", help="judge this one state, as a violation names it")
     parser.add_argument("--mutation", default="", help="with the rule broken that `powercut.mutations` calls this")
     options = parser.parse_args()

@@ -16,6 +16,7 @@ from collections.abc import Awaitable, Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
+from safeimg.drivers.crypto import luks, splitter
 from safeimg.drivers.transfer.buffers import BufferPool, Buffers
 from safeimg.drivers.transfer.core import Transfer
 from safeimg.drivers.transfer.loop import run_alone
@@ -69,6 +70,7 @@ def alone() -> Iterator[None]:
         (log, "RESERVE", 2 << 10),
         (log, "decode_event", _decode_event),
         (chain, "body_of", _body_of),
+        (luks, "merge", _merge),
     )
     before = [getattr(target, name) for target, name, _ in wanted]
     for target, name, value in wanted:
@@ -95,3 +97,4 @@ def _body_of(event: Event) -> str:
 
 
 _decode_event = functools.lru_cache(1 << 14)(log.decode_event)  # the states of a run share most of its events
+_merge = functools.lru_cache(1 << 10)(splitter.merge)  # …and the keys of an image are the same each time

@@ -91,7 +91,7 @@ def test_only_some_paths_and_reads(tmp_path: Path) -> None:
 
 def test_locks_reach_the_file_below(tmp_path: Path) -> None:
     fs = FaultyFileSystem(LocalFileSystem(), Faults())
-    first, second = fs.create(str(tmp_path / "a"), locking=True), fs.open(str(tmp_path / "a"))
+    first, second = fs.create(str(tmp_path / "a"), locking=True), fs.open(str(tmp_path / "a"), locking=True)
     with pytest.raises(LockError):
         locks.lock(second, locks.READER)
     assert locks.try_lock(first) and not locks.try_lock(second)

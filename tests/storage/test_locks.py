@@ -115,6 +115,7 @@ def test_refused_newcomer_leaves_no_lock(image: str) -> None:
 
 def test_open_and_create_lock(image: str) -> None:
     reader = fs.open(image, locking=True)
+    locks.lock(reader, READER)
     with pytest.raises(LockError):
         fs.open(image, write=True, locking=True)
     with pytest.raises(LockError):
@@ -123,10 +124,13 @@ def test_open_and_create_lock(image: str) -> None:
     fs.open(image, locking=True).close()
     reader.close()
     writer = fs.create(image, locking=True)
+    reader = fs.open(image, locking=True)  # of guest data alone
     with pytest.raises(LockError):
-        fs.open(image, locking=True)
-    fs.open(image, locking=True, force_share=True).close()
-    fs.open(image).close()
+        locks.lock(reader, READER)
+    for sharing in fs.open(image, locking=True, force_share=True), fs.open(image):
+        locks.lock(sharing, READER)  # they put up with it
+        sharing.close()
+    reader.close()
     writer.close()
 
 
@@ -249,6 +253,7 @@ def test_our_writer_keeps_qemu_out(qcow2: str) -> None:
 @needs_qemu
 def test_our_reader_keeps_qemu_writers_out(qcow2: str) -> None:
     file = fs.open(qcow2, locking=True)
+    locks.lock(file, READER)
     assert qemu_says("qemu-img", "check", qcow2) == ""
     assert qemu_says("qemu-img", "resize", "-q", qcow2, "+1M") == (
         f"qemu-img: Could not open '{qcow2}': " + qemu_text(GET_WRITE, qcow2)

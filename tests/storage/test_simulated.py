@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safeimg.drivers.errors import DriverError, LockError, StorageError, SyncFailed, UsageError
 from safeimg.drivers.storage.file import LocalFileSystem
+from safeimg.drivers.storage.locks import READER, lock
 from safeimg.drivers.storage.simulated import Killed, SimulatedFile, SimulatedFileSystem
 from safeimg.drivers.storage.simulated_file import MAX_LENGTH
 from safeimg.drivers.storage.sparse import PAGE
@@ -328,13 +329,19 @@ def test_image_locks() -> None:
     with pytest.raises(LockError, match=r'"write" lock\nIs another process using the image .*/a'):
         fs.create("/a", locking=True)
     assert fs.read_file("/a") == b"x"
+    reader = fs.open("/a", locking=True)
     with pytest.raises(LockError, match='Failed to get shared "write" lock'):
-        fs.open("/a", locking=True)
-    fs.open("/a", locking=True, force_share=True).close()
+        lock(reader, READER)
+    reader.close()
+    sharing = fs.open("/a", locking=True, force_share=True)
+    lock(sharing, READER)
+    sharing.close()
     fs.open("/a", write=True).close()
     fs.clone().open("/a", write=True, locking=True)  # another life: nothing is open
     writer.close()
     readers = [fs.open("/a", locking=True) for _ in range(2)]
+    for reader in readers:
+        lock(reader, READER)
     with pytest.raises(LockError):
         fs.open("/a", write=True, locking=True)
     for reader in readers:

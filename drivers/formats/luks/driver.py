@@ -39,6 +39,7 @@ class LuksDriver(PlainDriver):
     """Implements `formats.api.Driver`."""
 
     name = "luks"
+    shared = True
     create_options: Sequence[CreateOption] = CREATE_OPTIONS
     runtime_options: Sequence[RuntimeOption] = (RuntimeOption("key-secret", "str", strong=True),)
 

@@ -13,7 +13,7 @@ from safeimg.drivers.formats.api import Changes, CreateOption, Image, Kind, Plan
 from safeimg.drivers.formats.encryption import luks_amend_options
 from safeimg.drivers.formats.features import Amendment
 from safeimg.drivers.formats.options import bool_option, number_option, size_option
-from safeimg.drivers.formats.qcow2.amend_keys import Keys, check_keys
+from safeimg.drivers.formats.qcow2.amend_keys import Keys, check_encrypted, check_keys
 from safeimg.drivers.formats.qcow2.driver import CREATE_OPTIONS, own_image, own_planner
 from safeimg.drivers.formats.qcow2.empty import change_refcount_width
 from safeimg.drivers.formats.qcow2.encryption import PREFIX
@@ -55,8 +55,9 @@ class Qcow2Amending:
     def check(self, image: Image, values: Mapping[str, str], *, force: bool) -> None:
         own = own_image(image)
         header, path = own.header, own.file.path
-        if any(name.startswith(PREFIX) for name in values):
-            check_keys(own, values, force=force)
+        slots = any(name.startswith(PREFIX) for name in values)
+        if slots:
+            check_encrypted(own)
         version = _version(values, header.version)
         if "data_file" in values and not header.has_data_file:
             raise UsageError("data-file can only be set for images that use an external data file")
@@ -65,6 +66,8 @@ class Qcow2Amending:
         bits = number_option(path, values, "refcount_bits", header.refcount_bits)
         if not 1 <= bits <= 64 or bits & (bits - 1):
             raise UsageError("Refcount width must be a power of two and may not exceed 64 bits")
+        if slots:
+            check_keys(own, values, force=force)
         if bits not in (header.refcount_bits, 16) and version < 3:
             raise UsageError(
                 f"Refcount widths other than 16 bits require compatibility level 1.1 or above {_NEWER}"

@@ -25,12 +25,17 @@ if TYPE_CHECKING:
     from safeimg.drivers.crypto.keyslots import SlotChange
     from safeimg.drivers.crypto.luks import Luks
 
-def check_keys(image: Qcow2Image, values: Mapping[str, str], *, force: bool) -> None:
-    """Refuses what cannot be done. `UsageError` in QEMU's words."""
+
+def check_encrypted(image: Qcow2Image) -> None:
+    """Refuses images that have no key slots. `UsageError` in QEMU's words, as below."""
     if not image.header.crypt_method:
         raise UsageError("Can't amend encryption options - encryption not present")
     if image.header.crypt_method != LUKS:
         raise UsageError("Only LUKS encryption options can be amended")
+
+
+def check_keys(image: Qcow2Image, values: Mapping[str, str], *, force: bool) -> None:
+    """Refuses what the slots do not allow."""
     _change(image, read_luks(image.file, image.header), values, force=force)
 
 

@@ -21,6 +21,7 @@ from safeimg.drivers.formats.qcow2.findings import Findings
 from safeimg.drivers.formats.qcow2.header import parse_header
 from safeimg.drivers.formats.qcow2.image import Qcow2Image
 from safeimg.drivers.formats.qcow2.l2_arrays import Words, descriptors
+from safeimg.drivers.formats.qcow2.references import encode_block
 from safeimg.drivers.formats.qcow2.scan import BUDGET, MAX_OFFSET, ReferenceScan
 from safeimg.drivers.formats.qcow2.snapshot_repair import read_table
 
@@ -69,17 +70,6 @@ def decode_block(data: bytes, order: int) -> Refcounts:
     shifts = np.arange(0, 8, width, dtype=np.uint8)
     entries: Refcounts = ((packed[:, None] >> shifts) & np.uint8((1 << width) - 1)).reshape(-1)
     return entries
-
-
-def encode_block(values: NDArray[np.uint64], order: int) -> bytes:
-    """The inverse of `decode_block`."""
-    if order >= 3:
-        return values.astype(f">u{1 << (order - 3)}").tobytes()
-    width = 1 << order
-    packed = np.zeros(len(values) * width // 8, np.uint8)
-    for position in range(8 // width):
-        packed |= (values[position::8 // width] << np.uint64(position * width)).astype(np.uint8)
-    return packed.tobytes()
 
 
 class Comparison:

@@ -19,7 +19,7 @@ ZSTD_LEVEL = 3
 
 # What QEMU's inflate accepts. Reading takes any window: other programs write larger ones.
 _WRITE_WINDOW = -12
-_READ_WINDOW = -15
+_READ_WINDOW = 15
 # zstd frames of clusters never need more (a cluster has at most 2 MiB); a hostile frame may ask for 2 GiB.
 _ZSTD_MAX_WINDOW = 8 << 20
 
@@ -46,11 +46,12 @@ def inflate(kind: int, stored: Buffer, cluster_size: int) -> bytes:
 
     Never produces more than a cluster. Raises `InflateError`."""
     if kind == ZLIB:
-        from isal import isal_zlib
+        from isal import igzip_lib
 
-        failure: type[Exception] = isal_zlib.error  # type: ignore[assignment]  # the stub calls it an instance
+        failure: type[Exception] = igzip_lib.error  # type: ignore[assignment]  # the stub calls it an instance
         try:
-            out: bytes = isal_zlib.decompressobj(wbits=_READ_WINDOW).decompress(stored, cluster_size)
+            decompressor = igzip_lib.IgzipDecompressor(igzip_lib.DECOMP_DEFLATE, _READ_WINDOW)
+            out: bytes = decompressor.decompress(stored, cluster_size)
         except failure as error:
             raise InflateError(str(error)) from None
     else:

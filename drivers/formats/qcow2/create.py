@@ -110,7 +110,7 @@ def create(fs: FileSystem, path: str, size: int, options: Mapping[str, str], *, 
     """Writes an empty image at `path`, into the file that is there if there is one (its content is dropped).
 
     `size` is rounded up to whole sectors; the options `size` and `nocow` are for others to look at. Backing
-    files are not opened. The header is written last, and not synced. Raises `UsageError` in qemu-img's words,
+    files are not opened. The first sector is written last, and not synced. Raises `UsageError` in qemu-img's words,
     `UnsupportedError` and `StorageError`. `secrets`: for encrypted images, whose key takes a while to make.
     `unfinished` is the command that is to fill the image; until `finish_patch` is applied, no other program takes it.
     """
@@ -155,11 +155,12 @@ def create(fs: FileSystem, path: str, size: int, options: Mapping[str, str], *, 
         if luks_header:
             length = layout.encryption_clusters << header.cluster_bits
             file.pwrite(layout.encryption_start << header.cluster_bits, luks_header.ljust(length, b"\0"))
+        file.pwrite(SECTOR, first_cluster[SECTOR:])
         if unfinished is None:  # no header that a power cut leaves tells of what is not there
             file.sync()
             if data is not None:
                 data.sync()
-        file.pwrite(0, first_cluster)
+        file.pwrite(0, first_cluster[:SECTOR])
 
 
 def finish_patch(file: File) -> Patch:

@@ -179,6 +179,7 @@ class Qcow2Driver:
     snapshots: Snapshotting | None = Qcow2Snapshotting()
     bitmaps: Bitmapping | None = Qcow2Bitmapping()
     repairing: Repairing | None = Qcow2Repairing()
+    shared = False
 
     @property
     def measuring(self) -> Measuring | None:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 from safeimg.drivers.errors import CheckFailed
-from safeimg.drivers.formats.qcow2.check import encode_block
 from safeimg.drivers.formats.qcow2.header import MAX_REFCOUNT_TABLE_BYTES, Header
+from safeimg.drivers.formats.qcow2.references import encode_block
 from safeimg.drivers.formats.qcow2.scan import MAX_CLUSTERS
 from safeimg.drivers.storage.draft import DraftFile
 

@@ -6,6 +6,7 @@ memory is four bytes a cluster where clusters are in use. Spec: docs/interop/qco
 
 from __future__ import annotations
 
+from array import array
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
@@ -25,7 +26,8 @@ if TYPE_CHECKING:
 PAGE = 4096  # clusters whose counts are kept together
 MAX_PAGES = 16384  # 256 MiB
 L2_BATCH = 1 << 16  # entries decoded at once
-Array = Any  # numpy is loaded only when something is counted
+MAX_COUNT = (1 << 32) - 1
+Array = Any  # numpy is loaded only where there are L2 tables
 
 
 class Counting(Protocol):
@@ -47,11 +49,11 @@ class References:
         self._path = path
         self._limit = clusters  # the file has no more
         self._within = within
-        self._pages: dict[int, Array] = {}
+        self._pages: dict[int, array[int]] = {}
 
     def get(self, cluster: int) -> int:
         page = self._pages.get(cluster // PAGE)
-        return 0 if page is None else int(page[cluster % PAGE])
+        return 0 if page is None else page[cluster % PAGE]
 
     def set_run(self, first: int, counts: Array) -> None:
         """Counts of consecutive clusters, of which `first` is the first of a page, or all of them lie in one."""
@@ -59,7 +61,7 @@ class References:
             part = counts[start:start + PAGE]
             if part.any():
                 number, at = divmod(first + start, PAGE)
-                self._page(number)[at:at + len(part)] = part
+                self._vector(number)[at:at + len(part)] = part
 
     def is_readable(self, offset: int, length: int, cluster_bits: int) -> bool:
         return not self._within or offset + length <= self._limit << cluster_bits
@@ -77,7 +79,11 @@ class References:
         while count:
             number, start = divmod(first, PAGE)
             here = min(count, PAGE - start)
-            self._page(number)[start:start + here] += times
+            page = self._page(number)
+            if times + max(page[start:start + here]) > MAX_COUNT:
+                raise UnsupportedError(f"{self._path}: a cluster is used too often to count it")
+            for at in range(start, start + here):
+                page[at] += times
             first, count = first + here, count - here
 
     def add_many(self, clusters: Array, cluster_bits: int, times: int) -> None:
@@ -95,75 +101,81 @@ class References:
         numbers = clusters // PAGE
         starts = numpy.flatnonzero(numpy.diff(numbers)) + 1
         for part in numpy.split(clusters, starts):
-            numpy.add.at(self._page(int(part[0]) // PAGE), (part % PAGE).astype(numpy.intp), times)
+            numpy.add.at(self._vector(int(part[0]) // PAGE), (part % PAGE).astype(numpy.intp), times)
 
     def end(self) -> int:
         """One more than the highest cluster in use."""
         for number in sorted(self._pages, reverse=True):
-            used = self._pages[number].nonzero()[0]
-            if len(used):
-                return number * PAGE + int(used[-1]) + 1
+            used = _used(self._pages[number]).rfind(1)
+            if used >= 0:
+                return number * PAGE + used + 1
         return 0
 
     def block_indexes(self, entries: int) -> set[int]:
         """Refcount blocks (of `entries` clusters each) that count anything."""
-        found: set[int] = set()
-        for number, page in self._pages.items():
-            used = page.nonzero()[0] + number * PAGE
-            found.update({int(cluster) // entries for cluster in used} if entries < PAGE
-                         else {int(used[0]) // entries} if len(used) else set())
-        return found
+        step = min(entries, PAGE)
+        return {
+            (number * PAGE + start) // entries
+            for number, page in self._pages.items() for start in range(0, PAGE, step) if any(page[start:start + step])
+        }
 
     def free_runs(self, end: int) -> Iterator[tuple[int, int]]:
         """Clusters below `end` without references as (first, count), in order."""
-        import numpy
-
         position = 0
         for number in sorted(self._pages):
-            used = self._pages[number].nonzero()[0] + number * PAGE
-            used = used[used < end]
-            # One before each used cluster: the previous used one, or the last that was looked at.
-            before = numpy.concatenate(([position - 1], used[:-1])) if len(used) else used
-            for index in (used - before > 1).nonzero()[0].tolist():
-                first = int(before[index]) + 1
-                yield first, int(used[index]) - first
-            if len(used):
-                position = int(used[-1]) + 1
+            used, base = _used(self._pages[number]), number * PAGE
+            at = used.find(1)
+            while 0 <= at < end - base:
+                if base + at > position:
+                    yield position, base + at - position
+                stop = used.find(0, at)
+                if stop < 0:
+                    stop = PAGE
+                position = base + stop
+                at = used.find(1, stop)
         if position < end:
             yield position, end - position
 
     def encode(self, first: int, layout: RefcountLayout) -> bytes:
         """The refcount block for the clusters from `first` on. `UnsupportedError` if a count is too wide."""
-        import numpy
-
         count = layout.block_entries
-        values = numpy.zeros(count, numpy.uint32)
+        values = array("I", bytes(4 * count))
         for number in range(first // PAGE, (first + count - 1) // PAGE + 1):
             page = self._pages.get(number)
             if page is not None:
                 start, end = max(first, number * PAGE), min(first + count, (number + 1) * PAGE)
                 values[start - first:end - first] = page[start - number * PAGE:end - number * PAGE]
-        if int(values.max()) > layout.maximum:
+        highest = max(values)
+        if highest > layout.maximum:
             raise UnsupportedError(
-                f"{self._path}: a cluster is used {int(values.max())} times, which does not fit into "
+                f"{self._path}: a cluster is used {highest} times, which does not fit into "
                 f"{1 << layout.refcount_order} bits"
             )
-        return encode_block(values, layout.refcount_order)
+        return layout.encode(values, bytes(layout.span(0, count)[1]), 0)
 
-    def _page(self, number: int) -> Array:
+    def _page(self, number: int) -> array[int]:
         page = self._pages.get(number)
         if page is None:
-            import numpy
-
             if len(self._pages) >= MAX_PAGES:
                 raise UnsupportedError(f"{self._path}: too many clusters to count them in bounded memory")
-            page = self._pages[number] = numpy.zeros(PAGE, numpy.uint32)
+            page = self._pages[number] = array("I", bytes(4 * PAGE))
         return page
+
+    def _vector(self, number: int) -> Array:
+        """A page as numpy sees it."""
+        import numpy
+
+        return numpy.frombuffer(self._page(number), numpy.uint32)
 
     def _check(self, cluster: int, cluster_bits: int) -> None:
         if cluster >= self._limit:
             raise FormatError(self._path, "metadata refers to a cluster past the end of the file",
                               offset=cluster << cluster_bits)
+
+
+def _used(page: array[int]) -> bytes:
+    """1 for each cluster that is used, else 0."""
+    return bytes(map(bool, page))
 
 
 def encode_block(values: Array, order: int) -> bytes:
@@ -220,8 +232,6 @@ def count_l1(planner: Qcow2Planner, references: References, tables: Mapping[tupl
 
 def count_below(planner: Qcow2Planner, references: Counting, tables: Mapping[tuple[int, int], int]) -> None:
     """What L1 tables lead to, without the tables themselves. What comes out even is not looked at."""
-    import numpy
-
     bits, view = planner.header.cluster_bits, planner.view
     l2_tables: Counter[int] = Counter()
     for (offset, size), times in tables.items():
@@ -230,6 +240,10 @@ def count_below(planner: Qcow2Planner, references: Counting, tables: Mapping[tup
         for position in range(0, size, L2_BATCH):
             count = min(L2_BATCH, size - position)
             data = view.read(offset + 8 * position, 8 * count)
+            if data.count(0) == len(data):
+                continue
+            import numpy
+
             entries = numpy.frombuffer(data, ">u8").astype(numpy.uint64)
             entries = entries[entries != 0]
             if (entries & numpy.uint64(L1_RESERVED)).any():
