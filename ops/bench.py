@@ -6,6 +6,7 @@ that a killed run leaves an image that opens, at worst with leaked clusters."""
 from __future__ import annotations
 
 import time
+from bisect import bisect_left, bisect_right
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -105,12 +106,12 @@ class _Writing:
             yield Step("release", {}, 0, changes=[(0, changes)])
 
     def _batches(self) -> Iterator[list[tuple[int, int]]]:
-        """Requests (start, length) for one step each: up to a flush, or where they start over."""
+        """Requests (start, length) for one step each: up to a flush, or as many as a step may have."""
         held: list[tuple[int, int]] = []
         each = max(self._requests.size, self._filler.cluster)
         most = self._requests.flush_every or max(1, self._filler.budget // each)
         for start in self._requests.starts(self._size):
-            if held and (len(held) >= most or start < held[-1][0] + held[-1][1]):
+            if len(held) >= most:
                 yield held
                 held = []
             held.append((start, self._requests.size))
@@ -139,20 +140,28 @@ def _merged(ranges: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
 
 
 class _Pattern(View):
-    """The image as it was, but for the ranges that are being written."""
+    """The image as it was, but for what is written and has been: sectors and clusters are filled up with that."""
 
     def __init__(self, layers: Sequence[Image], pattern: int) -> None:
         super().__init__(layers)
         self._byte = bytes([pattern])
-        self._ranges: list[tuple[int, int]] = []
+        self._starts: list[int] = []  # of ranges in order that do not touch
+        self._ends: list[int] = []
 
-    def show(self, ranges: list[tuple[int, int]]) -> None:
-        self._ranges = ranges
+    def show(self, ranges: Iterable[tuple[int, int]]) -> None:
+        """Ranges (start, length) that are written from now on."""
+        for low, length in ranges:
+            high = low + length
+            first, last = bisect_left(self._ends, low), bisect_right(self._starts, high)
+            if first < last:
+                low, high = min(low, self._starts[first]), max(high, self._ends[last - 1])
+            self._starts[first:last], self._ends[first:last] = [low], [high]
 
     def read_into(self, start: int, buffer: memoryview) -> None:
         end = start + len(buffer)
-        inside = [(max(low, start), min(low + length, end)) for low, length in self._ranges
-                  if low < end and start < low + length]  # fmt: skip
+        among = slice(bisect_right(self._ends, start), bisect_left(self._starts, end))
+        inside = [(max(low, start), min(high, end))
+                  for low, high in zip(self._starts[among], self._ends[among], strict=True)]  # fmt: skip
         if inside != [(start, end)]:
             super().read_into(start, buffer)
         for low, high in inside:

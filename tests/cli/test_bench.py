@@ -26,7 +26,9 @@ LINES = [
 WRITES = [
     "-w -c 20 --pattern=5", "-w -c 40 -s 64k -o 3k --pattern 7", "-w -c 30 -S 40k -s 700 -o 123 --pattern 255",
     "-w -c 4 -d 2 --flush-interval=2 --pattern 9", "-w -c 8 --no-drain --flush-interval=64 --pattern 1",
-    "-w -c 3 -s 4k -S 1k --pattern 3", "-w -c 2 -o 1M", "-w -c 0", "-w -c 300 -s 8k --pattern 4 -t none",
+    "-w -c 3 -s 4k -S 1k --pattern 3", "-w -c 20 -S 100 -o 100 --pattern 7",
+    "-w -c 60 -S 300k -s 700 -o 99 --pattern 8", "-w -c 12 -d 1 -s 3000 -S 2500 -o 99 --flush-interval=1 --pattern 6",
+    "-w -c 2 -o 1M", "-w -c 0", "-w -c 300 -s 8k --pattern 4 -t none",
 ]  # fmt: skip
 
 
