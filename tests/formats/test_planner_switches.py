@@ -12,7 +12,9 @@ from planner_harness import Engine, check, guest, needs_qemu, qemu_io, run, snap
 from safeimg.drivers.errors import UnsupportedError
 from safeimg.drivers.formats.api import Patch
 from safeimg.drivers.formats.chain import close_chain, open_chain
+from safeimg.drivers.formats.qcow2 import pieces
 from safeimg.drivers.formats.qcow2.driver import driver
+from safeimg.drivers.formats.qcow2.empty import change_refcount_width
 from safeimg.drivers.formats.qcow2.planner import Qcow2Planner
 from safeimg.drivers.storage.file import LocalFileSystem
 from safeimg.drivers.transfer.core import Settings, Transfer
@@ -197,3 +199,19 @@ def test_hazard_19_somebody_repaired_leaks_while_the_operation_was_pending(tmp_p
     assert guest(path) == engine.model
     assert snapshot_guest(path, "one") == kept
     assert Qcow2Planner(engine.image).l1_size == 1
+
+
+def test_refcounts_of_another_width_take_no_more_of_the_log_than_a_switch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However large the image: the new blocks go to the file ahead of the step that makes them live."""
+    monkeypatch.setattr(pieces, "STEP_BYTES", 1 << 16)
+    path = tmp_path / "image.qcow2"
+    run("qemu-img", "create", "-q", "-f", "qcow2", "-o", "preallocation=metadata,cluster_size=4096", path, "256M")
+    image = driver.open(LocalFileSystem().open(str(path), write=True), write=True)
+    steps = list(change_refcount_width(Qcow2Planner(image), 6))
+    new = sum(len(content) for changes in steps for _, content in changes.fresh)
+    assert new >= (256 << 20) // 4096 * 8  # bytes of 64-bit refcounts
+    assert [len(changes.fresh) > 0 for changes in steps] == [True] * -(-new // (1 << 16))
+    assert all(not changes.link for changes in steps[:-1]) and steps[-1].link
+    assert sum(len(patch.after) for changes in steps for patch in (*changes.allocate, *changes.link)) <= 512

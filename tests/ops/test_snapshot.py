@@ -14,7 +14,7 @@ import pytest
 import trio
 from safeimg.drivers.errors import RefusedError
 from safeimg.drivers.formats.chain import close_chain, open_chain
-from safeimg.drivers.formats.qcow2 import shadow
+from safeimg.drivers.formats.qcow2 import pieces
 from safeimg.drivers.formats.snapshots import entries
 from safeimg.drivers.storage.file import LocalFileSystem
 from safeimg.drivers.transfer.core import Settings, Transfer
@@ -90,7 +90,7 @@ def packed(rng: random.Random, cluster: int, size: int) -> list[str]:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_like_qemu(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shadow, "STEP_BYTES", 16384)
+    monkeypatch.setattr(pieces, "STEP_BYTES", 16384)
     rng = random.Random(kind)
     ours, theirs, size = tmp_path / "ours", tmp_path / "theirs", 1 << 20
     cluster = int(KINDS[kind].split("=")[1].split(",")[0])

@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable, Mapping
 
 from powercut import guest
 from powercut.judge import STEP_BYTES, Scenario
-from safeimg.drivers.formats.qcow2 import shadow
+from safeimg.drivers.formats.qcow2 import pieces
 from safeimg.drivers.storage.simulated import SimulatedFileSystem
 from safeimg.ops import snapshot
 from safeimg.ops.amend import amend
@@ -18,7 +18,7 @@ from safeimg.ops.launch import Environment
 from safeimg.ops.rebase import rebase_unsafe
 
 KIB = 1024
-shadow.STEP_BYTES = STEP_BYTES  # of metadata made anew, too
+pieces.STEP_BYTES = STEP_BYTES  # of metadata made anew, too
 
 
 def data(seed: int, length: int) -> bytes:

@@ -176,7 +176,7 @@ class _RefcountBits:
     def __call__(self, image: Image, planner: Planner) -> Iterable[Changes]:
         own = own_planner(planner)
         if own.header.refcount_bits != self._bits:
-            yield change_refcount_width(own, self._bits.bit_length() - 1)
+            yield from change_refcount_width(own, self._bits.bit_length() - 1)
 
 
 class _LazyRefcounts:

@@ -1,18 +1,18 @@
 """Switches to new refcount structures: emptying a disk, making the emptied file small, refcounts of another width.
 
 Refcounts are counted from what is referenced (those of another width are taken over as they are), complete with those
-of the new structures themselves;
-everything new goes into space that neither the old nor the new state uses, and one sector of the header makes
-it live. """
+of the new structures themselves; everything new goes into space that neither the old nor the new state uses, and one
+sector of the header makes it live."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from safeimg.drivers.errors import FormatError, UnsupportedError, UsageError
 from safeimg.drivers.formats.api import Changes
 from safeimg.drivers.formats.qcow2.header import DIRTY, MAX_REFCOUNT_TABLE_BYTES
+from safeimg.drivers.formats.qcow2.pieces import Pieces
 from safeimg.drivers.formats.qcow2.refcounts import RefcountLayout
 from safeimg.drivers.formats.qcow2.references import References, count_everything, count_kept
 from safeimg.drivers.formats.qcow2.tables import REPAIR
@@ -75,9 +75,9 @@ def compact(planner: Qcow2Planner) -> tuple[Changes, int, list[tuple[int, int]]]
     return planner.take(), end << planner.header.cluster_bits, list(references.free_runs(end))
 
 
-def change_refcount_width(planner: Qcow2Planner, order: int) -> Changes:
-    """The refcounts with `1 << order` bits each, right or wrong. Raises `UsageError` in QEMU's words if one does not
-    fit. The old structures stay counted until `release`."""
+def change_refcount_width(planner: Qcow2Planner, order: int) -> Iterator[Changes]:
+    """The refcounts with `1 << order` bits each, right or wrong, steps of new blocks and the switch to them. Raises
+    `UsageError` in QEMU's words if one does not fit. The old structures stay counted until `release`."""
     planner.ready()
     bits, old = planner.header.cluster_bits, planner.refcounts
     blocks = sorted(block for _, block in planner.refcounts.blocks())
@@ -87,11 +87,16 @@ def change_refcount_width(planner: Qcow2Planner, order: int) -> Changes:
     references = _as_recorded(planner, layout)
     planner.layout = layout
     places = _lay_out(planner, references, references, _end(planner), l1=False)
-    _write(planner, references, places, refcount_order=order)
+    pieces = Pieces()
+    for offset, content in _refcounts(planner, references, places):
+        planner.view.extend(offset + len(content))
+        if pieces.add(offset, content):
+            yield planner.take()._replace(fresh=pieces.take())
+    _switch(planner, places, {"refcount_order": order})
     planner.unlink_clusters(old.table_offset >> bits, old.table_clusters)
     for block in blocks:
         planner.unlink_clusters(block >> bits, 1)
-    return planner.take()
+    yield planner.take()._replace(fresh=pieces.take())
 
 
 def _as_recorded(planner: Qcow2Planner, wanted: RefcountLayout) -> References:
@@ -155,24 +160,35 @@ def _lay_out(
     return _Layout(table, table_clusters, sorted(blocks.items()), l1_first if l1 else None)
 
 
-def _write(planner: Qcow2Planner, references: References, layout: _Layout, **fields: int) -> None:
-    """The new structures, and the switch to them, which changes header `fields` too."""
-    bits, view = planner.header.cluster_bits, planner.view
-    entries = planner.layout.block_entries
+def _refcounts(planner: Qcow2Planner, references: References, layout: _Layout) -> Iterator[tuple[int, bytes]]:
+    """The new blocks and their table: (offset, content)."""
+    bits, entries = planner.header.cluster_bits, planner.layout.block_entries
     table = bytearray(layout.table_clusters << bits)
     for index, cluster in layout.blocks:
-        view.fresh(cluster << bits, references.encode(index * entries, planner.layout))
+        yield cluster << bits, references.encode(index * entries, planner.layout)
         table[8 * index:8 * index + 8] = (cluster << bits).to_bytes(8, "big")
-    view.fresh(layout.table << bits, bytes(table))
+    yield layout.table << bits, bytes(table)
+
+
+def _write(planner: Qcow2Planner, references: References, layout: _Layout) -> None:
+    """The new structures, an empty L1 table among them, and the switch to them."""
+    bits, view = planner.header.cluster_bits, planner.view
+    for offset, content in _refcounts(planner, references, layout):
+        view.fresh(offset, content)
+    assert layout.l1 is not None
+    l1_clusters = -(-8 * planner.l1_size >> bits)
+    if l1_clusters:
+        view.fresh(layout.l1 << bits, bytes(l1_clusters << bits))
+    planner.restart_tables(layout.l1 << bits, planner.l1_size)
+    _switch(planner, layout, {"l1_table_offset": layout.l1 << bits, "l1_size": planner.l1_size})
+
+
+def _switch(planner: Qcow2Planner, layout: _Layout, fields: dict[str, int]) -> None:
+    """To the new refcounts, and what else of the header changes with them."""
+    bits = planner.header.cluster_bits
     fields |= {"refcount_table_offset": layout.table << bits, "refcount_table_clusters": layout.table_clusters}
-    if layout.l1 is not None:
-        l1_clusters = -(-8 * planner.l1_size >> bits)
-        if l1_clusters:
-            view.fresh(layout.l1 << bits, bytes(l1_clusters << bits))
-        fields |= {"l1_table_offset": layout.l1 << bits, "l1_size": planner.l1_size}
-        planner.restart_tables(layout.l1 << bits, planner.l1_size)
     if planner.header.version > 2:
-        features = int.from_bytes(view.read(72, 8), "big")
+        features = int.from_bytes(planner.view.read(72, 8), "big")
         fields["incompatible_features"] = features & ~DIRTY
     planner.switch(**fields)
     planner.restart(layout.table << bits, layout.table_clusters)

@@ -22,6 +22,7 @@ from safeimg.drivers.formats.api import Changes
 from safeimg.drivers.formats.qcow2.check import decode_block
 from safeimg.drivers.formats.qcow2.entries import MAX_HOST_OFFSET
 from safeimg.drivers.formats.qcow2.header import MAX_REFCOUNT_TABLE_BYTES
+from safeimg.drivers.formats.qcow2.pieces import Pieces
 from safeimg.drivers.formats.qcow2.references import count_below, encode_block
 from safeimg.drivers.formats.qcow2.rewrite import current_header
 from safeimg.drivers.formats.qcow2.scan import MAX_CLUSTERS
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
 Counts = NDArray[np.int32]
 Clusters = NDArray[np.int64]
 
-STEP_BYTES = 8 << 20  # of new structures in one step
 MAX_COUNT = 1 << 30  # more references than any image has; sums stay far below the array's limit
 MANY_RUNS = 1 << 18  # of freed clusters remembered: what is not stays allocated in the file system
 SCAN = 1 << 20  # clusters looked at in one go
@@ -57,8 +57,7 @@ class Shadow:
         for index in self._blocks:
             self._slice(index)[:] = self._old(index)
         self._free = self._find_free()  # [first, end) of clusters that the old state does not use, in order
-        self._pieces: list[tuple[int, bytearray]] = []
-        self._collected = 0
+        self._pieces = Pieces()
 
     # References
 
@@ -135,12 +134,7 @@ class Shadow:
         """Puts a new structure into its place, up to the end of its last cluster; a step, if enough has come
         together for one."""
         content = content.ljust(-(-len(content) >> self._bits) << self._bits, b"\0")
-        if self._pieces and self._pieces[-1][0] + len(self._pieces[-1][1]) == offset:
-            self._pieces[-1][1].extend(content)
-        else:
-            self._pieces.append((offset, bytearray(content)))
-        self._collected += len(content)
-        if self._collected >= STEP_BYTES:
+        if self._pieces.add(offset, content):
             yield self._take()
 
     def switch(self, **fields: int) -> Iterator[Changes]:
@@ -165,9 +159,7 @@ class Shadow:
         yield self._take()
 
     def _take(self) -> Changes:
-        fresh = tuple((offset, bytes(content)) for offset, content in self._pieces)
-        self._pieces, self._collected = [], 0
-        return self._planner.take()._replace(fresh=fresh)
+        return self._planner.take()._replace(fresh=self._pieces.take())
 
     # Refcount blocks
 
