@@ -41,7 +41,7 @@ def made_by_qemu(path: Path, size: int, **options: str) -> Path:
     command = ["qemu-img", "create", "-q", *WORDS, "-f", "luks", "-o", listed(given), str(path), str(size)]
     while True:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if "accurate CPU usage" not in done.stderr:  # a busy machine is too much for it now and then
+        if "accurate CPU usage" not in done.stderr:  # it cannot time its key derivation every time
             assert done.returncode == 0, done.stderr
             return path
 

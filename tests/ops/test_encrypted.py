@@ -25,9 +25,9 @@ def opts(path: Path) -> str:
 
 
 def qemu(tool: str, *words: str | Path) -> subprocess.CompletedProcess[str]:
-    for _ in range(10):
+    for _ in range(40):
         done = subprocess.run([f"qemu-{tool}", *map(str, words)], capture_output=True, text=True, check=False)
-        if "accurate CPU usage" not in done.stderr:  # a busy machine is too much for a new key now and then
+        if "accurate CPU usage" not in done.stderr:  # it cannot time a new key's derivation every time
             break
     return done
 
