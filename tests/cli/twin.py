@@ -15,7 +15,8 @@ from unittest import mock
 
 from safeimg.cli.main import guarded
 
-TRIES = 40  # of qemu-img, which cannot time its key derivation every time: half of the keys fail on a fast machine
+UNTIMED = b"Unable to get accurate CPU usage"  # qemu-img of a key's derivation: every other time on a fast machine
+TRIES = 40
 
 
 class Outcome(NamedTuple):
@@ -52,7 +53,7 @@ def safeimg(arguments: list[str], folder: Path, *, name: str = "safeimg") -> Out
 def qemu_img(arguments: list[str], folder: Path, *, tries: int = TRIES) -> Outcome:
     for _ in range(tries):
         done = subprocess.run(["qemu-img", *arguments], cwd=folder, capture_output=True, timeout=60)
-        if b"accurate CPU usage" not in done.stderr:
+        if UNTIMED not in done.stderr:
             break
     return Outcome(done.returncode, done.stdout, done.stderr)
 

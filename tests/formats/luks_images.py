@@ -10,6 +10,7 @@ from safeimg.drivers.formats.luks.driver import driver
 from safeimg.drivers.formats.luks.image import LuksImage
 from safeimg.drivers.secrets import Secrets
 from safeimg.drivers.storage.file import LocalFileSystem
+from twin import qemu_img
 
 FS = LocalFileSystem()
 KIB = 1024
@@ -38,12 +39,9 @@ def listed(options: dict[str, str]) -> str:
 
 def made_by_qemu(path: Path, size: int, **options: str) -> Path:
     given = QUICK | {name.replace("_", "-"): value for name, value in options.items()}
-    command = ["qemu-img", "create", "-q", *WORDS, "-f", "luks", "-o", listed(given), str(path), str(size)]
-    while True:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if "accurate CPU usage" not in done.stderr:  # it cannot time its key derivation every time
-            assert done.returncode == 0, done.stderr
-            return path
+    done = qemu_img(["create", "-q", *WORDS, "-f", "luks", "-o", listed(given), str(path), str(size)], path.parent)
+    assert done.code == 0, done.stderr
+    return path
 
 
 def made(path: Path, size: int, *, unfinished: str | None = None, **options: str) -> Path:

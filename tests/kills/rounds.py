@@ -27,9 +27,9 @@ SMALL = (
     "-c",
     """
 from safeimg.cli.main import main
-from safeimg.drivers.formats.qcow2 import bitmap_store, repair, shadow, zeroes
+from safeimg.drivers.formats.qcow2 import pieces, repair, zeroes
 from safeimg.ops import rebase, resize
-for module in (bitmap_store, repair, shadow, zeroes):
+for module in (pieces, repair, zeroes):
     module.STEP_BYTES = 64 << 10
 for function in (rebase.rebase, resize.resize):
     function.__kwdefaults__["step_bytes"] = 1 << 20

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from twin import TRIES, UNTIMED
 
 pytestmark = pytest.mark.skipif(shutil.which("qemu-io") is None, reason="needs qemu-img and qemu-io")
 
@@ -25,9 +26,9 @@ def opts(path: Path) -> str:
 
 
 def qemu(tool: str, *words: str | Path) -> subprocess.CompletedProcess[str]:
-    for _ in range(40):
+    for _ in range(TRIES):
         done = subprocess.run([f"qemu-{tool}", *map(str, words)], capture_output=True, text=True, check=False)
-        if "accurate CPU usage" not in done.stderr:  # it cannot time a new key's derivation every time
+        if UNTIMED.decode() not in done.stderr:
             break
     return done
 

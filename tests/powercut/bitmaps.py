@@ -9,7 +9,7 @@ from powercut import guest
 from powercut.judge import Scenario
 from powercut.resizes import rebase_onto
 from powercut.scenarios import KIB, NEW_QCOW2, SMALL, TOP, convert_to, overlay_pieces, two_bases
-from safeimg.drivers.formats.qcow2 import bitmap_store
+from safeimg.drivers.formats.qcow2 import pieces
 from safeimg.drivers.storage.simulated import SimulatedFileSystem
 from safeimg.ops.bitmap import change_bitmaps
 from safeimg.ops.bitmap_plan import BitmapAction
@@ -18,7 +18,7 @@ from safeimg.ops.launch import Environment
 
 def _bitmaps(*actions: BitmapAction, source: str | None = None) -> Callable[[Environment], Awaitable[None]]:
     async def run(env: Environment) -> None:
-        with mock.patch.object(bitmap_store, "STEP_BYTES", 1):  # so small, merged bits take several steps
+        with mock.patch.object(pieces, "STEP_BYTES", 1):  # so small, merged bits take several steps
             await change_bitmaps(env, "/top.qcow2", actions, source=source)
 
     return run

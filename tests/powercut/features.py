@@ -11,7 +11,7 @@ from powercut.judge import STEP_BYTES, Scenario
 from powercut.repairs import Image, _leaking, _miscounted, _uncounted
 from powercut.scenarios import _base_pieces, _text, convert_to, data, overlay_pieces
 from safeimg.drivers.formats.naming import Blockdev
-from safeimg.drivers.formats.qcow2 import bitmap_store
+from safeimg.drivers.formats.qcow2 import pieces
 from safeimg.drivers.storage.simulated import SimulatedFileSystem
 from safeimg.ops import snapshot
 from safeimg.ops.amend import amend
@@ -167,7 +167,7 @@ def _resize(clusters: int, **options: object) -> Callable[[Kit], Run]:
 def _bitmap(*actions: BitmapAction) -> Callable[[Kit], Run]:
     def of(kit: Kit) -> Run:
         async def run(env: Environment) -> None:
-            with mock.patch.object(bitmap_store, "STEP_BYTES", 1):
+            with mock.patch.object(pieces, "STEP_BYTES", 1):
                 await change_bitmaps(env, kit.named("/disk.qcow2"), actions)
 
         return run

@@ -28,9 +28,8 @@ from safeimg.drivers.formats.qcow2.dirty_bitmaps import read_table
 from safeimg.drivers.formats.qcow2.entries import encode_table
 from safeimg.drivers.formats.qcow2.extensions import EXT_BITMAPS, BitmapsExtension
 from safeimg.drivers.formats.qcow2.header import BITMAPS, Header
+from safeimg.drivers.formats.qcow2.pieces import Pieces
 from safeimg.drivers.formats.qcow2.rewrite import current_header, stage_header, switch_header
-
-STEP_BYTES = 16 << 20  # of merged bits that one step writes
 
 if TYPE_CHECKING:
     from safeimg.drivers.formats.qcow2.planner import Qcow2Planner
@@ -60,7 +59,7 @@ def store(
         yield planner.take()
     header = current_header(planner)
     yield from stage_header(planner, _with_extension(header, BitmapsExtension(1, 0, 0) if wanted else None))
-    fresh: list[tuple[int, bytes]] = []
+    merged = Pieces()
     stored: list[Bitmap] = []
     for each, before in pairs:
         if before is not None and before.in_use:
@@ -71,11 +70,8 @@ def store(
             table[index], content = _cluster_of_bits(planner, each, table[index], index, size)
             if not each.merged and content:
                 planner.view.fresh(table[index], content)
-            elif content:
-                fresh.append((table[index], content))
-            if len(fresh) * planner.cluster_size >= STEP_BYTES:
-                yield planner.take()._replace(fresh=tuple(fresh))
-                fresh.clear()
+            elif content and merged.add(table[index], content):
+                yield planner.take()._replace(fresh=merged.take())
         stored.append(_with_table(planner, each, before, table))
     carried = [before for _, before in pairs]
     for bitmap in planner.bitmaps:
@@ -84,7 +80,7 @@ def store(
     extension = _put_directory(planner, stored)
     switch_header(planner, _with_extension(header, extension)._replace(size=size))
     planner.current_size = size
-    yield planner.take()._replace(fresh=tuple(fresh))
+    yield planner.take()._replace(fresh=merged.take())
 
 
 def _with_extension(header: Header, extension: BitmapsExtension | None) -> Header:

@@ -92,7 +92,7 @@ def change_refcount_width(planner: Qcow2Planner, order: int) -> Iterator[Changes
         planner.view.extend(offset + len(content))
         if pieces.add(offset, content):
             yield planner.take()._replace(fresh=pieces.take())
-    _switch(planner, places, {"refcount_order": order})
+    _switch(planner, places, refcount_order=order)
     planner.unlink_clusters(old.table_offset >> bits, old.table_clusters)
     for block in blocks:
         planner.unlink_clusters(block >> bits, 1)
@@ -180,10 +180,10 @@ def _write(planner: Qcow2Planner, references: References, layout: _Layout) -> No
     if l1_clusters:
         view.fresh(layout.l1 << bits, bytes(l1_clusters << bits))
     planner.restart_tables(layout.l1 << bits, planner.l1_size)
-    _switch(planner, layout, {"l1_table_offset": layout.l1 << bits, "l1_size": planner.l1_size})
+    _switch(planner, layout, l1_table_offset=layout.l1 << bits, l1_size=planner.l1_size)
 
 
-def _switch(planner: Qcow2Planner, layout: _Layout, fields: dict[str, int]) -> None:
+def _switch(planner: Qcow2Planner, layout: _Layout, **fields: int) -> None:
     """To the new refcounts, and what else of the header changes with them."""
     bits = planner.header.cluster_bits
     fields |= {"refcount_table_offset": layout.table << bits, "refcount_table_clusters": layout.table_clusters}
