@@ -19,13 +19,13 @@ from safeimg.journal.log import read_events
 
 SIZE = 4 << 20
 STEP = 512 << 10
-# The program with small steps: at `-r 1M`, each takes half a second, all of them four.
+# The program with small steps: at `-r 4M`, each takes an eighth of a second, all of them one.
 PROGRAM = (
     "from safeimg.cli.main import main; from safeimg.ops.commit_job import commit\n"
     f"commit.__kwdefaults__['step_bytes'] = {STEP}; main()"
 )
 COMMIT = ("commit", "top.qcow2")
-SLOW = ("commit", "-r", "1M", "top.qcow2")
+SLOW = ("commit", "-r", "4M", "top.qcow2")
 HELD = ("commit", "-r", "512k", "top.qcow2")  # runs for as long as a test needs, which then stops it
 
 Kept = dict[Path, tuple[bytes, int]]  # of each file: what is in it, and its modification time
