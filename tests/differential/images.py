@@ -8,6 +8,8 @@ import subprocess
 from collections.abc import Iterable
 from pathlib import Path
 
+from twin import qemu_img
+
 SIZE = "1M"
 SECRET = ("--object", "secret,id=sec0,data=abc")  # of all that is encrypted
 
@@ -167,13 +169,7 @@ def _encrypted(folder: Path) -> None:
         ("disk.luks", "luks", "iter-time=10,", (SIZE,)),
     ):
         words = ["create", "-q", *SECRET, "-f", fmt, "-o", options + "key-secret=sec0", *(() if more else on), name]
-        for attempt in range(5):
-            try:
-                _img(folder, *words, *more)
-                break
-            except subprocess.CalledProcessError:  # it measures how fast the processor is, and may fail to
-                if attempt == 4:
-                    raise
+        _img(folder, *words, *more)
         writes = ("-c", "write -P 5 64k 100k", "-c", "write -z 512k 64k")
         opened = ["qemu-io", "-t", "unsafe", *SECRET, "--image-opts", *writes, opening(name)]
         subprocess.run(opened, cwd=folder, check=True, capture_output=True)
@@ -250,7 +246,8 @@ def _set(path: Path, *changes: tuple[int, bytes]) -> None:
 
 
 def _img(folder: Path, *arguments: str) -> None:
-    subprocess.run(["qemu-img", *arguments], cwd=folder, check=True, capture_output=True)
+    done = qemu_img(list(arguments), folder)
+    assert done.code == 0, done.stderr
 
 
 def _io(folder: Path, name: str, fmt: str, writes: tuple[str, ...]) -> None:
