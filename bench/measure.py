@@ -18,7 +18,7 @@ from pathlib import Path
 from sets import UNTIMED, Set
 from works import Work
 
-WARM = 3 << 30  # bytes of memory that are used and given back before each run
+WARM = 3 << 30  # bytes of memory that are used and given back before each run; the size of the disk if that is more
 SYNCS = "fsync,fdatasync,sync_file_range,syncfs"
 KILL_AT = 0.9
 
@@ -86,7 +86,8 @@ def prepare(work: Work, made: Set, folder: Path) -> None:
     for name in (*work.images, *work.changes):  # into the page cache
         with (folder / name).open("rb") as file:
             _read(file.fileno())
-    touched = f"import mmap; mmap.mmap(-1, {WARM})[::4096] = bytes({WARM // 4096})"
+    warm = max(WARM, made.size)
+    touched = f"import mmap; mmap.mmap(-1, {warm})[::4096] = bytes({warm // 4096})"
     subprocess.run([sys.executable, "-c", touched], check=True)
 
 

@@ -80,6 +80,14 @@ def sparse_size(text: str) -> int:
     return value
 
 
+def window(text: str) -> int:
+    """--window of convert: bytes that deflate may reach back."""
+    value = size("window", text)
+    if value not in (4 << 10, 32 << 10):
+        raise CommandError("Invalid window specified. Valid windows are 4k and 32k.")
+    return value
+
+
 def coroutines(text: str) -> int:
     """-m of convert."""
     if not re.fullmatch(r"\s*[+]?\d+", text) or not 1 <= int(text) <= 16:

@@ -175,7 +175,7 @@ def _into_existing(
         if options.bitmaps:
             check_target(lookup(target[0].format), target[0])
         if options.compress:
-            compressor(target[0])
+            compressor(target[0], options.window)
         if target[0].size < part[1] and options.create and _is_on_server(options):
             raise not_made(options, "Cannot grow NBD nodes")
         if target[0].size < part[1]:
@@ -316,6 +316,7 @@ def _job(
         "created": created,
         "undo": options.undo and not created,
         "compress": options.compress,
+        "window": options.window,
         "sparse": PAGE if options.sparse is None else options.sparse,
         "zero_below": zero_below,
         "skip_below": skip_below,

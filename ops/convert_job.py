@@ -24,6 +24,7 @@ from safeimg.drivers.transfer.part import PartialView
 from safeimg.drivers.transfer.salvage import Salvaged
 from safeimg.drivers.transfer.view import ConcatenatedView, Source, View
 from safeimg.journal.state import OperationState
+from safeimg.ops.convert_options import NO_WINDOW
 from safeimg.ops.convert_steps import Convert, Policy
 from safeimg.ops.convert_write import Compress
 from safeimg.ops.errors import Conflict
@@ -34,7 +35,7 @@ from safeimg.ops.session import DATA_FILE, data_index, touched
 _KINDS: dict[str, type | tuple[type, ...]] = {
     "layers": list, "formats": list, "options": list, "cache": str,
     "source_cache": str, "force_share": bool, "created": bool,
-    "undo": bool, "compress": bool, "bitmaps": bool, "salvage": bool,
+    "undo": bool, "compress": bool, "window": (int, type(None)), "bitmaps": bool, "salvage": bool,
     "sparse": int, "zero_below": int, "skip_below": int, "step_bytes": int,
     "step_seconds": (int, float), "defer": (int, float), "snapshot": (str, type(None)),
     "part": (list, type(None)),
@@ -94,7 +95,7 @@ def job_of(layers: Sequence[Image], settings: dict[str, Any], transfer: Transfer
         source.survey()
     policy = Policy(
         sparse=settings["sparse"],
-        compress=compressor(target[0]) if settings["compress"] else None,
+        compress=compressor(target[0], settings["window"]) if settings["compress"] else None,
         zero_below=settings["zero_below"],
         skip_below=settings["skip_below"],
         existing=not settings["created"],
@@ -123,15 +124,22 @@ def joined(chains: Sequence[Sequence[Image]]) -> Source:
     return views[0] if len(views) == 1 else ConcatenatedView(views)
 
 
-def compressor(target: Image) -> Compress:
-    """Compresses a cluster as the target wants it. `UsageError` if its format has no compressed clusters."""
+def compressor(target: Image, window: int | None) -> Compress:
+    """Compresses a cluster as the target wants it. `UsageError` if its format has no compressed clusters, or its
+    compression no `window`."""
     from safeimg.drivers.formats.qcow2.image import Qcow2Image
 
     if not isinstance(target, Qcow2Image):
         raise UsageError("Compression not supported for this file format")
-    from safeimg.drivers.formats.qcow2.compression import compress
+    from safeimg.drivers.formats.qcow2.compression import LARGE_WINDOW, WINDOW, compress
+    from safeimg.drivers.formats.qcow2.header import ZLIB
 
-    packed: Callable[[memoryview], bytes | None] = partial(compress, target.header.compression_type)
+    kind = target.header.compression_type
+    if window is not None and kind != ZLIB:
+        raise UsageError(NO_WINDOW)
+    if window not in (None, WINDOW, LARGE_WINDOW):  # from a log
+        raise Conflict(f"{target.file.path}: the log asks for deflate windows of {window} bytes")
+    packed: Callable[[memoryview], bytes | None] = partial(compress, kind, window=window or WINDOW)
     return packed
 
 

@@ -18,6 +18,7 @@ from safeimg.ops.create_options import for_driver, is_on, parse_options
 from safeimg.ops.errors import Unanswered
 
 _SEVERAL = "Having a backing file for the target makes no sense when concatenating multiple input images"
+NO_WINDOW = "--window is for compression_type=zlib: zstd always sees a whole cluster"
 
 
 class Blocks(NamedTuple):
@@ -48,6 +49,7 @@ class Options(NamedTuple):
     create: bool = True  # not -n
     target_is_zero: bool = False
     compress: bool = False  # -c
+    window: int | None = None  # bytes of deflate's windows: QEMU's if None
     copy_offload: bool = False  # -C; accepted, and data goes through memory all the same
     sparse: int | None = None  # -S, bytes; 4096 if None
     cache: str = "writeback"  # -t, as given: what is none is refused where qemu-img looks at it
@@ -129,6 +131,8 @@ def creation(
     if options.compress:
         if "compression_type" not in known:
             raise UsageError("Compression not supported for this file format")
+        if options.window is not None and values.get("compression_type", "zlib") != "zlib":
+            raise UsageError(NO_WINDOW)
         if values.get("preallocation", "off") != "off":
             raise UsageError("Compression and preallocation not supported at the same time")
         if is_on(values.get("encryption")) or "encrypt.format" in values:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 
+from safeimg.drivers.transfer.core import Transfer
 from safeimg.drivers.transfer.loop import blocking
 from safeimg.journal.clock import now
 from safeimg.journal.errors import LogDamaged, LogLost
@@ -49,7 +50,7 @@ async def resume(
                 f"finish that with 'safeimg rollback {path}'"
             )
         _require_secrets(pending)
-        await blocking(_begin, pending, "resume", adopt, _unsettled)
+        await blocking(_begin, pending, environment.transfer, "resume", adopt, _unsettled)
         await blocking(lambda: take_back(pending.session, pending.files, _unsettled, lengthen=True))
         raise_fences(pending.session, pending.files)
         job = pending.fresh_job()
@@ -105,7 +106,7 @@ def _rollback(path: str, environment: Environment, fenced: bool, adopt: bool, op
                 f"{path}: the {command} ran without keeping what it overwrote: finish it with 'safeimg resume {path}'"
             )
         else:
-            _begin(pending, "rollback", adopt, _any)
+            _begin(pending, environment.transfer, "rollback", adopt, _any)
             take_back(session, pending.files, _any, lengthen=False)
             lost = shorten(session, pending.files, pending.used_end)
         session.record(RolledBack(tuple(lost), now()))
@@ -143,14 +144,16 @@ def _remove_created(pending: Pending) -> list[str]:
     return lost
 
 
-def _begin(pending: Pending, action: str, adopt: bool, wanted: Callable[[LiveStep], bool]) -> None:
+def _begin(
+    pending: Pending, transfer: Transfer, action: str, adopt: bool, wanted: Callable[[LiveStep], bool]
+) -> None:
     """Checks before touching; then records that recovery begins, durably. Copies have times of their own.
 
     `wanted`: the steps that will be taken back."""
     session, job = pending.session, pending.job
     if not adopt:
         verify_sources(session.state, pending.files)
-    verify(session.state, dict(enumerate(job.targets)), session.undo, job.view)
+    verify(session.state, dict(enumerate(job.targets)), session.undo, job.view, transfer)
     if not job.damaged:  # else nobody can tell what its space is used for
         verify_unreferenced(session.state, pending.files)
         verify_kept(session.state, pending.files, wanted)

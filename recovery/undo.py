@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from safeimg.drivers.storage.api import File, FileSystem
 from safeimg.drivers.storage.patched import PatchedFile
+from safeimg.drivers.transfer.core import Transfer
 from safeimg.drivers.transfer.loop import blocking
 from safeimg.drivers.transfer.target import Target
 from safeimg.journal import kept
@@ -61,7 +62,7 @@ async def undo(path: str, environment: Environment, operation: str = "") -> str:
         job = new_job(open_images(environment.fs, home, state, "writeback"), found.record)
         try:
             await blocking(_check_looks, environment, found)  # again, now that others are locked out
-            await blocking(_check_content, found.record, job)
+            await blocking(_check_content, found.record, job, environment.transfer)
             await launch(job, environment)
         finally:
             job.close()
@@ -215,7 +216,7 @@ def _finish(record: Record) -> LiveStep:
     return LiveStep(StepPrepared(record.state.last_number + 1, "finish", link=patches), applied=True)
 
 
-def _check_content(record: Record, job: Job) -> None:
+def _check_content(record: Record, job: Job, transfer: Transfer) -> None:
     """Raises `Conflict` unless every range that the operation wrote holds what it wrote."""
     state = copy(record.state)
     state.steps = [*record.state.steps, _finish(record)]
@@ -224,7 +225,7 @@ def _check_content(record: Record, job: Job) -> None:
         index: _Restored(file, record, index) for index, file in zip(written, job.files, strict=True)
     }
     try:
-        verify(state, {index: Target(file) for index, file in restored.items()}, record.undo, None)
+        verify(state, {index: Target(file) for index, file in restored.items()}, record.undo, None, transfer)
         if not job.damaged:
             verify_unreferenced(state, restored)
     except Changed as changed:

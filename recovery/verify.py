@@ -15,10 +15,16 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from safeimg.drivers.errors import SecretMissing
 from safeimg.drivers.formats.api import Cipher
+from safeimg.drivers.records import NamedTuple
 from safeimg.drivers.storage.api import File
+from safeimg.drivers.transfer.buffers import BufferPool
+from safeimg.drivers.transfer.copy import Part, parts
+from safeimg.drivers.transfer.core import Settings, Transfer
 from safeimg.drivers.transfer.digest import BLOCK, SIZE, digests, zero_digests
+from safeimg.drivers.transfer.loop import run_alone
 from safeimg.drivers.transfer.target import Target
 from safeimg.drivers.transfer.view import Content
+from safeimg.drivers.transfer.zero import fill_zero
 from safeimg.journal.errors import JournalError
 from safeimg.journal.events import BeforeRecord, MoveRecord
 from safeimg.journal.identity import identify, unchanged
@@ -33,25 +39,28 @@ CHUNK = 1 << 20  # bytes of data looked at in one go; a multiple of BLOCK
 
 
 def verify(
-    state: OperationState, targets: Mapping[int, Target], undo: UndoFile | None, view: Content | None
+    state: OperationState, targets: Mapping[int, Target], undo: UndoFile | None, view: Content | None,
+    transfer: Transfer,
 ) -> None:
     """Raises `Conflict` unless every image is as the log says. Writes nothing.
 
-    `targets`: the images by index. `view`: where moves copy from (None if there are none in flux). Where a secret was
-    not given, nothing is known of what moves in flux write: they are not judged. Nor are those behind the point of no
-    return, whose before-images nobody keeps."""
+    `targets`: the images by index. `view`: where moves copy from (None if there are none in flux). `transfer`: how many
+    workers read. Where a secret was not given, nothing is known of what moves in flux write: they are not judged. Nor
+    are those behind the point of no return, whose before-images nobody keeps."""
     files = {image: target.file for image, target in targets.items()}
     for image, file in files.items():
         _verify_metadata(file, composite(state.steps, image), state.cut.get(image))
     later: list[Range] = [(image, end, 1 << 63) for image, end in state.cut.items()]  # cut off, or written in place
+    solid: list[_Solid] = []
     for step in reversed(state.steps):
         if step.in_flux and (state.no_return is None or step.prepared.number < state.no_return):
             _verify_flux(step, targets, undo, view)
         elif not step.in_flux:
-            _verify_solid(step, files, later)
+            solid += _solid(step, files, len(later))
         prepared = step.prepared
         later += [(move.image, move.offset, move.length) for move in prepared.moves]
         later += [(patch.image, patch.offset, len(patch.after)) for patch in (*prepared.allocate, *prepared.link)]
+    _verify_solid(solid, later, transfer.settings)
 
 
 def verify_sources(state: OperationState, files: Mapping[int, File]) -> None:
@@ -84,32 +93,49 @@ def _verify_metadata(file: File, sectors: dict[int, Sector], limit: int | None) 
                 raise _changed(file, number * SECTOR, SECTOR, "metadata")
 
 
-def _verify_solid(step: LiveStep, files: Mapping[int, File], later: Sequence[Range]) -> None:
+class _Solid(NamedTuple):
+    """A range of a file with recorded digests."""
+
+    image: int
+    file: File
+    offset: int
+    length: int
+    digests: bytes
+    newer: int  # so many of the `later` ranges belong to newer steps
+
+
+def _solid(step: LiveStep, files: Mapping[int, File], newer: int) -> Iterator[_Solid]:
     for fresh in step.prepared.fresh:
-        _verify_digests(files, (fresh.image, fresh.offset, fresh.length), fresh.digests, later)
+        yield _Solid(fresh.image, files[fresh.image], fresh.offset, fresh.length, fresh.digests, newer)
     recorded = iter(step.digests)
     for move in step.prepared.moves:
         expected = next(recorded, b"") if move.digested else zero_digests(move.length)
-        _verify_digests(files, (move.image, move.offset, move.length), expected, later)
+        yield _Solid(move.image, files[move.image], move.offset, move.length, expected, newer)
 
 
-def _verify_digests(files: Mapping[int, File], where: Range, expected: bytes, later: Sequence[Range]) -> None:
+def _verify_solid(ranges: Sequence[_Solid], later: Sequence[Range], settings: Settings) -> None:
     """Blocks that a newer step wrote to are that step's to answer for."""
-    image, offset, length = where
-    file = files[image]
-    for at, content in _chunks(file, offset, length):
+
+    def look(part: Part, buffers: BufferPool) -> None:
+        of = ranges[part.which]
+        content = buffers.get(part.length)
+        got = of.file.pread_into(of.offset + part.start, content)
+        fill_zero(content[got:])  # the file ends early
+        expected = of.digests[part.start // BLOCK * SIZE :][: -(-part.length // BLOCK) * SIZE]
         found = digests(content)
-        first = (at - offset) // BLOCK * SIZE
-        if expected[first : first + len(found)] == found:
-            continue
-        for start in range(0, len(content), BLOCK):
-            end = min(start + BLOCK, len(content))
-            digest = first + start // BLOCK * SIZE
+        if found == expected:
+            return
+        for at in range(0, part.length, BLOCK):
+            start, end = of.offset + part.start + at, of.offset + part.start + min(at + BLOCK, part.length)
             theirs = any(
-                other == image and low < at + end and at + start < low + size for other, low, size in later
+                image == of.image and low < end and start < low + size for image, low, size in later[: of.newer]
             )
-            if not theirs and expected[digest : digest + SIZE] != digests(content[start:end]):
-                raise _changed(file, at + start, end - start, "data")
+            digest = slice(at // BLOCK * SIZE, (at // BLOCK + 1) * SIZE)
+            if not theirs and found[digest] != expected[digest]:
+                raise _changed(of.file, start, end - start, "data")
+
+    reading = Transfer(Settings(workers=settings.workers))  # no limit: nothing is moved
+    run_alone(lambda: reading.each(parts((of.length for of in ranges), CHUNK), look))
 
 
 def _verify_flux(step: LiveStep, targets: Mapping[int, Target], undo: UndoFile | None, view: Content | None) -> None:

@@ -125,18 +125,29 @@ def zero_tail(target: Target, place: Placement, granularity: int, buffers: Buffe
 def join(pieces: Iterable[Written]) -> list[Written]:
     """Sorted, with pieces that continue each other as one where the digests allow it."""
     joined: list[Written] = []
-    run: list[bytes] = []
+    run: list[Written] = []  # as one
+    end = 0
     for piece in sorted(pieces):
-        last = joined[-1] if joined else None
-        if (last is not None and (last.image, last.live) == (piece.image, piece.live)
-                and last.offset + last.length == piece.offset and last.length % BLOCK == 0):
-            joined[-1] = last._replace(length=last.length + piece.length)
-            run.append(piece.digests)
-            continue
-        if last is not None:
-            joined[-1] = last._replace(digests=b"".join(run))
-        joined.append(piece)
-        run = [piece.digests]
-    if joined:
-        joined[-1] = joined[-1]._replace(digests=b"".join(run))
+        if run and piece.offset == end and not (end - run[0].offset) % BLOCK and _alike(piece, run[0]):
+            end += piece.length
+        else:
+            if run:
+                joined.append(_as_one(run))
+                run = []
+            end = piece.offset + piece.length
+        run.append(piece)
+    if run:
+        joined.append(_as_one(run))
     return joined
+
+
+def _alike(piece: Written, other: Written) -> bool:
+    return piece.image == other.image and piece.live == other.live
+
+
+def _as_one(run: Sequence[Written]) -> Written:
+    first, last = run[0], run[-1]
+    if len(run) == 1:
+        return first
+    length = last.offset + last.length - first.offset
+    return first._replace(length=length, digests=b"".join(piece.digests for piece in run))

@@ -56,5 +56,19 @@ def test_help(images: Path, words: list[str]) -> None:
     assert {b"raw", b"qcow2"} <= set(formats.group(1).split()) <= set(known.group(1).split())
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--window", "32k"], b"--window requires -c"),
+        (["-c", "--window", "8k"], b"Invalid window specified. Valid windows are 4k and 32k."),
+        (["-c", "-o", "compression_type=zstd", "--window", "32k"], b"--window is for compression_type=zlib: zstd"),
+    ],
+)
+def test_windows_of_deflate(images: Path, words: list[str], message: bytes) -> None:
+    done = safeimg(["convert", "-O", "qcow2", *words, "small.qcow2", "new.qcow2"], images)
+    assert done.code == 1 and done.stderr.startswith(b"safeimg: " + message)
+    assert not (images / "new.qcow2").exists()
+
+
 def test_trace_help(images: Path) -> None:
     assert safeimg(["--trace", "help"], images, name="qemu-img") == (0, b"", b"")

@@ -17,7 +17,7 @@ import pytest
 import trio
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from safeimg.drivers.errors import DriverError, StorageError
+from safeimg.drivers.errors import DriverError, StorageError, UsageError
 from safeimg.drivers.formats.api import Extent, Kind
 from safeimg.drivers.formats.chain import close_chain, open_chain
 from safeimg.drivers.storage.file import LocalFileSystem
@@ -200,6 +200,30 @@ def test_compressed(tmp_path: Path, options: dict[str, str], workers: int) -> No
     accepted(target, expected, tmp_path)
     convert(to(back, target, create_options={"cluster_size": "512"}), workers=workers)
     assert content(back, "qcow2") == expected
+
+
+def test_windows_of_compressed_clusters(tmp_path: Path) -> None:
+    """What recurs 5000 bytes further is found with 32 KiB; QEMU reads that, as whoever inflates a cluster at once."""
+    source, small, large = tmp_path / "a.raw", tmp_path / "b.qcow2", tmp_path / "c.qcow2"
+    expected = b"".join((random.Random(seed).randbytes(5000) * 27)[: 128 * KIB] for seed in range(4))
+    source.write_bytes(expected)
+    convert(to(small, source, compress=True))
+    convert(to(large, source, compress=True, window=32 * KIB))
+    assert small.stat().st_size > len(expected) > 1.5 * (large.stat().st_size - 5 * 64 * KIB)  # less the metadata
+    assert content(large, "qcow2") == expected
+    accepted(large, expected, tmp_path)
+
+
+@pytest.mark.parametrize("create", [True, False])
+def test_only_deflate_has_windows(tmp_path: Path, create: bool) -> None:
+    source, target = tmp_path / "a.raw", tmp_path / "b.qcow2"
+    patchwork(source, MIB)
+    zstd = {"create_options": {"compression_type": "zstd"}}
+    if not create:
+        convert(to(target, source, **zstd))
+    more: dict[str, Any] = zstd if create else {"create": False}
+    with pytest.raises(UsageError, match="--window is for compression_type=zlib"):
+        convert(to(target, source, compress=True, window=32 * KIB, **more))
 
 
 def test_zeroes_are_left_out_at_the_target_granularity(tmp_path: Path) -> None:

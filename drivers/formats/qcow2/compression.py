@@ -1,4 +1,4 @@
-"""Compresses and inflates single clusters: raw deflate with a 4 KiB window (zlib), or zstd frames.
+"""Compresses and inflates single clusters: raw deflate (zlib), or zstd frames.
 
 All functions may be called from several threads at once. The libraries are imported when first needed.
 """
@@ -17,9 +17,11 @@ if TYPE_CHECKING:
 ZLIB_LEVEL = 2  # of ISA-L's 0 to 3: as fast as 1, a little smaller
 ZSTD_LEVEL = 3
 
-# What QEMU's inflate accepts. Reading takes any window: other programs write larger ones.
-_WRITE_WINDOW = -12
-_READ_WINDOW = 15
+# Bytes of deflate's windows. Those of 32 KiB take a tenth less space, and QEMU reads them, since it inflates a cluster
+# in one piece; but readers that do so bit by bit, as Python's `decompressobj(-12)` does, know those of QEMU only.
+WINDOW = 4 << 10
+LARGE_WINDOW = 32 << 10
+_READ_BITS = 15  # other programs write any window
 # zstd frames of clusters never need more (a cluster has at most 2 MiB); a hostile frame may ask for 2 GiB.
 _ZSTD_MAX_WINDOW = 8 << 20
 
@@ -30,12 +32,14 @@ class InflateError(Exception):
     """The compressed bytes are damaged, or hold less than a cluster."""
 
 
-def compress(kind: int, data: Buffer, level: int | None = None) -> bytes | None:
-    """A cluster's data compressed, or None if that saves nothing. `kind`: the header's compression_type."""
+def compress(kind: int, data: Buffer, level: int | None = None, window: int = WINDOW) -> bytes | None:
+    """A cluster's data compressed, or None if that saves nothing. `kind`: the header's compression_type. `window`:
+    bytes that deflate may reach back, a power of two."""
     if kind == ZLIB:
         from isal import isal_zlib
 
-        out: bytes = isal_zlib.compress(data, ZLIB_LEVEL if level is None else level, _WRITE_WINDOW)
+        bits = window.bit_length() - 1
+        out: bytes = isal_zlib.compress(data, ZLIB_LEVEL if level is None else level, -bits)
     else:
         out = _zstd_compressor(ZSTD_LEVEL if level is None else level).compress(data)
     return out if len(out) < len(data) else None
@@ -50,7 +54,7 @@ def inflate(kind: int, stored: Buffer, cluster_size: int) -> bytes:
 
         failure: type[Exception] = igzip_lib.error  # type: ignore[assignment]  # the stub calls it an instance
         try:
-            decompressor = igzip_lib.IgzipDecompressor(igzip_lib.DECOMP_DEFLATE, _READ_WINDOW)
+            decompressor = igzip_lib.IgzipDecompressor(igzip_lib.DECOMP_DEFLATE, _READ_BITS)
             out: bytes = decompressor.decompress(stored, cluster_size)
         except failure as error:
             raise InflateError(str(error)) from None
