@@ -65,6 +65,10 @@ WORKS = (
     ),
     _convert("-c zlib", "-t", "unsafe", "-c", "-O", "qcow2", target=0.08, size_target=1.04),
     _convert(
+        "-c zlib, --window 32k", "-t", "unsafe", "-c", "-O", "qcow2", target=0.12, size_target=1.02,
+        ours=("--window", "32k"),
+    ),
+    _convert(
         "-c zstd", "-t", "unsafe", "-c", "-O", "qcow2", "-o", "compression_type=zstd", target=0.30, size_target=1.02
     ),
     _convert("zlib to raw", "-t", "unsafe", "-O", "raw", image="zlib.qcow2", target=0.35),
