@@ -19,7 +19,7 @@ from safeimg.drivers.records import NamedTuple
 from safeimg.drivers.storage.api import File
 from safeimg.drivers.transfer.buffers import BufferPool
 from safeimg.drivers.transfer.copy import Part, parts
-from safeimg.drivers.transfer.core import Settings, Transfer
+from safeimg.drivers.transfer.core import Transfer
 from safeimg.drivers.transfer.digest import BLOCK, SIZE, digests, zero_digests
 from safeimg.drivers.transfer.loop import run_alone
 from safeimg.drivers.transfer.target import Target
@@ -44,7 +44,7 @@ def verify(
 ) -> None:
     """Raises `Conflict` unless every image is as the log says. Writes nothing.
 
-    `targets`: the images by index. `view`: where moves copy from (None if there are none in flux). `transfer`: how many
+    `targets`: the images by index. `view`: where moves copy from (None if there are none in flux). `transfer`: whose
     workers read. Where a secret was not given, nothing is known of what moves in flux write: they are not judged. Nor
     are those behind the point of no return, whose before-images nobody keeps."""
     files = {image: target.file for image, target in targets.items()}
@@ -60,7 +60,7 @@ def verify(
         prepared = step.prepared
         later += [(move.image, move.offset, move.length) for move in prepared.moves]
         later += [(patch.image, patch.offset, len(patch.after)) for patch in (*prepared.allocate, *prepared.link)]
-    _verify_solid(solid, later, transfer.settings)
+    _verify_solid(solid, later, transfer)
 
 
 def verify_sources(state: OperationState, files: Mapping[int, File]) -> None:
@@ -113,7 +113,7 @@ def _solid(step: LiveStep, files: Mapping[int, File], newer: int) -> Iterator[_S
         yield _Solid(move.image, files[move.image], move.offset, move.length, expected, newer)
 
 
-def _verify_solid(ranges: Sequence[_Solid], later: Sequence[Range], settings: Settings) -> None:
+def _verify_solid(ranges: Sequence[_Solid], later: Sequence[Range], transfer: Transfer) -> None:
     """Blocks that a newer step wrote to are that step's to answer for."""
 
     def look(part: Part, buffers: BufferPool) -> None:
@@ -134,8 +134,7 @@ def _verify_solid(ranges: Sequence[_Solid], later: Sequence[Range], settings: Se
             if not theirs and found[digest] != expected[digest]:
                 raise _changed(of.file, start, end - start, "data")
 
-    reading = Transfer(Settings(workers=settings.workers))  # no limit: nothing is moved
-    run_alone(lambda: reading.each(parts((of.length for of in ranges), CHUNK), look))
+    run_alone(lambda: transfer.each(parts((of.length for of in ranges), CHUNK), look))  # nothing is moved: no limit
 
 
 def _verify_flux(step: LiveStep, targets: Mapping[int, Target], undo: UndoFile | None, view: Content | None) -> None:
