@@ -82,8 +82,10 @@ def sparse_size(text: str) -> int:
 
 def window(text: str) -> int:
     """--window of convert: bytes that deflate may reach back."""
+    from safeimg.drivers.formats.qcow2.compression import LARGE_WINDOW, WINDOW
+
     value = size("window", text)
-    if value not in (4 << 10, 32 << 10):
+    if value not in (WINDOW, LARGE_WINDOW):
         raise CommandError("Invalid window specified. Valid windows are 4k and 32k.")
     return value
 

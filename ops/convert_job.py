@@ -131,20 +131,20 @@ def compressor(target: Image, window: int | None) -> Compress:
 
     if not isinstance(target, Qcow2Image):
         raise UsageError("Compression not supported for this file format")
-    from safeimg.drivers.formats.qcow2.compression import LARGE_WINDOW, WINDOW, compress
+    from safeimg.drivers.formats.qcow2.compression import WINDOW, compress
     from safeimg.drivers.formats.qcow2.header import ZLIB
 
     kind = target.header.compression_type
     if window is not None and kind != ZLIB:
         raise UsageError(NO_WINDOW)
-    if window not in (None, WINDOW, LARGE_WINDOW):  # from a log
-        raise Conflict(f"{target.file.path}: the log asks for deflate windows of {window} bytes")
     packed: Callable[[memoryview], bytes | None] = partial(compress, kind, window=window or WINDOW)
     return packed
 
 
 def _settings(home: str, state: OperationState) -> dict[str, Any]:
     """What the operation was started with, checked: it comes from a file."""
+    from safeimg.drivers.formats.qcow2.compression import LARGE_WINDOW, WINDOW
+
     settings = started_settings(home, state, _KINDS, "convert")
     layers, formats = settings["layers"], settings["formats"]
     if (
@@ -156,6 +156,7 @@ def _settings(home: str, state: OperationState) -> dict[str, Any]:
         or sum(layers[1:]) != sum(image.role != DATA_FILE for image in state.declared.images) - 1
         or settings["step_bytes"] < 1
         or not _is_part(settings["part"])
+        or settings["window"] not in (None, WINDOW, LARGE_WINDOW)
         or min(settings["sparse"], settings["zero_below"], settings["skip_below"]) < 0
     ):
         raise Conflict(f"{home}: the log's settings do not fit a convert")

@@ -12,6 +12,7 @@ Everything else means that somebody wrote to an image meanwhile: `Conflict` name
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 
 from safeimg.drivers.errors import SecretMissing
 from safeimg.drivers.formats.api import Cipher
@@ -23,8 +24,7 @@ from safeimg.drivers.transfer.core import Transfer
 from safeimg.drivers.transfer.digest import BLOCK, SIZE, digests, zero_digests
 from safeimg.drivers.transfer.loop import run_alone
 from safeimg.drivers.transfer.target import Target
-from safeimg.drivers.transfer.view import Content
-from safeimg.drivers.transfer.zero import fill_zero
+from safeimg.drivers.transfer.view import Content, read_stored
 from safeimg.journal.errors import JournalError
 from safeimg.journal.events import BeforeRecord, MoveRecord
 from safeimg.journal.identity import identify, unchanged
@@ -100,7 +100,7 @@ class _Solid(NamedTuple):
     file: File
     offset: int
     length: int
-    digests: bytes
+    digests: bytes | None  # None: those of zeroes
     newer: int  # so many of the `later` ranges belong to newer steps
 
 
@@ -109,7 +109,7 @@ def _solid(step: LiveStep, files: Mapping[int, File], newer: int) -> Iterator[_S
         yield _Solid(fresh.image, files[fresh.image], fresh.offset, fresh.length, fresh.digests, newer)
     recorded = iter(step.digests)
     for move in step.prepared.moves:
-        expected = next(recorded, b"") if move.digested else zero_digests(move.length)
+        expected = next(recorded, b"") if move.digested else None
         yield _Solid(move.image, files[move.image], move.offset, move.length, expected, newer)
 
 
@@ -119,16 +119,15 @@ def _verify_solid(ranges: Sequence[_Solid], later: Sequence[Range], transfer: Tr
     def look(part: Part, buffers: BufferPool) -> None:
         of = ranges[part.which]
         content = buffers.get(part.length)
-        got = of.file.pread_into(of.offset + part.start, content)
-        fill_zero(content[got:])  # the file ends early
-        expected = of.digests[part.start // BLOCK * SIZE :][: -(-part.length // BLOCK) * SIZE]
-        found = digests(content)
+        read_stored(of.file, of.offset + part.start, content)
+        found, first = digests(content), part.start // BLOCK * SIZE
+        expected = zero_digests(part.length) if of.digests is None else of.digests[first : first + len(found)]
         if found == expected:
             return
         for at in range(0, part.length, BLOCK):
             start, end = of.offset + part.start + at, of.offset + part.start + min(at + BLOCK, part.length)
             theirs = any(
-                image == of.image and low < end and start < low + size for image, low, size in later[: of.newer]
+                image == of.image and low < end and start < low + size for image, low, size in islice(later, of.newer)
             )
             digest = slice(at // BLOCK * SIZE, (at // BLOCK + 1) * SIZE)
             if not theirs and found[digest] != expected[digest]:

@@ -292,20 +292,21 @@ class _ClusterCache:
 def _read_data(image: Image, offset: int, guest: int, part: memoryview) -> None:
     """Fills `part` from `offset` of the image's data; `guest` is the guest offset of the same byte."""
     if image.cipher is None:
-        _read_stored(image.data, offset, part)
+        read_stored(image.data, offset, part)
         return
     before = guest % SECTOR
     after = -(guest + len(part)) % SECTOR
     whole = part if not before and not after else memoryview(bytearray(before + len(part) + after))
-    _read_stored(image.data, offset - before, whole)
+    read_stored(image.data, offset - before, whole)
     image.cipher.decrypt(whole, offset - before, guest - before)
     if whole is not part:
         part[:] = whole[before : before + len(part)]
 
 
-def _read_stored(file: File, offset: int, part: memoryview) -> None:
+def read_stored(file: File, offset: int, part: memoryview) -> None:
+    """Fills `part` from `offset` of the file; zeroes beyond its end."""
     got = file.pread_into(offset, part)
-    if got < len(part):  # the file ends early: the rest reads as zeroes
+    if got < len(part):
         fill_zero(part[got:])
 
 

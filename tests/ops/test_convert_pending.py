@@ -6,6 +6,7 @@ import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
@@ -73,7 +74,7 @@ def paused(environment: Environment, options: Options) -> None:
         trio.run(convert, environment, options)
 
 
-def to(target: Path, *sources: Path, format: str = "qcow2", defer: float = 0.0, **more: bool) -> Options:
+def to(target: Path, *sources: Path, format: str = "qcow2", defer: float = 0.0, **more: Any) -> Options:
     return Options(
         tuple(map(str, sources)), str(target), source_format="raw", target_format=format, step_bytes=MIB // 2,
         defer=defer, **more,
@@ -99,6 +100,22 @@ def test_resumed_after_each_step(
     if format == "qcow2":
         clean(target)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.raw", "b.raw", "c.img", "state"]
+
+
+@pytest.mark.parametrize("window", [32 << 10, 5000])
+def test_the_window_of_deflate_is_on_record(
+    tmp_path: Path, around: Callable[..., Environment], window: int
+) -> None:
+    """One that the command line does not take comes from no safeimg."""
+    source, target = tmp_path / "a.raw", tmp_path / "c.qcow2"
+    expected = make(source, 2 * MIB, 1)
+    paused(around(1), to(target, source, compress=True, window=window))
+    if window == 5000:
+        with pytest.raises(Conflict, match="the log's settings do not fit a convert"):
+            trio.run(resume, str(target), around())
+    else:
+        assert trio.run(resume, str(target), around()) == "convert finished"
+        assert content(target, "qcow2") == expected
 
 
 def test_others_refuse_an_unfinished_target(tmp_path: Path, around: Callable[..., Environment]) -> None:
