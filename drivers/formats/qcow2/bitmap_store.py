@@ -73,9 +73,9 @@ def store(
             elif content and merged.add(table[index], content):
                 yield planner.take()._replace(fresh=merged.take())
         stored.append(_with_table(planner, each, before, table))
-    carried = [before for _, before in pairs]
+    carried = {before.name for _, before in pairs if before is not None}
     for bitmap in planner.bitmaps:
-        if bitmap not in carried:
+        if bitmap.name not in carried:
             _unlink(planner, bitmap)
     extension = _put_directory(planner, stored)
     switch_header(planner, _with_extension(header, extension)._replace(size=size))
