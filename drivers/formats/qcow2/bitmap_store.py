@@ -53,8 +53,8 @@ def store(
     size = planner.current_size if size is None else size
     if size == planner.current_size and list(wanted) == all_kept(planner.bitmaps):
         return
-    old = {bitmap.name: bitmap for bitmap in planner.bitmaps}
-    pairs = [(each, old.get(each.state.name) if each.kept else None) for each in wanted]
+    lost = {bitmap.name: bitmap for bitmap in planner.bitmaps}  # those that nothing carries on
+    pairs = [(each, lost.pop(each.state.name, None) if each.kept else None) for each in wanted]
     while planner.allocator.reserve_run(_most_clusters(planner, pairs, size)):
         yield planner.take()
     header = current_header(planner)
@@ -73,10 +73,8 @@ def store(
             elif content and merged.add(table[index], content):
                 yield planner.take()._replace(fresh=merged.take())
         stored.append(_with_table(planner, each, before, table))
-    carried = {before.name for _, before in pairs if before is not None}
-    for bitmap in planner.bitmaps:
-        if bitmap.name not in carried:
-            _unlink(planner, bitmap)
+    for bitmap in lost.values():
+        _unlink(planner, bitmap)
     extension = _put_directory(planner, stored)
     switch_header(planner, _with_extension(header, extension)._replace(size=size))
     planner.current_size = size
