@@ -238,19 +238,26 @@ class Writer(NamedTuple):
         once."""
         assert self.compress is not None
         unit = self.planner.cluster_size
-        packed: list[tuple[Span, bytes | None]] = []
+        packed: list[tuple[Span, list[bytes]]] = []  # neighbours that got smaller, or one that did not: []
         for start, end in data:
             for at in range(start, end, unit):
                 span = Span(at, min(at + unit, end))
-                packed.append((span, self.compress(self._whole(_of(window, chunk, span), unit, buffers))))
+                stored = self.compress(self._whole(_of(window, chunk, span), unit, buffers))
+                if stored is None:
+                    packed.append((span, []))
+                elif packed and packed[-1][1] and packed[-1][0].end == at:
+                    packed[-1] = (Span(packed[-1][0].start, span.end), [*packed[-1][1], stored])
+                else:
+                    packed.append((span, [stored]))
         plain: list[tuple[Span, Sequence[Placement]]] = []
         dense: list[tuple[int, bytes]] = []
         with turns.turn(chunk.ticket):
-            for span, stored in packed:
-                if stored is None:
-                    plain.append((span, self.planner.place(span.start, span.end - span.start)))
+            for span, small in packed:
+                if small:
+                    offsets = self.planner.place_compressed(span.start, [len(stored) for stored in small])
+                    dense += zip(offsets, small, strict=True)
                 else:
-                    dense.append((self.planner.place_compressed(span.start, len(stored)).offset, stored))
+                    plain.append((span, self.planner.place(span.start, span.end - span.start)))
             blanks = [(span, self.planner.zero(span.start, span.end - span.start)) for span in zero]
         for span, of in plain:
             self._write_data(chunk, window, span, of, buffers, batch)

@@ -76,7 +76,7 @@ class Placement(NamedTuple):
 
     start: int  # guest
     length: int
-    offset: int  # host: in the image's `data` file; of `place_compressed` in the image's own file
+    offset: int  # host: in the image's `data` file
     fresh: bool  # True: nobody references this space until `link` is applied. False: it is live, written in place
 
 
@@ -188,8 +188,9 @@ class Planner(Protocol):
         are widened, at most to whole clusters, and the caller writes all of them."""
         ...
 
-    def place_compressed(self, start: int, stored: int) -> Placement:
-        """A place for the cluster at `start` compressed to `stored` bytes (always fresh). Its `length` is `stored`."""
+    def place_compressed(self, start: int, sizes: Sequence[int]) -> Sequence[int]:
+        """Offsets in the image's own file for consecutive clusters from `start` on, compressed to `sizes` bytes: fresh
+        places, each as long as what is stored there."""
         ...
 
     def zero(self, start: int, length: int) -> Sequence[Placement]:

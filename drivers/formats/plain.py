@@ -76,7 +76,7 @@ class PlainPlanner:
     def reserve(self, clusters: int) -> Changes:
         return Changes()
 
-    def place_compressed(self, start: int, stored: int) -> Placement:
+    def place_compressed(self, start: int, sizes: Sequence[int]) -> Sequence[int]:
         raise UnsupportedError(f"{self._path}: {self._format} images cannot hold compressed data")
 
     def marking_clusters(self, ranges: Sequence[tuple[int, int]]) -> int:

@@ -129,11 +129,9 @@ class Engine:
             return False
         start = cluster * size
         end = min(start + size, len(self.model))
-        place = self.planner.place_compressed(start, len(stored))
-        assert place.fresh
-        assert place.length == len(stored)
+        (offset,) = self.planner.place_compressed(start, [len(stored)])
         self.model[start:end] = data[:end - start]
-        self.fresh.append(Write(place.offset, None, stored))
+        self.fresh.append(Write(offset, None, stored))
         return True
 
     def _fill(self, placements: Sequence[Placement]) -> None:

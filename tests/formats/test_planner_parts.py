@@ -226,6 +226,11 @@ def test_the_end_of_the_disk_keeps_no_remains(tmp_path: Path) -> None:
     assert Patch(place.offset + 1024, None, bytes(3072)) in planner.take().allocate
 
 
+def _touched(offset: int, stored: int) -> set[int]:
+    """The host clusters of 4096 bytes that compressed data lies in."""
+    return set(range(offset // 4096, (offset + stored - 1) // 4096 + 1))
+
+
 @needs_qemu
 @pytest.mark.parametrize("bits", [1, 2, 16])
 def test_hazard_17_compressed_clusters_of_two_steps_share_no_host_cluster(tmp_path: Path, bits: int) -> None:
@@ -233,24 +238,55 @@ def test_hazard_17_compressed_clusters_of_two_steps_share_no_host_cluster(tmp_pa
     planner = plan(path)
     planner.reserve(100)
     steps: list[set[int]] = []
-    packed: list[Placement] = []
+    packed: list[tuple[int, int]] = []
     for step in range(3):
         hosts: set[int] = set()
         for number in range(9):
-            place = planner.place_compressed((step * 9 + number) * 4096, 1000 + 300 * number)
-            hosts |= set(range(place.offset // 4096, (place.offset + place.length - 1) // 4096 + 1))
-            packed.append(place)
+            stored = 1000 + 300 * number
+            (offset,) = planner.place_compressed((step * 9 + number) * 4096, [stored])
+            hosts |= _touched(offset, stored)
+            packed.append((offset, stored))
         planner.take()
         steps.append(hosts)
     assert not steps[0] & steps[1] | steps[0] & steps[2] | steps[1] & steps[2]
-    packed.sort(key=lambda place: place.offset)
-    assert all(left.offset + left.length <= right.offset for left, right in pairwise(packed))
-    users = Counter(
-        host for place in packed
-        for host in range(place.offset // 4096, (place.offset + place.length - 1) // 4096 + 1)
-    )
+    packed.sort()
+    assert all(left + stored <= right for (left, stored), (right, _) in pairwise(packed))
+    users = Counter(host for place in packed for host in _touched(*place))
     assert (max(users.values()) > 1) == (bits > 1)
     assert max(users.values()) < 1 << bits
+
+
+@needs_qemu
+@pytest.mark.parametrize("bits", [1, 2, 16])
+@pytest.mark.parametrize("seed", range(4))
+def test_compressed_clusters_lie_where_they_would_one_by_one(tmp_path: Path, bits: int, seed: int) -> None:
+    """Free space in pieces, counts that are full, L2 tables that end within."""
+    rng = random.Random(seed)
+    path = image(tmp_path, f"cluster_size=512,refcount_bits={bits}")
+    before = Engine(path, rng)
+    before.reserve(200)
+    for cluster in range(0, 200, 2):
+        before.write(cluster << 9, bytes([1]) * 1024)
+    before.apply(before.planner.take())
+    for cluster in range(200):
+        if rng.random() < 0.4:
+            before.zero(cluster << 9, 512)
+    before.apply(before.planner.take())
+    before.apply(before.planner.release())
+    at_once, singly = plan(path), plan(path)
+    for planner in (at_once, singly):
+        changes = planner.reserve(150)
+        assert not changes, "the free clusters are those in between"
+        assert len(planner.allocator._runs) > 20
+    start = 150 << 9
+    for count in (5, 70, 25):
+        sizes = [rng.choice([rng.randrange(1, 512), 128, 511]) for _ in range(count)]
+        found = at_once.place_compressed(start, sizes)
+        each = [singly.place_compressed(start + (number << 9), [stored]) for number, stored in enumerate(sizes)]
+        assert [[offset] for offset in found] == each
+        assert at_once.allocator.available == singly.allocator.available
+        start += count << 9
+    assert at_once.take() == singly.take()
 
 
 @needs_qemu
@@ -258,7 +294,7 @@ def test_hazard_17_compressed_clusters_of_two_steps_share_no_host_cluster(tmp_pa
 def test_compressed_data_is_smaller_than_a_cluster(tmp_path: Path, stored: int) -> None:
     planner = plan(image(tmp_path))
     with pytest.raises(ValueError, match="not a compressed cluster"):
-        planner.place_compressed(0, stored)
+        planner.place_compressed(0, [stored])
 
 
 @needs_qemu

@@ -66,7 +66,7 @@ def test_every_write_is_in_place(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not in 0x100000"):
         planner.place(1 << 20, 1)
     with pytest.raises(UnsupportedError):
-        planner.place_compressed(0, 100)
+        planner.place_compressed(0, [100])
 
 
 def test_growing_changes_the_length(tmp_path: Path) -> None:

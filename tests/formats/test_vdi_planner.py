@@ -165,7 +165,7 @@ def test_what_the_format_has_not(tmp_path: Path) -> None:
         with pytest.raises(UnsupportedError, match=r"^Image format driver does not support resize$"):
             planner.prepare_resize(size)
     with pytest.raises(UnsupportedError, match="compressed"):
-        planner.place_compressed(0, 100)
+        planner.place_compressed(0, [100])
     with pytest.raises(UnsupportedError, match="emptied"):
         planner.empty()
     assert not planner.reserve(10)

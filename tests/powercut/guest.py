@@ -87,8 +87,8 @@ def write_compressed(fs: FileSystem, path: str, pieces: Iterable[tuple[int, byte
         _apply(image, planner.reserve(16))
         stored = compress(kind, data)
         assert stored is not None
-        place = planner.place_compressed(offset, len(stored))
-        image.file.pwrite(place.offset, stored)
+        (host,) = planner.place_compressed(offset, [len(stored)])
+        image.file.pwrite(host, stored)
         _apply(image, planner.take())
     image.file.sync_all()
     close_chain(chain)

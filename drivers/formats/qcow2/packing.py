@@ -6,6 +6,7 @@ compressed clusters that touch it, so the width of refcounts limits how many may
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from safeimg.drivers.formats.metadata import Phase
@@ -24,24 +25,42 @@ class Packer:
     def finish(self) -> None:
         self._next = None
 
-    def place(self, stored: int) -> int:
-        """Host offset for `stored` bytes, fewer than a cluster's."""
-        refcounts, size = self._planner.refcounts, self._planner.cluster_size
-        if self._next is not None and refcounts.get(self._next[1]) < self._planner.layout.maximum:
-            offset, cluster = self._next
-            if (offset + stored - 1) // size == cluster:
-                refcounts.raise_one(cluster, Phase.ALLOCATE)
-                return self._use(offset, stored, cluster)
-            following, _ = self._planner.allocator.allocate(1)
-            if following == cluster + 1:
-                refcounts.raise_one(cluster, Phase.ALLOCATE)
+    def place(self, sizes: Sequence[int]) -> list[int]:
+        """Host offsets for compressed clusters of so many bytes, each fewer than a cluster's."""
+        refcounts, size, most = self._planner.refcounts, self._planner.cluster_size, self._planner.layout.maximum
+        offset, cluster = self._next or (0, -1)
+        counts = {} if self._next is None else {cluster: refcounts.get(cluster)}  # that host clusters will have
+        following = unused = 0  # allocated clusters that nothing lies in yet: first, count
+        left = sum(sizes)
+        offsets: list[int] = []
+        for stored in sizes:
+            room = (cluster + 1) * size - offset if counts.get(cluster, most) < most else 0
+            if stored > room and not unused:  # never more than what is left needs: all of them come to be used
+                following, unused = self._planner.allocator.allocate(-(-(left - room) // size))
+            if stored <= room or (room and following == cluster + 1):
+                counts[cluster] += 1
             else:
-                offset = following * size
-            return self._use(offset, stored, following)
-        cluster, _ = self._planner.allocator.allocate(1)
-        return self._use(cluster * size, stored, cluster)
+                offset, room = following * size, 0
+            if stored > room:
+                cluster, following, unused = following, following + 1, unused - 1
+                counts[cluster] = 1
+            offsets.append(offset)
+            offset, left = offset + stored, left - stored
+        self._next = (offset, cluster) if offset < (cluster + 1) * size else None
+        for first, values in _runs(counts):
+            refcounts.set_run(first, values, Phase.ALLOCATE)
+        return offsets
 
-    def _use(self, offset: int, stored: int, cluster: int) -> int:
-        end = offset + stored
-        self._next = (end, cluster) if end < (cluster + 1) * self._planner.cluster_size else None
-        return offset
+
+def _runs(counts: dict[int, int]) -> Iterator[tuple[int, list[int]]]:
+    """Consecutive clusters' counts."""
+    first, values = 0, list[int]()
+    for cluster, count in counts.items():
+        if values and cluster != first + len(values):
+            yield first, values
+            values = []
+        if not values:
+            first = cluster
+        values.append(count)
+    if values:
+        yield first, values

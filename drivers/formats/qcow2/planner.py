@@ -115,22 +115,26 @@ class Qcow2Planner:
         self._check_range(start, length)
         return self._placer.place(start, start + length)
 
-    def place_compressed(self, start: int, stored: int) -> Placement:
-        """See `api.Planner`. The placement's `length` is `stored`: the bytes to be written at its
-        `offset`."""
+    def place_compressed(self, start: int, sizes: Sequence[int]) -> Sequence[int]:
         self.ready()
-        size = self.cluster_size
-        self._check_range(start, 1)
-        if start % size or not 0 < stored < size:
-            raise ValueError(f"not a compressed cluster: {stored} bytes for guest offset {start:#x}")
-        cluster, ((entry,),) = start // size, [entries for _cluster, entries in self.tables.entries(start, 1)]
-        self.tables.prepare(cluster)
-        offset = self._packer.place(stored)
-        if offset >= min(1 << compressed_shift(self.header.cluster_bits), MAX_HOST_OFFSET):
-            raise UnsupportedError(f"{self.path}: {offset:#x} is too far for compressed clusters this large")
-        self.tables.unlink(cluster, entry)
-        self.tables.put(cluster, [encode_compressed(offset, stored, self.header.cluster_bits)])
-        return Placement(start, stored, offset, True)
+        size, bits = self.cluster_size, self.header.cluster_bits
+        for stored in sizes:
+            if start % size or not 0 < stored < size:
+                raise ValueError(f"not a compressed cluster: {stored} bytes behind guest offset {start:#x}")
+        self._check_range(start, size * (len(sizes) - 1) + 1)
+        limit = min(1 << compressed_shift(bits), MAX_HOST_OFFSET)
+        offsets: list[int] = []
+        for first, entries in self.tables.entries(start, size * len(sizes)):
+            self.tables.prepare(first)
+            here = sizes[first - start // size :][: len(entries)]
+            found = self._packer.place(here)
+            if max(found) >= limit:
+                raise UnsupportedError(f"{self.path}: {max(found):#x} is too far for compressed clusters this large")
+            for cluster, entry in enumerate(entries, first):
+                self.tables.unlink(cluster, entry)
+            self.tables.put(first, [encode_compressed(*place, bits) for place in zip(found, here, strict=True)])
+            offsets += found
+        return offsets
 
     def zero(self, start: int, length: int) -> Sequence[Placement]:
         self.ready()

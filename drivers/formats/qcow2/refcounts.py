@@ -9,7 +9,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator, Sequence
 
-from safeimg.drivers.errors import FormatError, UnsupportedError
+from safeimg.drivers.errors import FormatError
 from safeimg.drivers.formats.metadata import MetadataView, Phase
 from safeimg.drivers.formats.qcow2.entries import REFCOUNT_BLOCK_MASK
 from safeimg.drivers.records import NamedTuple
@@ -135,15 +135,6 @@ class Refcounts:
             old = self._view.read(block + start, length)
             self._view.write(block + start, self.layout.encode(values[done:done + here], old, entry), phase)
             done += here
-
-    def raise_one(self, cluster: int, phase: Phase) -> None:
-        count = self.get(cluster)
-        if count >= self.layout.maximum:
-            raise UnsupportedError(
-                f"{self._view.path}: the refcount of cluster {cluster:#x} does not fit into "
-                f"{1 << self.layout.refcount_order} bits"
-            )
-        self.set_run(cluster, (count + 1,), phase)
 
     def lower_run(self, cluster: int, count: int, phase: Phase) -> list[tuple[int, int]]:
         """Takes one reference from each of consecutive clusters; zero stays zero.
