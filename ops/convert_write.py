@@ -238,24 +238,26 @@ class Writer(NamedTuple):
         once."""
         assert self.compress is not None
         unit = self.planner.cluster_size
-        packed: list[tuple[Span, list[bytes]]] = []  # neighbours that got smaller, or one that did not: []
+        packed: list[tuple[Span, list[bytes]]] = []  # a cluster; it and its neighbours where they got smaller, or []
+        small: list[bytes] = []  # the last of these
+        behind = 0
         for start, end in data:
             for at in range(start, end, unit):
                 span = Span(at, min(at + unit, end))
                 stored = self.compress(self._whole(_of(window, chunk, span), unit, buffers))
-                if stored is None:
-                    packed.append((span, []))
-                elif packed and packed[-1][1] and packed[-1][0].end == at:
-                    packed[-1] = (Span(packed[-1][0].start, span.end), [*packed[-1][1], stored])
+                if stored is not None and small and at == behind:
+                    small.append(stored)
                 else:
-                    packed.append((span, [stored]))
+                    small = [] if stored is None else [stored]
+                    packed.append((span, small))
+                behind = span.end
         plain: list[tuple[Span, Sequence[Placement]]] = []
         dense: list[tuple[int, bytes]] = []
         with turns.turn(chunk.ticket):
-            for span, small in packed:
-                if small:
-                    offsets = self.planner.place_compressed(span.start, [len(stored) for stored in small])
-                    dense += zip(offsets, small, strict=True)
+            for span, run in packed:
+                if run:
+                    offsets = self.planner.place_compressed(span.start, [len(stored) for stored in run])
+                    dense += zip(offsets, run, strict=True)
                 else:
                     plain.append((span, self.planner.place(span.start, span.end - span.start)))
             blanks = [(span, self.planner.zero(span.start, span.end - span.start)) for span in zero]

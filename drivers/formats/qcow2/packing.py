@@ -6,10 +6,11 @@ compressed clusters that touch it, so the width of refcounts limits how many may
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from safeimg.drivers.formats.metadata import Phase
+from safeimg.drivers.formats.qcow2.refcounts import add_run
 
 if TYPE_CHECKING:
     from safeimg.drivers.formats.qcow2.planner import Qcow2Planner
@@ -47,20 +48,9 @@ class Packer:
             offsets.append(offset)
             offset, left = offset + stored, left - stored
         self._next = (offset, cluster) if offset < (cluster + 1) * size else None
-        for first, values in _runs(counts):
-            refcounts.set_run(first, values, Phase.ALLOCATE)
+        runs: list[tuple[int, int]] = []
+        for touched in counts:
+            add_run(runs, touched, 1)
+        for first, count in runs:
+            refcounts.set_run(first, [counts[touched] for touched in range(first, first + count)], Phase.ALLOCATE)
         return offsets
-
-
-def _runs(counts: dict[int, int]) -> Iterator[tuple[int, list[int]]]:
-    """Consecutive clusters' counts."""
-    first, values = 0, list[int]()
-    for cluster, count in counts.items():
-        if values and cluster != first + len(values):
-            yield first, values
-            values = []
-        if not values:
-            first = cluster
-        values.append(count)
-    if values:
-        yield first, values
